@@ -1,0 +1,164 @@
+"""Sampling: from one shared noise vector to the neuron of each query.
+
+    x ~ N(0, 1);   for each timestep t, from the noisiest down:   x <- step(x, denoiser(x, t, z))
+
+One query z has one right neuron, so sampling is a function: the noise comes from a seed and is the
+same for every row, and a query gets the same neuron today, tomorrow and in any batch (up to the
+rounding of matrix products, whose order of summation may depend on the batch size).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .schedule import NoiseSchedule, Prediction, Spacing, check_choice
+from .solvers import Solver, advance, estimate_x0, noise_std, plan_steps
+
+
+class Denoiser(Protocol):
+    """What `sample` asks of a network, an `nn.Module` such as `NeuronDiT`."""
+
+    @property
+    def prediction(self) -> Prediction:
+        """What a call returns: "x0", "v" or "noise"."""
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether `forward_with_variance` exists."""
+
+    @property
+    def training(self) -> bool:
+        """As in `nn.Module`; False while sampling."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """The prediction [B, dim] for x_t [B, dim], t [B] int64 and condition [B, c]."""
+
+    def forward_with_variance(
+        self, x_t: Tensor, t: Tensor, condition: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same prediction, and its variance [B, dim]; only the "ddpm" solver asks for it."""
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How neurons are sampled.
+
+    The released code corresponds to `SamplerConfig("ddpm", num_steps=50, spacing="respaced")`,
+    apart from its fresh noise for every row and call.
+
+    Args:
+        solver: "ddim" (deterministic, first order), "dpmsolver++" (deterministic, second order) or
+            "ddpm" (ancestral, with the learned variance where the denoiser has one).
+        num_steps: calls of the denoiser, at least 1.
+        spacing: "trailing", "linspace" or "respaced", see `NoiseSchedule.timesteps`.
+        seed: of the shared noise, 0 to 2**63 - 1.
+
+    Raises:
+        ValueError: for values out of these ranges.
+    """
+
+    solver: Solver = "ddim"
+    num_steps: int = 4
+    spacing: Spacing = "trailing"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("solver", self.solver, Solver)
+        check_choice("spacing", self.spacing, Spacing)
+        if not isinstance(self.num_steps, int) or self.num_steps < 1:
+            raise ValueError(
+                f"num_steps is {self.num_steps!r}; it must be an integer of at least 1"
+            )
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed!r}; it must be an integer in 0 to 2**63 - 1")
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    condition: Tensor,
+    dim: int,
+    schedule: NoiseSchedule,
+    config: SamplerConfig,
+) -> Tensor:
+    """Generate one vector of weights for each condition.
+
+    Args:
+        denoiser: a network in eval mode, see `Denoiser`.
+        condition: [B, c], any floating dtype; the device is that of the result. B may be 0.
+        dim: length of the vectors.
+        schedule: the schedule that the denoiser was trained with.
+        config: solver, steps and seed.
+
+    Returns:
+        [B, dim] float32, in the space (centred, scaled) that the denoiser was trained in.
+
+    Raises:
+        ValueError: for a denoiser in training mode, a condition that is not [B, c], a `dim` below
+            1, more steps than the schedule has, or a denoiser whose outputs are not [B, dim].
+        TypeError: for a condition that is not floating point.
+    """
+    _check_inputs(denoiser, condition, dim)
+    timesteps = schedule.timesteps(config.num_steps, config.spacing)
+    steps = plan_steps(config.solver, schedule, timesteps, denoiser.prediction)
+    with_variance = config.solver == "ddpm" and denoiser.learns_variance
+
+    batch, device = condition.shape[0], condition.device
+    # The start, then for DDPM one vector a step; the last step adds none.
+    num_draws = len(steps) if config.solver == "ddpm" else 1
+    noise = _draw_noise(num_draws, dim, config.seed).to(device)  # [num_draws, dim]
+    times = torch.tensor(timesteps, device=device)  # [num_steps]
+
+    x_t = noise[0].repeat(batch, 1)  # [B, dim]
+    previous_x0 = x_t  # read by no first step
+    for i, step in enumerate(steps):
+        inputs = x_t, times[i].expand(batch), condition
+        if with_variance:
+            prediction, variance = denoiser.forward_with_variance(*inputs)
+            variance = _as_state("variance", variance, x_t)
+        else:
+            prediction, variance = denoiser(*inputs), None
+        x0 = estimate_x0(step, x_t, _as_state("prediction", prediction, x_t))
+        x_t = advance(step.update, x_t, x0, previous_x0)
+        if step.update.noise is not None:
+            x_t = x_t + noise_std(step.update.noise, variance) * noise[i + 1]
+        previous_x0 = x0
+    return x_t
+
+
+def _draw_noise(num_draws: int, dim: int, seed: int) -> Tensor:
+    # On the CPU whatever the device: accelerators have generators of their own, and a stored seed
+    # must mean the same neurons everywhere.
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    draws = [
+        torch.randn(dim, generator=generator, dtype=torch.float32, device="cpu")
+        for _ in range(num_draws)
+    ]
+    return torch.stack(draws)
+
+
+def _as_state(name: str, output: Tensor, x_t: Tensor) -> Tensor:
+    # A [B, 1] or [dim] output would broadcast without a word.
+    if output.shape != x_t.shape:
+        raise ValueError(
+            f"the denoiser's {name} has shape {tuple(output.shape)}; it must be {tuple(x_t.shape)}"
+        )
+    return output.float()
+
+
+def _check_inputs(denoiser: Denoiser, condition: Tensor, dim: int) -> None:
+    if denoiser.training:
+        raise ValueError(
+            "the denoiser is in training mode, where dropout would make neurons random: "
+            "call denoiser.eval()"
+        )
+    if condition.ndim != 2:
+        raise ValueError(f"condition has shape {tuple(condition.shape)}; it must be [B, c]")
+    if not condition.is_floating_point():
+        raise TypeError(f"condition is {condition.dtype}; it must be floating point")
+    if dim < 1:
+        raise ValueError(f"dim is {dim}; it must be at least 1")

@@ -1,0 +1,215 @@
+"""The familiarity gate: is this query, in some wording, one of the edited ones? (paper, 3.4)
+
+A rejected query gets no neuron and leaves the base model as it is, so that Locality is the gate's
+doing. Two gates: the paper's `FamiliarityNetwork` (low entropy of a classifier means familiar),
+and `SimilarityGate` (cosine to the nearest edited query). Each gives a score, higher means more
+familiar, and accepts above a threshold, which `calibrate` sets on held-out queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+
+class Gate(Protocol):
+    """What routing needs of a gate."""
+
+    threshold: float
+
+    def score(self, z: Tensor) -> Tensor:
+        """[B] familiarity of the conditions z [B, dim]."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How well a gate tells edited queries in other words from all others, on held-out queries.
+
+    Args:
+        threshold: the score above which a query counts as edited.
+        auroc: area under the ROC curve.
+        acceptance: share of held-out paraphrases accepted.
+        rejection: share of held-out other queries rejected.
+        num_positives, num_negatives: how many of each were held out.
+    """
+
+    threshold: float
+    auroc: float
+    acceptance: float
+    rejection: float
+    num_positives: int
+    num_negatives: int
+
+
+def calibrate(positive: Tensor, negative: Tensor) -> Calibration:
+    """The threshold with the best acceptance + rejection.
+
+    Args:
+        positive: [P] scores of queries that the gate should accept.
+        negative: [Q] scores of queries that it should reject.
+
+    Raises:
+        ValueError: one of them is empty or not finite.
+
+    >>> calibrate(torch.tensor([0.9, 0.8]), torch.tensor([0.1, 0.4])).threshold
+    0.6
+    """
+    for name, scores in (("positive", positive), ("negative", negative)):
+        if scores.dim() != 1 or not len(scores) or not bool(scores.isfinite().all()):
+            raise ValueError(f"{name} must be finite scores, at least one; got {scores.shape}")
+    positive, negative = positive.double().cpu(), negative.double().cpu()
+    scores = torch.cat([positive, negative]).unique()  # ascending
+    # Between neighbouring scores every threshold decides alike: their middle stands for all.
+    candidates = torch.cat([scores[:1] - 1e-6, (scores[:-1] + scores[1:]) / 2, scores[-1:]])
+    acceptance = (positive.unsqueeze(1) > candidates).double().mean(0)
+    rejection = (negative.unsqueeze(1) <= candidates).double().mean(0)
+    best = int((acceptance + rejection).argmax())
+    wins = (positive.unsqueeze(1) > negative).double() + 0.5 * (positive.unsqueeze(1) == negative)
+    return Calibration(
+        round(float(candidates[best]), 6),
+        float(wins.mean()),
+        float(acceptance[best]),
+        float(rejection[best]),
+        len(positive),
+        len(negative),
+    )
+
+
+def transplant(z: Tensor, origin: Tensor, target: Tensor) -> Tensor:
+    """Move unit vectors z from beside `origin` to beside `target`, keeping their angles to it.
+
+    The reflection that swaps origin and target turns a held-out fact's paraphrase into one of an
+    edited fact: exactly as far from its query as real paraphrases are. All arguments [B, dim].
+    """
+    axis = F.normalize(origin - target, dim=-1)
+    return z - 2 * (z * axis).sum(-1, keepdim=True) * axis
+
+
+class SimilarityGate(nn.Module):
+    """Familiar is what lies close to an edited query.
+
+    Args:
+        queries: [N, dim] unit vectors of the edited queries.
+        threshold: cosine above which a query is accepted.
+    """
+
+    kind = "similarity"
+    queries: Tensor
+
+    def __init__(self, queries: Tensor, threshold: float = 0.75):
+        super().__init__()
+        self.register_buffer("queries", queries)
+        self.threshold = threshold
+
+    def nearest(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each row of z [B, dim]: its cosine to the nearest edited query, and which [B] it is."""
+        if not len(self.queries):
+            return z.new_full((len(z),), -1.0), z.new_full((len(z),), -1, dtype=torch.int64)
+        similarity, row = (z @ self.queries.T).max(1)
+        return similarity, row
+
+    def score(self, z: Tensor) -> Tensor:
+        """[B] cosine to the nearest edited query."""
+        return self.nearest(z)[0]
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, dim: int, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, 4 * dim)
+        self.down = nn.Linear(4 * dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm(x)))))
+
+
+class FamiliarityNetwork(nn.Module):
+    """The paper's gate: a classifier of edited queries into random classes.
+
+    It is trained to certainty on the edited queries; on others it stays uncertain. The score is
+    minus the entropy of its prediction, in nats.
+
+    Args:
+        dim: length of a condition.
+        classes: of the random labels.
+        depth: residual blocks.
+        dropout: in the blocks.
+        threshold: minus the paper's epsilon: a query of lower entropy is accepted.
+    """
+
+    kind = "familiarity"
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int = 10,
+        depth: int = 5,
+        dropout: float = 0.1,
+        threshold: float = -0.3,
+    ):
+        super().__init__()
+        self.blocks = nn.Sequential(*(_ResidualBlock(dim, dropout) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, classes)
+        self.threshold = threshold
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[B, classes] logits of the conditions z [B, dim]."""
+        return self.head(self.norm(self.blocks(z * z.shape[-1] ** 0.5)))
+
+    @torch.no_grad()
+    def score(self, z: Tensor) -> Tensor:
+        """[B] minus the entropy, in nats: from -log(classes), unknown, to 0, certain."""
+        log_p = F.log_softmax(self(z).float(), dim=-1)
+        return (log_p.exp() * log_p).sum(-1)
+
+    def fit(
+        self,
+        queries: Tensor,
+        outliers: Tensor | None = None,
+        *,
+        steps: int = 200,
+        batch_size: int = 256,
+        learning_rate: float = 1e-3,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> None:
+        """Learn the edited queries by heart.
+
+        Args:
+            queries: [N, dim] the edited queries' conditions; each gets a random class.
+            outliers: [M, dim] conditions of other queries, taught to be uncertain about (the
+                uniform distribution). The paper has none; with them the gate separates far better.
+            steps: of AdamW.
+            batch_size: queries a step, and as many outliers.
+            learning_rate: of AdamW.
+            seed: of the classes, the batches and the initial weights.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: no queries.
+        """
+        if not len(queries):
+            raise ValueError("there are no queries to become familiar with")
+        generator = torch.Generator().manual_seed(seed)
+        classes = self.head.out_features
+        labels = torch.randint(classes, (len(queries),), generator=generator).to(queries.device)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=learning_rate)
+        self.train()
+        for _ in tqdm(range(steps), desc="familiarity", disable=not progress, leave=False):
+            rows = torch.randint(len(queries), (min(batch_size, len(queries)),), generator=generator)
+            loss = F.cross_entropy(self(queries[rows]), labels[rows])
+            if outliers is not None and len(outliers):
+                away = torch.randint(len(outliers), (len(rows),), generator=generator)
+                loss = loss - F.log_softmax(self(outliers[away]), dim=-1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        self.eval()

@@ -1,0 +1,1 @@
+"""Where MeG Kernels meets other libraries."""

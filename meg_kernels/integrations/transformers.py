@@ -1,0 +1,198 @@
+"""Where a transformers model keeps its feed-forward layers, and how to run it from a layer up.
+
+A new family is one line of `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from meg_kernels.neuron import NeuronLayout
+
+
+@dataclass(frozen=True)
+class Family:
+    """Module paths of a model family.
+
+    `layers` is the path of the decoder layers in the model; the others are paths in a layer.
+    A gated FFN (act(gate(x)) * up(x)) has no single activation for an extra neuron: there the
+    neuron is linear and has no bias, as the paper has it for Llama.
+    """
+
+    layers: str
+    input_projection: str
+    output_projection: str
+    gated: bool = False
+
+
+_GATED = Family("model.layers", "mlp.gate_proj", "mlp.down_proj", gated=True)
+
+FAMILIES: dict[str, Family] = {
+    "gemma": _GATED,
+    "gemma2": _GATED,
+    "gpt2": Family("transformer.h", "mlp.c_fc", "mlp.c_proj"),
+    "gpt_neox": Family("gpt_neox.layers", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    "gptj": Family("transformer.h", "mlp.fc_in", "mlp.fc_out"),
+    "llama": _GATED,
+    "mistral": _GATED,
+    "opt": Family("model.decoder.layers", "fc1", "fc2"),
+    "phi": Family("model.layers", "mlp.fc1", "mlp.fc2"),
+    "qwen2": _GATED,
+    "qwen3": _GATED,
+    "smollm3": _GATED,
+}
+
+_NEURON_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """The family of `model`, by its config's model_type; ValueError names the supported ones."""
+    model_type = model.config.model_type
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"models of type {model_type!r} are not supported; supported: {', '.join(FAMILIES)}. "
+            "A new family is one line of meg_kernels.integrations.transformers.FAMILIES"
+        )
+    return FAMILIES[model_type]
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's decoder layers, in order."""
+    return model.get_submodule(family_of(model).layers)  # type: ignore[return-value]
+
+
+@dataclass
+class FeedForward:
+    """One feed-forward layer of a model, wherever its family keeps it."""
+
+    block: nn.Module
+    family: Family
+    layer: int
+    layout: NeuronLayout
+
+    @property
+    def input_projection(self) -> nn.Module:
+        return self.block.get_submodule(self.family.input_projection)
+
+    @property
+    def output_projection(self) -> nn.Module:
+        return self.block.get_submodule(self.family.output_projection)
+
+    @output_projection.setter
+    def output_projection(self, module: nn.Module) -> None:
+        parent, _, name = self.family.output_projection.rpartition(".")
+        setattr(self.block.get_submodule(parent), name, module)
+
+
+def feed_forward(model: PreTrainedModel, layer: int) -> FeedForward:
+    """Feed-forward layer `layer` (0-based) of `model`, with the layout of its neurons."""
+    family, layers, config = family_of(model), decoder_layers(model), model.config
+    if not 0 <= layer < len(layers):
+        raise ValueError(f"layer is {layer}; the model has layers 0 to {len(layers) - 1}")
+    activation = "identity"
+    if not family.gated:
+        names = ("hidden_act", "activation_function", "hidden_activation")
+        name = next(getattr(config, key) for key in names if hasattr(config, key))
+        if name not in _NEURON_ACTIVATIONS:
+            raise ValueError(
+                f"the model's activation {name!r} has no neuron counterpart; "
+                f"supported: {', '.join(_NEURON_ACTIVATIONS)}"
+            )
+        activation = _NEURON_ACTIVATIONS[name]
+    layout = NeuronLayout(config.hidden_size, config.hidden_size, not family.gated, activation)
+    return FeedForward(layers[layer], family, layer, layout)
+
+
+class _Stub(nn.Module):
+    """Stands for a decoder layer whose output is known already, or not wanted."""
+
+    def __init__(self, layer: nn.Module, output: Tensor | None, returns_tuple: bool):
+        super().__init__()
+        object.__setattr__(self, "_layer", layer)  # not a submodule: it is never run
+        self._output = output
+        self._returns_tuple = returns_tuple
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
+        output = hidden_states if self._output is None else self._output
+        return (output,) if self._returns_tuple else output
+
+    def __getattr__(self, name: str):
+        # Model loops read attributes of their layers (attention_type, ...).
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_layer"), name)
+
+
+class LowerLayers:
+    """Runs the layers below `layer` once and then lets the model start from their output.
+
+    Editing changes nothing below the edited layer, so that collection needs these layers once
+    for each prompt instead of once for each optimisation step.
+
+        lower = LowerLayers(model, layer)
+        hidden = lower.run(**inputs)             # [B, T, d]
+        with lower.replaced_by(hidden):
+            model(**inputs)                      # same logits, layers 0..layer-1 skipped
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: int):
+        self.model = model
+        self.layer = layer
+        self._returns_tuple = False
+
+    @torch.no_grad()
+    def run(self, **inputs: Tensor) -> Tensor:
+        """Hidden states [B, T, d] that enter `layer`; `inputs` as the model's forward takes."""
+        layers = decoder_layers(self.model)
+        noted: list[Tensor] = []
+
+        class Reached(Exception):
+            pass
+
+        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            noted.append(args[0] if args else kwargs["hidden_states"])
+            raise Reached
+
+        def look(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+            self._returns_tuple = isinstance(output, tuple)
+
+        hooks = [layers[self.layer].register_forward_pre_hook(note, with_kwargs=True)]
+        if self.layer:
+            hooks.append(layers[self.layer - 1].register_forward_hook(look))
+        try:
+            self.model(**inputs, use_cache=False)
+        except Reached:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return noted[0]
+
+    @contextmanager
+    def replaced_by(self, hidden: Tensor) -> Iterator[None]:
+        """Inside, the model's forward takes `hidden` for the output of its lower layers."""
+        layers = decoder_layers(self.model)
+        originals = list(layers[: self.layer])
+        for i, layer in enumerate(originals):
+            output = hidden if i == self.layer - 1 else None
+            layers[i] = _Stub(layer, output, self._returns_tuple)
+        try:
+            yield
+        finally:
+            for i, layer in enumerate(originals):
+                layers[i] = layer

@@ -1,0 +1,173 @@
+"""The dynamic neuron: the one value that collection, generation, storage and serving pass on.
+
+A neuron (paper, section 3.1) widens one feed-forward layer by one hidden unit:
+
+    FFN'(x) = FFN(x) + act(x . key + bias) * value
+
+`Neurons` holds N of them; `NeuronLayout` packs them into the flat vectors w = (key, bias, value)
+that the weight generators learn, and back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
+
+
+@dataclass(frozen=True)
+class NeuronLayout:
+    """Where key, bias and value stand in a flat neuron vector: `[key | bias | value]`.
+
+    Args:
+        d_in: width of the FFN's input, which the key reads.
+        d_out: width of the FFN's output, which the value writes.
+        has_bias: whether a neuron has a bias (FFNs of Phi, GPT-J, GPT-2, GPT-NeoX, OPT do;
+            the gated FFNs of Llama, Mistral, Qwen and Gemma do not).
+        activation: `identity`, `gelu`, `gelu_tanh`, `silu` or `relu`.
+    """
+
+    d_in: int
+    d_out: int
+    has_bias: bool
+    activation: str
+
+    def __post_init__(self) -> None:
+        _check_activation(self.activation)
+        if self.d_in < 1 or self.d_out < 1:
+            raise ValueError(f"d_in and d_out must be positive, got {self.d_in} and {self.d_out}")
+
+    @property
+    def dim(self) -> int:
+        """Length of one flat neuron vector."""
+        return self.d_in + self.has_bias + self.d_out
+
+    def pack(self, neurons: Neurons) -> Tensor:
+        """Flat vectors [N, dim] of `neurons`; raises ValueError if their layout is another."""
+        if neurons.layout != self:
+            raise ValueError(f"neurons have {neurons.layout}, but {self} was expected")
+        parts = [neurons.key, neurons.value]
+        if neurons.bias is not None:
+            parts.insert(1, neurons.bias.unsqueeze(1))
+        return torch.cat(parts, dim=1)
+
+    def unpack(self, flat: Tensor) -> Neurons:
+        """The neurons whose flat vectors [N, dim] these are, as views: no copy is made."""
+        if flat.dim() != 2 or flat.shape[1] != self.dim:
+            raise ValueError(f"flat is {tuple(flat.shape)}; it must be [N, {self.dim}]")
+        key, rest = flat[:, : self.d_in], flat[:, self.d_in :]
+        bias = rest[:, 0] if self.has_bias else None
+        return Neurons(key, bias, rest[:, int(self.has_bias) :], self.activation)
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """N neurons of one feed-forward layer.
+
+    Args:
+        key: [N, d_in], any floating dtype.
+        bias: [N], or None for neurons without one.
+        value: [N, d_out].
+        activation: `identity`, `gelu` (erf), `gelu_tanh`, `silu` or `relu`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+
+    >>> neurons = Neurons(torch.ones(2, 3), None, torch.zeros(2, 4), "identity")
+    >>> len(neurons), neurons.layout.dim
+    (2, 7)
+    """
+
+    key: Tensor
+    bias: Tensor | None
+    value: Tensor
+    activation: str = "identity"
+
+    def __post_init__(self) -> None:
+        _check_activation(self.activation)
+        n = self.key.shape[0] if self.key.dim() else 0
+        if self.key.dim() != 2:
+            raise ValueError(f"key is {tuple(self.key.shape)}; it must be [N, d_in]")
+        if self.value.dim() != 2 or self.value.shape[0] != n:
+            raise ValueError(f"value is {tuple(self.value.shape)}; it must be [{n}, d_out]")
+        if self.bias is not None and self.bias.shape != (n,):
+            raise ValueError(f"bias is {tuple(self.bias.shape)}; it must be [{n}] or None")
+        for name, tensor in self._tensors().items():
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name} is {tensor.dtype}; it must be a floating dtype")
+            if tensor.dtype != self.key.dtype or tensor.device != self.key.device:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} on {tensor.device}, but key is "
+                    f"{self.key.dtype} on {self.key.device}; bring them together with .to()"
+                )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {"key": self.key, "bias": self.bias, "value": self.value}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def __len__(self) -> int:
+        return self.key.shape[0]
+
+    def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Neurons:
+        """The neurons of these rows, as Neurons; an int would drop the row axis: use `[i : i + 1]`."""
+        if isinstance(rows, int):
+            raise TypeError("index Neurons with a slice, a list or a tensor, so that N stays an axis")
+        return self._map(lambda tensor: tensor[rows])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Neurons:
+        changed = {name: change(tensor) for name, tensor in self._tensors().items()}
+        return dataclasses.replace(self, **changed)
+
+    @property
+    def layout(self) -> NeuronLayout:
+        return NeuronLayout(
+            self.key.shape[1], self.value.shape[1], self.bias is not None, self.activation
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.key.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.key.dtype
+
+    def to(self, *args, **kwargs) -> Neurons:
+        """These neurons on another device or in another dtype; arguments as `Tensor.to` takes."""
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def detach(self) -> Neurons:
+        """These neurons outside any autograd graph."""
+        return self._map(Tensor.detach)
+
+    def is_finite(self) -> Tensor:
+        """[N] bool: which neurons hold no NaN and no infinity."""
+        finite = [
+            tensor.reshape(len(self), -1).isfinite().all(1) for tensor in self._tensors().values()
+        ]
+        return torch.stack(finite).all(0)
+
+    @staticmethod
+    def cat(parts: Sequence[Neurons]) -> Neurons:
+        """One `Neurons` of all the parts' rows, in order; the parts must share one layout."""
+        if not parts:
+            raise ValueError("there are no neurons to concatenate")
+        layout = parts[0].layout
+        return layout.unpack(torch.cat([layout.pack(part) for part in parts]))
