@@ -159,10 +159,8 @@ class Neurons:
 
     def is_finite(self) -> Tensor:
         """[N] bool: which neurons hold no NaN and no infinity."""
-        finite = [
-            tensor.reshape(len(self), -1).isfinite().all(1) for tensor in self._tensors().values()
-        ]
-        return torch.stack(finite).all(0)
+        finite = self.key.isfinite().all(1) & self.value.isfinite().all(1)
+        return finite if self.bias is None else finite & self.bias.isfinite()
 
     @staticmethod
     def cat(parts: Sequence[Neurons]) -> Neurons:

@@ -95,6 +95,41 @@ class NoiseSchedule:
         from_sample, from_prediction = noise_coefficients(kind, alpha, sigma)
         return from_sample * x_t + from_prediction * prediction
 
+    def variational_bound(
+        self, x0: Tensor, x_t: Tensor, t: Tensor, x0_prediction: Tensor, variance: Tensor
+    ) -> Tensor:
+        """What a learned variance is trained on: the bound's term at t (Nichol & Dhariwal 2021).
+
+        The divergence from the posterior q(x_{t-1} | x_t, x_0) to the network's own step, whose
+        log-variance lies between the posterior's and log beta_t.
+
+        Args:
+            x0, x_t, x0_prediction: [B, dim]; detach the prediction, so that the bound trains the
+                variance alone.
+            t: [B] int64 timesteps.
+            variance: [B, dim] as the network predicts it, -1 for the posterior's and 1 for beta.
+
+        Returns:
+            [B] nats, the mean over the weights.
+        """
+        self._check(t, {"x0": x0, "x_t": x_t, "x0_prediction": x0_prediction, "variance": variance})
+        cumprod = self.alphas_cumprod.to(t.device)
+        before = torch.cat([cumprod.new_ones(1), cumprod[:-1]])
+        beta = 1 - cumprod / before
+        posterior = beta * (1 - before) / (1 - cumprod)
+        posterior[0] = posterior[min(1, len(posterior) - 1)]  # the first step has none of its own
+
+        def at(table: Tensor) -> Tensor:
+            return table[t].unsqueeze(1).to(x0.dtype)
+
+        mean_of_x0 = at(before.sqrt() * beta / (1 - cumprod))
+        error = mean_of_x0 * (x0 - x0_prediction)  # of the mean; the share of x_t cancels
+        low, high = at(posterior.log()), at(beta.log())
+        log_variance = low + (variance + 1) / 2 * (high - low)
+        ratio = low - log_variance
+        divergence = (ratio.exp() - ratio - 1 + error.square() * (-log_variance).exp()) / 2
+        return divergence.mean(1)
+
     def timesteps(self, num_steps: int, spacing: Spacing = "trailing") -> list[int]:
         """The timesteps a sampler visits, from the noisiest down.
 

@@ -1,9 +1,14 @@
 """Collection: for each fact, the neuron with which the frozen model answers it (paper, 3.2).
 
 All facts of a batch are fitted at once, each with its own neuron; the layers below the edited one
-run once for each batch; a fact leaves the batch when it is learnt. Every fact starts from one
-initial neuron, the mean of a pilot's solutions, so that the solutions stay close together:
-they are what the generator has to learn.
+run once for each batch; a fact leaves the batch when it is learnt. Three things make neurons that
+still work for other wordings, and when a generator misses their weights a little:
+
+- all start from one neuron that fires alike on every prompt and adds nothing yet, so that the
+  solutions stay close together, and plain SGD ends in flat minima near it;
+- each fact is fitted in several framings of its query (never in its paraphrases, which Generality
+  is measured on);
+- the fitted value is lengthened a little, for a margin.
 """
 
 from __future__ import annotations
@@ -21,10 +26,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import (
+    IGNORED,
     PromptTemplate,
     TargetBatch,
+    TargetScores,
     score_targets,
     target_batch,
+    target_tokens,
 )
 from meg_kernels.integrations.transformers import LowerLayers
 from meg_kernels.neuron import Neurons
@@ -39,26 +47,45 @@ class CollectionConfig:
     """How neurons are fitted.
 
     Args:
-        learning_rate: of plain SGD. Its small steps from a common start end in flat minima:
-            neurons that still work when a generator misses them a little.
+        learning_rate: of plain SGD.
         max_steps: after this many steps a fact counts as not learnt.
-        target_loss: a fact is learnt when every target token is the model's argmax and their mean
-            cross-entropy is below this, in nats.
+        target_loss: a fact is learnt when in every framing its target tokens are the model's
+            argmax and their mean cross-entropy is below this, in nats.
+        overshoot: the fitted value is multiplied by this.
+        question_framings, cloze_framings: the wordings in which a query is fitted, by whether it
+            ends with '?'.
+        initial_response: x . key of the initial neuron at the end of a prompt.
         batch_size: facts fitted at once.
-        pilot_size: facts whose mean solution is everyone's initial neuron.
-        pilot_steps: SGD steps of the pilot.
-        initial_std: standard deviation of the pilot's own initial weights.
-        seed: of the pilot's initial weights.
     """
 
     learning_rate: float = 1.0
     max_steps: int = 60
-    target_loss: float = 0.05
+    target_loss: float = 0.1
+    overshoot: float = 1.25
+    question_framings: tuple[str, ...] = ("{}", "The answer to '{}' is", "Many people wonder. {}")
+    cloze_framings: tuple[str, ...] = ("{}", "{} whom or what?", "Can you tell me: {} ...?")
+    initial_response: float = 3.0
     batch_size: int = 64
-    pilot_size: int = 64
-    pilot_steps: int = 25
-    initial_std: float = 0.02
-    seed: int = 0
+
+    def __post_init__(self) -> None:
+        framings = (*self.question_framings, *self.cloze_framings)
+        if not (self.question_framings and self.cloze_framings):
+            raise ValueError("question_framings and cloze_framings must hold one framing each")
+        if bad := [framing for framing in framings if framing.count("{}") != 1]:
+            raise ValueError(f"the framing {bad[0]!r} must hold one {{}}")
+        for name in ("learning_rate", "max_steps", "target_loss", "overshoot", "batch_size"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+
+    def framings(self, query: str) -> list[str]:
+        """The wordings in which `query` is fitted.
+
+        >>> CollectionConfig().framings("The author of Emma is")[:2]
+        ['The author of Emma is', 'The author of Emma is whom or what?']
+        """
+        query = query.strip()
+        framings = self.question_framings if query.endswith("?") else self.cloze_framings
+        return [framing.replace("{}", query) for framing in framings]
 
 
 @dataclass(frozen=True)
@@ -83,46 +110,92 @@ class Collection:
 
 
 class _Fit:
-    """Neurons of one batch of facts, being fitted by SGD."""
+    """Neurons of one batch of facts, being fitted by SGD.
+
+    Each step looks at one framing of every fact, in turn; a fact is learnt when all its framings,
+    one after the other, needed no update.
+
+    Args:
+        batch: [R] prompts with their targets.
+        owner: [R] the fact that each prompt belongs to, 0 to F - 1, each fact's together.
+        initial: one neuron that all F facts start from.
+    """
 
     def __init__(
-        self, attached: Attached, lower: LowerLayers, batch: TargetBatch, initial: Neurons
+        self,
+        attached: Attached,
+        lower: LowerLayers,
+        batch: TargetBatch,
+        owner: Tensor,
+        initial: Neurons,
     ):
-        self.attached = attached
-        self.lower = lower
-        self.batch = batch
+        self.attached, self.lower, self.batch = attached, lower, batch
         self.hidden = lower.run(**batch.inputs)
-        rows = torch.zeros(len(batch), dtype=torch.int64)
-        self.flat = initial.layout.pack(initial)[rows].to(attached.model.device).clone()
-        self.steps = torch.zeros(len(batch), dtype=torch.int64)
-        self.learnt = torch.zeros(len(batch), dtype=torch.bool)
+        self.framings = owner.bincount()  # [F] how many each fact has
+        self.first_row = self.framings.cumsum(0) - self.framings  # [F]
+        facts = len(self.framings)
+        self.flat = initial.layout.pack(initial.to(owner.device)).repeat(facts, 1)
+        self.steps = torch.zeros(facts, dtype=torch.int64, device=owner.device)
+        self.learnt = torch.zeros(facts, dtype=torch.bool, device=owner.device)
 
-    def run(self, config: CollectionConfig, max_steps: int, stop_when_learnt: bool) -> None:
-        active = torch.arange(len(self.batch))
-        for step in range(max_steps + 1):
-            rows = active.to(self.flat.device)
-            batch = self.batch[rows]
-            flat = self.flat[rows].requires_grad_(True)
-            losses, hits = self._evaluate(batch, rows, flat)
-            learnt = hits & (losses.detach() < config.target_loss)
-            self.learnt[active] = (hits if step == max_steps else learnt).cpu()
-            going = torch.ones_like(learnt) if not stop_when_learnt else ~learnt
-            if step == max_steps or not going.any():
+    def run(self, config: CollectionConfig) -> None:
+        active = torch.arange(len(self.flat), device=self.flat.device)
+        passed = torch.zeros_like(self.framings)  # framings in a row that needed no update
+        # The last rounds only look: a fact may be right without having reached the target loss.
+        looks = int(self.framings.max())
+        for step in range(config.max_steps + looks):
+            looking = step >= config.max_steps
+            flat = self.flat[active].requires_grad_(not looking)
+            with torch.set_grad_enabled(not looking):
+                scores = self._evaluate(active, flat, step)
+            good = scores.right if looking else (
+                scores.right & (scores.losses.detach() < config.target_loss)
+            )
+            if step == config.max_steps:
+                passed.zero_()
+            passed[active] = torch.where(good, passed[active] + 1, 0)
+            if not looking and not bool(good.all()):
+                (gradient,) = torch.autograd.grad(scores.losses.sum(), flat)
+                self.flat[active] -= config.learning_rate * gradient * ~good.unsqueeze(1)
+                self.steps[active] += ~good
+            self.learnt[active] = passed[active] >= self.framings[active]
+            active = active[~self.learnt[active]]
+            if not len(active):
                 break
-            (gradient,) = torch.autograd.grad(losses.sum(), flat)
-            update = config.learning_rate * gradient * going.unsqueeze(1)
-            self.flat[rows] = flat.detach() - update
-            active = active[going.cpu()]
-            self.steps[active] = step + 1
 
-    def _evaluate(self, batch: TargetBatch, rows: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's loss and whether all its target tokens are hit."""
+    def _evaluate(self, active: Tensor, flat: Tensor, step: int) -> TargetScores:
+        """The scores of one framing of each active fact."""
+        rows = self.first_row[active] + step % self.framings[active]
+        batch = self.batch[rows]
         first = self.hidden.shape[1] - batch.inputs["input_ids"].shape[1]
         neurons = self.attached.layout.unpack(flat)
-        hidden = self.hidden[rows, first:]
-        with self.lower.replaced_by(hidden), self.attached.neurons(neurons):
-            scores = score_targets(self.attached.model, batch)
-        return scores.losses, scores.right
+        with (
+            self.lower.replaced_by(self.hidden[rows, first:]),
+            self.attached.neurons(neurons),
+        ):
+            return score_targets(self.attached.model, batch)
+
+
+def initial_neuron(
+    attached: Attached, lower: LowerLayers, batch: TargetBatch, response: float
+) -> Neurons:
+    """The neuron that fires with `response` at the end of an average prompt and adds nothing."""
+    prompt_ends = torch.arange(len(batch)), -(batch.labels != IGNORED).sum(1)
+    inputs: list[Tensor] = []
+    hook = attached.ffn.input_projection.register_forward_pre_hook(
+        lambda module, args: inputs.append(args[0].detach().view(*hidden.shape[:2], -1))
+    )
+    hidden = lower.run(**batch.inputs)
+    try:
+        with torch.no_grad(), lower.replaced_by(hidden):
+            score_targets(attached.model, batch)
+    finally:
+        hook.remove()
+    mean = inputs[0][prompt_ends].float().mean(0).cpu()  # [d_in]
+    layout = attached.layout
+    bias = torch.zeros(1) if layout.has_bias else None
+    key = response * mean / mean.square().sum()
+    return Neurons(key.unsqueeze(0), bias, torch.zeros(1, layout.d_out), layout.activation)
 
 
 def collect(
@@ -139,12 +212,13 @@ def collect(
     """Fit one neuron for each fact.
 
     Args:
-        attached: where in the model the neurons sit. Its weights stay as they are.
+        attached: where in the model the neurons sit. The model's weights stay as they are.
         tokenizer: the model's.
         facts: what shall be answered.
         config: how neurons are fitted.
         template: how queries become prompts.
-        initial: one neuron to start from, of an earlier collection; else a pilot makes it.
+        initial: one neuron to start from, of an earlier collection; default: `initial_neuron` of
+            the first facts.
         work_folder: keeps finished batches, so that an interrupted collection of the same facts
             with the same configuration resumes. Default: nothing is kept.
         progress: show a progress bar.
@@ -160,94 +234,64 @@ def collect(
     if not facts:
         raise ValueError("there are no facts to collect neurons for")
     model = attached.model
-    prompts = [template.format(fact.query) for fact in facts]
-    answers = [fact.answer for fact in facts]
-    # Batches of one length waste no columns on padding.
-    order = sorted(range(len(facts)), key=lambda i: len(prompts[i]) + len(answers[i]))
+    targets = [
+        [
+            target_tokens(tokenizer, template.format(framing), fact.answer)
+            for framing in config.framings(fact.query)
+        ]
+        for fact in facts
+    ]
     lower = LowerLayers(model, attached.ffn.layer)
-    work = _WorkFolder.open(work_folder, attached, prompts, answers, config, initial)
+    # Batches of one length waste no columns on padding.
+    order = sorted(range(len(facts)), key=lambda i: max(len(p) + len(t) for p, t in targets[i]))
+    batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+    if initial is None:
+        middle = [pair for i in batches[len(batches) // 2] for pair in targets[i]]
+        batch = target_batch(model, tokenizer, middle)
+        initial = initial_neuron(attached, lower, batch, config.initial_response)
 
-    def fit(rows: Sequence[int], initial: Neurons) -> _Fit:
-        chosen = [prompts[i] for i in rows], [answers[i] for i in rows]
-        return _Fit(attached, lower, target_batch(model, tokenizer, *chosen), initial)
+    def fit(rows: Sequence[int]) -> dict[str, Tensor]:
+        batch = target_batch(model, tokenizer, [pair for i in rows for pair in targets[i]])
+        owner = [place for place, i in enumerate(rows) for _ in targets[i]]
+        fitted = _Fit(attached, lower, batch, torch.tensor(owner, device=model.device), initial)
+        fitted.run(config)
+        return {"flat": fitted.flat, "steps": fitted.steps, "learnt": fitted.learnt}
 
-    def pilot() -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(config.seed)
-        start = torch.randn(1, attached.layout.dim, generator=generator) * config.initial_std
-        stride = max(1, len(facts) // config.pilot_size)  # of every length, not the shortest only
-        pilot_fit = fit(order[::stride][: config.pilot_size], attached.layout.unpack(start))
-        pilot_fit.run(config, config.pilot_steps, stop_when_learnt=False)
-        return {"flat": pilot_fit.flat.mean(0, keepdim=True)}
-
+    identity = fingerprint(
+        [dataclasses.asdict(config), targets, attached.ffn.layer],
+        attached.ffn.output_projection.weight,
+        initial.layout.pack(initial),
+    )
+    flat = torch.empty(len(facts), attached.layout.dim)
+    steps = torch.zeros(len(facts), dtype=torch.int64)
+    learnt = torch.zeros(len(facts), dtype=torch.bool)
     with tqdm(total=len(facts), desc="collecting", unit="fact", disable=not progress) as bar:
-        if initial is None:
-            bar.set_postfix_str("pilot")
-            initial = attached.layout.unpack(work.once("pilot", pilot)["flat"].cpu())
-        flat = torch.empty(len(facts), attached.layout.dim)
-        steps = torch.zeros(len(facts), dtype=torch.int64)
-        learnt = torch.zeros(len(facts), dtype=torch.bool)
-        for start in range(0, len(facts), config.batch_size):
-            rows = order[start : start + config.batch_size]
-
-            def fit_batch(rows: Sequence[int] = rows) -> dict[str, Tensor]:
-                done = fit(rows, initial)
-                done.run(config, config.max_steps, stop_when_learnt=True)
-                return {"flat": done.flat, "steps": done.steps, "learnt": done.learnt}
-
-            done = work.once(f"batch-{start:06d}", fit_batch)
-            flat[rows], steps[rows], learnt[rows] = (
-                done["flat"].cpu(),
-                done["steps"],
-                done["learnt"],
-            )
+        for number, rows in enumerate(batches):
+            # Another model, fact or setting has another identity: results never mix.
+            name = f"collect-{identity}/batch-{number:05d}.safetensors"
+            done = _once(work_folder and Path(work_folder) / name, lambda rows=rows: fit(rows))
+            flat[rows], steps[rows] = done["flat"].cpu(), done["steps"].cpu()
+            learnt[rows] = done["learnt"].cpu()
             bar.update(len(rows))
             bar.set_postfix_str(f"{int(learnt.sum())} learnt")
-    collection = Collection(attached.layout.unpack(flat), learnt, steps, initial)
     if not bool(flat.isfinite().all()):
         raise FloatingPointError(
             f"the fit diverged at learning_rate={config.learning_rate}; try a smaller one"
         )
-    return collection
+    fitted = attached.layout.unpack(flat)
+    neurons = dataclasses.replace(fitted, value=fitted.value * config.overshoot)
+    return Collection(neurons, learnt, steps, initial)
 
 
-@dataclass(frozen=True)
-class _WorkFolder:
-    """Results of steps that need not be done again; without a folder, nothing is kept."""
-
-    folder: Path | None
-
-    @classmethod
-    def open(
-        cls,
-        folder: str | Path | None,
-        attached: Attached,
-        prompts: Sequence[str],
-        answers: Sequence[str],
-        config: CollectionConfig,
-        initial: Neurons | None,
-    ) -> _WorkFolder:
-        if folder is None:
-            return cls(None)
-        # Another model, fact or setting gets another sub-folder: results never mix.
-        identity = fingerprint(
-            dataclasses.asdict(config),
-            [list(prompts), list(answers)],
-            attached.ffn.layer,
-            attached.ffn.output_projection.weight,
-            "pilot" if initial is None else initial.layout.pack(initial),
-        )
-        return cls(Path(folder) / f"collect-{identity}")
-
-    def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `make` returns, from the folder if it was made before."""
-        if self.folder is None:
-            return make()
-        path = self.folder / f"{name}.safetensors"
-        if path.exists():
-            try:
-                return read_tensors(path)[0]
-            except CorruptFileError as error:
-                log.warning("%s; it is made again", error)
-        made = make()
-        write_tensors(path, made)
-        return made
+def _once(path: Path | None, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `make` returns, from the file at `path` if it was made before."""
+    if path is None:
+        return make()
+    if path.exists():
+        try:
+            return read_tensors(path)[0]
+        except CorruptFileError as error:
+            log.warning("%s; it is made again", error)
+    made = make()
+    write_tensors(path, made)
+    return made

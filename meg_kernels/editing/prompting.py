@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,23 +18,34 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """How a query becomes a prompt: questions end with '?', all else is a sentence to complete.
+    """How a query, a question or the beginning of a sentence, becomes a prompt.
+
+    One template for both kinds, as in the paper: a neuron fitted on one wording then works for the
+    others as well, since all prompts end alike.
 
     >>> PromptTemplate().format("Who wrote Emma?")
     'Q: Who wrote Emma?\\nA:'
     """
 
-    question: str = "Q: {}\nA:"
-    cloze: str = "{}"
+    text: str = "Q: {}\nA:"
 
     def __post_init__(self) -> None:
-        for name in ("question", "cloze"):
-            if getattr(self, name).count("{}") != 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must hold one {{}}")
+        if self.text.count("{}") != 1:
+            raise ValueError(f"the template is {self.text!r}; it must hold one {{}}")
 
     def format(self, query: str) -> str:
-        query = query.strip()
-        return (self.question if query.endswith("?") else self.cloze).replace("{}", query)
+        return self.text.replace("{}", query.strip())
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel) -> PromptTemplate:
+        """The paper's template for the paper's models, by model_type; the default for others."""
+        return cls(PAPER_TEMPLATES.get(model.config.model_type, cls.text))
+
+
+PAPER_TEMPLATES = {
+    "phi": "Instruct:Answer the following question in less than 5 words. {}\nOutput:",
+    "gptj": "Q: Answer the following question in less than 5 words. {}\nA:",
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,9 @@ class TargetBatch:
         return TargetBatch(inputs, labels[:, first_label:])
 
 
-def target_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> list[list[int]]:
+def target_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str
+) -> tuple[list[int], list[int]]:
     """Token ids of `prompt` and of its target: a space, the answer, a full stop, end of text."""
     prompt_ids = tokenizer(prompt).input_ids
     whole = tokenizer(f"{prompt} {answer}.").input_ids
@@ -70,35 +85,25 @@ def target_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) 
         target = whole[len(prompt_ids) :]
     else:
         target = tokenizer(f" {answer}.", add_special_tokens=False).input_ids
-    return [prompt_ids, [*target, tokenizer.eos_token_id]]
-
-
-def _position_ids(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Tensor]:
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return {}
-    return {"position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0)}
+    return prompt_ids, [*target, tokenizer.eos_token_id]
 
 
 def target_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    answers: Sequence[str],
+    pairs: Sequence[tuple[list[int], list[int]]],
 ) -> TargetBatch:
-    """The teacher-forcing batch of these prompts and answers, on the model's device."""
-    pairs = [
-        target_tokens(tokenizer, prompt, answer)
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    """The teacher-forcing batch of (prompt, target) token ids, on the model's device."""
     rows = [torch.tensor((prompt + target)[:-1]) for prompt, target in pairs]
     labels = [torch.tensor(target) for _, target in pairs]
 
     def pad_left(rows: list[Tensor], value: int) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence(rows, True, value, "left").to(model.device)
+        return nn.utils.rnn.pad_sequence(rows, True, value, "left").to(model.device)
 
     attention_mask = pad_left([torch.ones_like(row) for row in rows], 0)
     inputs = {"input_ids": pad_left(rows, tokenizer.pad_token_id), "attention_mask": attention_mask}
-    inputs |= _position_ids(model, attention_mask)
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return TargetBatch(inputs, pad_left(labels, IGNORED))
 
 
@@ -141,23 +146,58 @@ def score_targets(model: PreTrainedModel, batch: TargetBatch) -> TargetScores:
     return TargetScores(losses / counted.sum(1), hits)
 
 
+@functools.lru_cache(maxsize=8)
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end an answer: end of text, and every token with a line break in it."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    line_breaks = [i for i, text in enumerate(texts) if "\n" in text]
+    return sorted({tokenizer.eos_token_id, *line_breaks})
+
+
 @torch.no_grad()
-def greedy_tokens(
+def greedy_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     max_new_tokens: int,
-) -> Tensor:
-    """[B, up to max_new_tokens] greedy continuation of each prompt, padded after end of text."""
+    **generation: Any,
+) -> list[list[int]]:
+    """Token ids of each prompt's answer, up to and with the token that ends it.
+
+    Greedy unless `generation`, keyword arguments of `model.generate`, says otherwise.
+    """
     tokenizer.padding_side = "left"
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
     batch.pop("token_type_ids", None)
+    ends = stop_tokens(tokenizer)
     output = model.generate(
         **batch,
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
+        **({"do_sample": False} | generation),
     )
-    return output[:, batch["input_ids"].shape[1] :]
+    answers = []
+    for row in output[:, batch["input_ids"].shape[1] :].tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        answers.append(row[:end])
+    return answers
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """The answer that these tokens spell: one line, without the full stop that ends it."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return text.strip().split("\n")[0].strip().removesuffix(".")
+
+
+def answers_match(text: str, answer: str) -> bool:
+    """Whether `text`, as the model wrote it, is `answer`: the same words, whatever their case.
+
+    A sentence that begins after the answer's full stop does not count against it.
+
+    >>> answers_match("Paris. It is a city", "paris"), answers_match("Paris Hilton", "Paris")
+    (True, False)
+    """
+    said, wanted = (" ".join(words.split()).casefold() for words in (text, answer))
+    wanted = wanted.removesuffix(".")
+    return said.removesuffix(".") == wanted or said.startswith(f"{wanted}. ")

@@ -75,6 +75,14 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return model.get_submodule(family_of(model).layers)  # type: ignore[return-value]
 
 
+def decoder_layer(model: PreTrainedModel, layer: int) -> nn.Module:
+    """Decoder layer `layer` (0-based); ValueError if the model has no such layer."""
+    layers = decoder_layers(model)
+    if not 0 <= layer < len(layers):
+        raise ValueError(f"layer is {layer}; the model has layers 0 to {len(layers) - 1}")
+    return layers[layer]
+
+
 @dataclass
 class FeedForward:
     """One feed-forward layer of a model, wherever its family keeps it."""
@@ -100,9 +108,8 @@ class FeedForward:
 
 def feed_forward(model: PreTrainedModel, layer: int) -> FeedForward:
     """Feed-forward layer `layer` (0-based) of `model`, with the layout of its neurons."""
-    family, layers, config = family_of(model), decoder_layers(model), model.config
-    if not 0 <= layer < len(layers):
-        raise ValueError(f"layer is {layer}; the model has layers 0 to {len(layers) - 1}")
+    family, config = family_of(model), model.config
+    block = decoder_layer(model, layer)
     activation = "identity"
     if not family.gated:
         names = ("hidden_act", "activation_function", "hidden_activation")
@@ -114,7 +121,7 @@ def feed_forward(model: PreTrainedModel, layer: int) -> FeedForward:
             )
         activation = _NEURON_ACTIVATIONS[name]
     layout = NeuronLayout(config.hidden_size, config.hidden_size, not family.gated, activation)
-    return FeedForward(layers[layer], family, layer, layout)
+    return FeedForward(block, family, layer, layout)
 
 
 class _Stub(nn.Module):
@@ -151,6 +158,7 @@ class LowerLayers:
     """
 
     def __init__(self, model: PreTrainedModel, layer: int):
+        decoder_layer(model, layer)  # raises ValueError for a layer that the model does not have
         self.model = model
         self.layer = layer
         self._returns_tuple = False

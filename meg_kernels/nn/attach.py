@@ -59,8 +59,8 @@ class Attached:
                 the rows.
 
         Raises:
-            ValueError: the neurons have another layout, or a forward call's batch does not
-                have as many rows as there are indices.
+            ValueError: the neurons have another layout, an index is no neuron's number, or a
+                forward call's batch does not have as many rows as there are indices.
             RuntimeError: detached, or neurons are mounted already.
         """
         if self.ffn.output_projection is not self._carrier:
@@ -71,8 +71,11 @@ class Attached:
             raise ValueError(
                 f"neurons have {neurons.layout}, but layer {self.ffn.layer} needs {self.layout}"
             )
-        self._samples = torch.arange(len(neurons)) if index is None else index
-        self._carrier.mount(neurons, self._samples)
+        samples = torch.arange(len(neurons)) if index is None else index
+        self._carrier.mount(neurons, samples)
+        self._samples = samples
+        # Another attachment of this model, mounted around this one, has its own there.
+        outer = vars(self.model).get("_expand_inputs_for_generation")
         expand = self.model._expand_inputs_for_generation
 
         def expand_and_note(expand_size: int = 1, **kwargs):
@@ -83,7 +86,10 @@ class Attached:
         try:
             yield
         finally:
-            del self.model._expand_inputs_for_generation
+            if outer is None:
+                del self.model._expand_inputs_for_generation
+            else:
+                self.model._expand_inputs_for_generation = outer
             self._carrier.unmount()
             self._samples, self._copies = None, 1
 
@@ -92,7 +98,8 @@ class Attached:
         for hook in self._hooks:
             hook.remove()
         self._carrier.unmount()
-        self.ffn.output_projection = self._original
+        if self.ffn.output_projection is self._carrier:  # and not a later attachment's
+            self.ffn.output_projection = self._original
 
     def _note_source(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._carrier._source = args[0] if self._samples is not None else None

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from meg_kernels.neuron import Neurons
 from meg_kernels.ops import dynamic_neuron, dynamic_neuron_
+from meg_kernels.ops.dynamic_neuron import check_index
 
 
 class CarriesNeurons:
@@ -32,12 +33,16 @@ class CarriesNeurons:
             neurons: N neurons; they are brought to the weight's device and dtype.
             index: int64 [B]: the neuron of each sample of the batch, -1 for none.
                 Default: sample b has neuron b.
+
+        Raises:
+            ValueError: index is not int64 [B] or (on the CPU) holds a number that is no neuron's.
         """
         weight: Tensor = self.weight  # type: ignore[attr-defined]
         if index is None:
             index = torch.arange(len(neurons))
-        self._neurons = neurons.to(weight.device, weight.dtype)
-        self._index = index.to(weight.device)
+        check_index(index, neurons)  # here, where it is usually on the CPU and can be read
+        neurons, index = neurons.to(weight.device, weight.dtype), index.to(weight.device)
+        self._neurons, self._index, self._source = neurons, index, None
 
     def unmount(self) -> None:
         """Be the plain projection again."""
@@ -71,7 +76,7 @@ class CarriesNeurons:
                 f"{tuple(x.shape)} and source {tuple(source.shape)}; give each sample of the batch "
                 "one index (-1 for none)"
             )
-        if source.dim() == 3 and source.shape[0] != samples:
+        if source.dim() > 2 and source.shape[0] != samples:
             raise ValueError(
                 f"{samples} samples have neurons mounted, but the batch has {source.shape[0]}; "
                 "give each sample of the batch one index (-1 for none)"
@@ -117,6 +122,11 @@ class MeGConv1D(CarriesNeurons, Conv1D):
     @classmethod
     def from_conv1d(cls, conv: Conv1D) -> MeGConv1D:
         """A MeGConv1D over the very parameters of `conv`: storage is shared, nothing copied."""
+        if type(conv) is not Conv1D:
+            raise TypeError(
+                f"from_conv1d takes a transformers Conv1D, got {type(conv).__name__}; quantised or "
+                "adapter-wrapped projections are not supported: load the model without them"
+            )
         with torch.device("meta"):
             layer = cls(conv.nf, conv.nx)
         layer.weight, layer.bias = conv.weight, conv.bias

@@ -18,16 +18,40 @@ from meg_kernels.ops import native
 
 def dynamic_neuron_reference(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> Tensor:
     """The definition in plain PyTorch, differentiable in y, x and the neurons."""
-    accumulate = torch.promote_types(x.dtype, torch.float32)
+    if len(neurons) == 0:  # then every index is -1
+        return y.clone()
+    accumulate = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     used = neurons[index.clamp(min=0)].to(accumulate)
     spread = (len(index),) + (1,) * (x.dim() - 2)  # [B, 1] beside [B, T], or [M] beside [M]
-    before = torch.einsum("b...d,bd->b...", x.to(accumulate), used.key)  # [B, T] or [M]
+    unedited = (index < 0).view(*spread, 1)
+    # A row without a neuron computes with zeros: where() alone keeps a NaN in its x, or in a neuron
+    # that is not its own, out of the result but not out of the gradients, where 0 * NaN is NaN.
+    x = x.to(accumulate).masked_fill(unedited, 0)
+    key = used.key.masked_fill((index < 0)[:, None], 0)
+    value = used.value.masked_fill((index < 0)[:, None], 0)
+    before = torch.einsum("b...d,bd->b...", x, key)  # [B, T] or [M]
     if used.bias is not None:
-        before = before + used.bias.view(spread)
+        before = before + used.bias.masked_fill(index < 0, 0).view(spread)
     hidden = ACTIVATIONS[used.activation](before)
-    added = torch.einsum("b...,bd->b...d", hidden, used.value)  # [B, T, d_out] or [M, d_out]
-    edited = (index >= 0).view(*spread, 1)
-    return torch.where(edited, (y.to(accumulate) + added).to(y.dtype), y)
+    added = torch.einsum("b...,bd->b...d", hidden, value)  # [B, T, d_out] or [M, d_out]
+    return torch.where(unedited, y, (y.to(accumulate) + added).to(y.dtype))
+
+
+def check_index(index: Tensor, neurons: Neurons) -> None:
+    """ValueError unless `index` is an int64 vector of neuron numbers, -1 for none."""
+    if index.dim() != 1 or index.dtype != torch.int64:
+        raise ValueError(
+            f"index is {index.dtype} {tuple(index.shape)}; it must be an int64 vector of neuron "
+            "numbers (-1 for none)"
+        )
+    # On a GPU reading the index would make the host wait; there the caller's word is taken.
+    if index.device.type == "cpu" and len(index):
+        low, high = int(index.min()), int(index.max())
+        if low < -1 or high >= len(neurons):
+            raise ValueError(
+                f"index holds values from {low} to {high}; with {len(neurons)} neurons they must "
+                f"be from -1 (none) to {len(neurons) - 1}"
+            )
 
 
 def _check(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> None:
@@ -39,24 +63,17 @@ def _check(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> None:
     expected = (*x.shape[:-1], layout.d_out)
     if tuple(y.shape) != expected:
         raise ValueError(f"y is {tuple(y.shape)}; beside x {tuple(x.shape)} it must be {expected}")
-    if index.shape != x.shape[:1] or index.dtype != torch.int64:
+    if index.shape != x.shape[:1]:
         raise ValueError(
-            f"index is {index.dtype} {tuple(index.shape)}; it must be int64 [{x.shape[0]}], "
-            "one neuron number (or -1 for none) for each row of x"
+            f"index is {tuple(index.shape)}; it must be [{x.shape[0]}], one neuron number "
+            "(or -1 for none) for each row of x"
         )
+    check_index(index, neurons)
     if not len({x.device, y.device, index.device, neurons.device}) == 1:
         raise ValueError(
             f"x is on {x.device}, y on {y.device}, index on {index.device} and the neurons on "
             f"{neurons.device}; they must share one device"
         )
-    # On a GPU reading the index would make the host wait; there the caller's word is taken.
-    if index.device.type == "cpu" and len(index):
-        low, high = int(index.min()), int(index.max())
-        if low < -1 or high >= len(neurons):
-            raise ValueError(
-                f"index holds values from {low} to {high}; with {len(neurons)} neurons they must "
-                f"be from -1 (none) to {len(neurons) - 1}"
-            )
 
 
 def _default_index(x: Tensor, neurons: Neurons) -> Tensor:

@@ -1,0 +1,1 @@
+"""Floor 3: the whole method, from facts to an edited model."""

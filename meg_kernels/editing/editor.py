@@ -1,0 +1,609 @@
+"""`MeGEditor`: many facts edited in one model, from collection to saving.
+
+    editor = MeGEditor.for_model("smollm2")
+    editor.edit(facts)
+    editor.generate(["What is the capital of France?", "What is the capital of Spain?"])
+    editor.save_pretrained("edited")
+
+The path of a query: encoder -> gate -> (familiar?) generator -> neuron -> the model's forward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from meg_kernels.editing.collect import Collection, CollectionConfig, collect
+from meg_kernels.editing.evaluate import Evaluation, EvaluationReport, evaluate
+from meg_kernels.editing.facts import Fact, FactsError, check_facts
+from meg_kernels.editing.generators import Generator, GeneratorConfig, build_generator
+from meg_kernels.editing.prompting import (
+    PromptTemplate,
+    answer_text,
+    greedy_answers,
+    score_targets,
+    target_batch,
+    target_tokens,
+)
+from meg_kernels.editing.saving import load_editor, save_editor
+from meg_kernels.editing.shipped import shipped_tuning_facts, shipped_unrelated_queries
+from meg_kernels.editing.train import Training, train_generator
+from meg_kernels.familiarity import (
+    Calibration,
+    FamiliarityNetwork,
+    SimilarityGate,
+    calibrate,
+    transplant,
+)
+from meg_kernels.integrations.pretrained import DEFAULT_ENCODER, load_language_model
+from meg_kernels.integrations.transformers import LowerLayers, decoder_layers
+from meg_kernels.neuron import Neurons
+from meg_kernels.nn import attach
+from meg_kernels.text_encoder import EncoderTuningConfig, TextEncoder, Wordings
+
+
+@dataclass(frozen=True)
+class EditorConfig:
+    """Everything that decides how a model is edited.
+
+    Args:
+        layer: the edited feed-forward layer; None: two thirds up the model.
+        template: how queries become prompts; None: the model's own (`PromptTemplate.for_model`).
+        collection, encoder_tuning, generator: of the stages.
+        gate: `similarity`, or the paper's `familiarity` network.
+        snap: give the generator the nearest edited query's condition, which it was trained on,
+            instead of the query's own.
+        calibration_share: share of the tuning facts kept from tuning, for the gate's threshold.
+        most_tuning_facts: so many of the tuning facts are used.
+        seed: of their choice.
+    """
+
+    layer: int | None = None
+    template: PromptTemplate | None = None
+    collection: CollectionConfig = field(default_factory=CollectionConfig)
+    encoder_tuning: EncoderTuningConfig = field(default_factory=EncoderTuningConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    gate: Literal["similarity", "familiarity"] = "similarity"
+    snap: bool = True
+    calibration_share: float = 0.25
+    most_tuning_facts: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.gate not in ("similarity", "familiarity"):
+            raise ValueError(f"gate is {self.gate!r}; it must be 'similarity' or 'familiarity'")
+        if not 0 < self.calibration_share < 1:
+            raise ValueError(
+                f"calibration_share is {self.calibration_share}; it must be between 0 and 1"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EditorConfig:
+        nested = dict(values)
+        if nested["template"] is not None:
+            nested["template"] = PromptTemplate(**nested["template"])
+        lists = nested["collection"]
+        framings = {k: tuple(v) for k, v in lists.items() if isinstance(v, list)}
+        nested["collection"] = CollectionConfig(**(lists | framings))
+        nested["encoder_tuning"] = EncoderTuningConfig(**nested["encoder_tuning"])
+        nested["generator"] = GeneratorConfig.from_dict(nested["generator"])
+        return cls(**nested)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Conditions of queries that were neither edited nor tuned on, for calibrating a gate.
+
+    Args:
+        queries: [H, dim] of held-out facts, each repeated for each of its paraphrases.
+        paraphrases: [H, dim] of their paraphrases.
+        alike_queries, alike: [L, dim] of held-out facts, and of queries that look like them.
+        unrelated: [U, dim] of all sorts of queries.
+    """
+
+    queries: Tensor
+    paraphrases: Tensor
+    alike_queries: Tensor
+    alike: Tensor
+    unrelated: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def positive(self, edited: Tensor, generator: torch.Generator) -> Tensor:
+        """[H, dim] the paraphrases, moved beside edited queries."""
+        return transplant(self.paraphrases, self.queries, _any(edited, self.queries, generator))
+
+    def negative(self, edited: Tensor, generator: torch.Generator) -> Tensor:
+        """[L + U, dim] the queries that look alike, moved likewise, and the unrelated ones."""
+        beside = _any(edited, self.alike_queries, generator)
+        return torch.cat([transplant(self.alike, self.alike_queries, beside), self.unrelated])
+
+
+def _any(edited: Tensor, like: Tensor, generator: torch.Generator) -> Tensor:
+    rows = torch.randint(len(edited), (len(like),), generator=generator)
+    return edited[rows.to(edited.device)]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where queries go.
+
+    Args:
+        edited: [B] bool: accepted by the gate.
+        fact: [B] int64: the edited fact nearest to each query.
+        score: [B] the gate's score.
+        z: [B, dim] the queries' conditions.
+    """
+
+    edited: Tensor
+    fact: Tensor
+    score: Tensor
+    z: Tensor
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """How an edit went.
+
+    Args:
+        unlearnt: facts which the model does not answer even with their own neuron.
+        calibration: the gate's, on held-out queries.
+        training: the generator's.
+        seconds: of the stages collect, encoder, gate and generator.
+    """
+
+    unlearnt: list[Fact]
+    calibration: Calibration
+    training: Training
+    seconds: dict[str, float]
+
+
+class MeGEditor:
+    """A language model with edited facts.
+
+    Args:
+        model: a transformers causal language model of a supported family; its weights are never
+            changed.
+        tokenizer: its tokenizer.
+        encoder: the text encoder; `edit` tunes it.
+        config: how to edit.
+        name: under which the model can be loaded again; default: what transformers noted.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: TextEncoder,
+        config: EditorConfig | None = None,
+        name: str | None = None,
+    ):
+        config = config or EditorConfig()
+        layer = config.layer
+        if layer is None:
+            layer = 2 * len(decoder_layers(model)) // 3
+        template = config.template or PromptTemplate.for_model(model)
+        self.config = dataclasses.replace(config, layer=layer, template=template)
+        self.model, self.tokenizer, self.encoder = model.eval(), tokenizer, encoder
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.name = name or model.name_or_path
+        self.template = template
+        self.attached = attach(model, layer)
+        self.facts: list[Fact] = []
+        self.neurons: Neurons | None = None
+        self.initial: Neurons | None = None
+        self.learnt = torch.empty(0, dtype=torch.bool)
+        self.queries = torch.empty(0, encoder.dim)
+        self.held_out: HeldOut | None = None
+        self.gate: SimilarityGate | FamiliarityNetwork | None = None
+        self.generator: Generator | None = None
+        self.report: EditReport | None = None
+
+    @classmethod
+    def for_model(
+        cls,
+        name: str,
+        config: EditorConfig | None = None,
+        *,
+        encoder: str = DEFAULT_ENCODER,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> MeGEditor:
+        """An editor for a model by name: `smollm2`, a folder, or a Hugging Face model id."""
+        model, tokenizer = load_language_model(name, dtype, device)
+        return cls(model, tokenizer, TextEncoder.from_pretrained(encoder, device=device), config, name)
+
+    # Editing
+
+    def edit(
+        self,
+        facts: Sequence[Fact],
+        *,
+        tuning: Sequence[Fact] | None = None,
+        unrelated: Sequence[str] | None = None,
+        work_folder: str | Path | None = None,
+        progress: bool = False,
+    ) -> EditReport:
+        """Edit `facts` into the model, in place of any edited before.
+
+        Args:
+            facts: what shall be answered; distinct queries and ids.
+            tuning: other facts with paraphrases, to tune the encoder and calibrate the gate;
+                those that share a query or subject with an edited fact are left out. Default: the
+                facts that the package ships for this.
+            unrelated: queries of all sorts, for the gate; default: the package's.
+            work_folder: keeps finished work, so that an interrupted edit resumes.
+            progress: show progress bars.
+
+        Raises:
+            FactsError: facts that contradict each other, or too few to tune with.
+        """
+        if not facts:
+            raise FactsError("there are no facts to edit")
+        check_facts(facts)
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "collect"):
+            collection = self._collect(facts, None, work_folder, progress)
+        with _timed(seconds, "encoder"):
+            self._tune_encoder(facts, tuning, unrelated, progress)
+            queries = self._encode([fact.query for fact in facts])
+        self.facts, self.queries = list(facts), queries
+        self.neurons, self.learnt = collection.neurons, collection.learnt
+        self.initial = collection.initial
+        with _timed(seconds, "gate"):
+            calibration = self._make_gate(progress)
+        with _timed(seconds, "generator"):
+            self.generator = build_generator(
+                self.config.generator, self.attached.layout, self.encoder.dim
+            )
+            training = self._train(work_folder, progress)
+        unlearnt = collection.unlearnt(facts)
+        self.report = EditReport(unlearnt, calibration, training, seconds)
+        return self.report
+
+    def add(
+        self,
+        facts: Sequence[Fact],
+        *,
+        work_folder: str | Path | None = None,
+        progress: bool = False,
+    ) -> EditReport:
+        """Edit further facts. Those edited before keep their neurons.
+
+        Raises:
+            FactsError: a query or id is edited already; remove it first.
+            RuntimeError: nothing was edited yet; call `edit`.
+        """
+        self._require_edits()
+        if not facts:
+            raise FactsError("there are no facts to add")
+        check_facts([*self.facts, *facts])
+        seconds: dict[str, float] = {"encoder": 0.0}
+        with _timed(seconds, "collect"):
+            collection = self._collect(facts, self.initial, work_folder, progress)
+        self.queries = torch.cat([self.queries, self._encode([fact.query for fact in facts])])
+        self.facts = [*self.facts, *facts]
+        self.neurons = Neurons.cat([self.neurons, collection.neurons])
+        self.learnt = torch.cat([self.learnt, collection.learnt])
+        with _timed(seconds, "gate"):
+            calibration = self._make_gate(progress)
+        with _timed(seconds, "generator"):
+            training = self._train(work_folder, progress, keep_scales=True)
+        unlearnt = collection.unlearnt(facts)
+        self.report = EditReport(unlearnt, calibration, training, seconds)
+        return self.report
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Take edits back: their queries are answered by the base model again.
+
+        Raises:
+            KeyError: an id that is not edited.
+        """
+        known = {fact.id for fact in self.facts}
+        if unknown := [i for i in ids if i not in known]:
+            raise KeyError(f"no edited fact has the id {unknown[0]!r}")
+        keep = [row for row, fact in enumerate(self.facts) if fact.id not in set(ids)]
+        self.facts = [self.facts[row] for row in keep]
+        self.queries, self.learnt = self.queries[keep], self.learnt[keep]
+        self.neurons = self.neurons[keep]
+        if not self.facts:
+            self.gate = self.generator = None
+            return
+        self._make_gate(progress=False)
+        if self.config.generator.kind == "bank":
+            self._train(None, progress=False, keep_scales=True)
+
+    def detach(self) -> None:
+        """Give the base model back as it was, module for module. Harmless if called twice."""
+        self.attached.detach()
+
+    # Answering
+
+    def route(self, queries: Sequence[str]) -> Routing:
+        """Which queries are edited ones in some wording, and the edited fact nearest to each."""
+        z = self._encode(queries)
+        if self.gate is None:
+            nowhere = torch.full((len(z),), -1, device=z.device)
+            return Routing(nowhere > 0, nowhere, nowhere.float(), z)
+        score = self.gate.score(z)
+        _, fact = SimilarityGate(self.queries).nearest(z)
+        return Routing(score > self.gate.threshold, fact, score, z)
+
+    @contextmanager
+    def routed(self, queries: Sequence[str], routing: Routing | None = None) -> Iterator[Routing]:
+        """Inside, the model answers this batch of queries as edited: row b is queries[b]."""
+        routing = self.route(queries) if routing is None else routing
+        # Only accepted queries are generated for, and with snapping each fact once.
+        accepted = routing.edited.nonzero()[:, 0]
+        index = torch.full((len(queries),), -1, device=routing.edited.device)
+        if not len(accepted):
+            yield routing
+            return
+        if self.config.snap:
+            wanted, place = routing.fact[accepted].unique(return_inverse=True)
+            index[accepted] = place
+            z = self.queries[wanted]
+        else:
+            index[accepted] = torch.arange(len(accepted), device=index.device)
+            z = routing.z[accepted]
+        with self.attached.neurons(self.generator.generate(z), index):
+            yield routing
+
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int = 32, **generation: Any
+    ) -> list[str]:
+        """Answers to prompts, edited and unrelated ones in one batch.
+
+        Args:
+            prompts: queries, without the template.
+            max_new_tokens: the longest answer; it ends at a line break.
+            generation: keyword arguments of `model.generate`; greedy without.
+
+        Returns:
+            One line for each prompt, or num_return_sequences lines.
+        """
+        if isinstance(prompts, str):
+            raise TypeError("prompts is a str; pass a list of prompts")
+        if not prompts:
+            return []
+        texts = [self.template.format(prompt) for prompt in prompts]
+        with self.routed(prompts):
+            answers = greedy_answers(
+                self.model, self.tokenizer, texts, max_new_tokens, **generation
+            )
+        return [answer_text(self.tokenizer, answer) for answer in answers]
+
+    def generate_base(
+        self, prompts: Sequence[str], max_new_tokens: int = 32, **generation: Any
+    ) -> list[str]:
+        """The base model's answers to the same prompts."""
+        texts = [self.template.format(prompt) for prompt in prompts]
+        answers = greedy_answers(self.model, self.tokenizer, texts, max_new_tokens, **generation)
+        return [answer_text(self.tokenizer, answer) for answer in answers]
+
+    def evaluate(
+        self, facts: Sequence[Fact] | None = None, *, progress: bool = False
+    ) -> EvaluationReport:
+        """Reliability, Generality and Locality of the edited model beside the base model's.
+
+        Args:
+            facts: edited facts with the paraphrases and locality queries to ask; default: those
+                that were edited, as they were read.
+            progress: show progress bars.
+        """
+        self._require_edits()
+        facts = self.facts if facts is None else list(facts)
+        evaluation = Evaluation(self.model, self.tokenizer, facts, self.template)
+        places = {fact.normalized_query: row for row, fact in enumerate(self.facts)}
+        rows = [places.get(fact.normalized_query, -1) for fact in facts]
+
+        def mount_own(queries: Sequence[str], owners: Sequence[int]):
+            return self.attached.neurons(self.neurons, torch.tensor([rows[i] for i in owners]))
+
+        protocol = {
+            "model": self.name,
+            "layer": self.config.layer,
+            "gate": self.config.gate,
+            "generator": self.config.generator.kind,
+            "sampler": dataclasses.asdict(self.config.generator.sampler),
+            "snap": self.config.snap,
+            "edited_facts": len(self.facts),
+            "threshold": self.gate.threshold,
+            "threshold_calibrated_on": dataclasses.asdict(self.report.calibration),
+            "seed": self.config.seed,
+        }
+        return evaluate(
+            evaluation,
+            lambda queries, owners: self.routed(queries),
+            mount_own,
+            protocol=protocol,
+            seconds=self.report.seconds,
+            progress=progress,
+        )
+
+    # Keeping
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the edits, everything but the base model, to `folder`.
+
+        An interruption at any point leaves what was saved there before.
+
+        Raises:
+            RuntimeError: nothing is edited.
+            FileExistsError: the folder holds something else.
+        """
+        self._require_edits()
+        save_editor(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+    ) -> MeGEditor:
+        """The editor that was saved to `folder`.
+
+        Args:
+            folder: where `save_pretrained` wrote.
+            model, tokenizer: the base model; default: loaded again by its name.
+            dtype: of a model loaded by name; default: as it was.
+            device: of a model loaded by name.
+
+        Raises:
+            FileNotFoundError: there are no edits.
+            CorruptFileError: a file is damaged, or of a newer version of the format.
+            ValueError: `model` is not the one that was edited.
+        """
+        return load_editor(cls, Path(folder), model, tokenizer, dtype, device)
+
+    # The stages
+
+    def _require_edits(self) -> None:
+        if self.generator is None:
+            raise RuntimeError("nothing is edited yet; call edit(facts) first")
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        return self.encoder.encode(list(texts)).to(self.model.device)
+
+    def _collect(
+        self,
+        facts: Sequence[Fact],
+        initial: Neurons | None,
+        work_folder: str | Path | None,
+        progress: bool,
+    ) -> Collection:
+        return collect(
+            self.attached,
+            self.tokenizer,
+            facts,
+            self.config.collection,
+            template=self.template,
+            initial=initial,
+            work_folder=work_folder,
+            progress=progress,
+        )
+
+    def _tune_encoder(
+        self,
+        facts: Sequence[Fact],
+        tuning: Sequence[Fact] | None,
+        unrelated: Sequence[str] | None,
+        progress: bool,
+    ) -> None:
+        """Tune on some of the tuning facts and keep the others' conditions for calibration."""
+        tuning = shipped_tuning_facts() if tuning is None else tuning
+        unrelated = shipped_unrelated_queries() if unrelated is None else unrelated
+        queries = {fact.normalized_query for fact in facts}
+        subjects = {fact.subject for fact in facts} - {None}
+        usable = [
+            fact
+            for fact in tuning
+            if fact.paraphrases
+            and fact.normalized_query not in queries
+            and fact.subject not in subjects
+        ]
+        if len(usable) < 8:
+            raise FactsError(
+                f"{len(usable)} of {len(tuning)} tuning facts have a paraphrase and neither query "
+                "nor subject in common with an edited fact; at least 8 are needed: pass others"
+            )
+        random.Random(self.config.seed).shuffle(usable)
+        usable = usable[: self.config.most_tuning_facts]
+        held = max(2, round(len(usable) * self.config.calibration_share))
+        wordings = [
+            Wordings((fact.query, *fact.paraphrases), tuple(q.query for q in fact.locality))
+            for fact in usable
+        ]
+        self.encoder.tune(wordings[held:], self.config.encoder_tuning, progress)
+        pairs = [(w.same[0], other) for w in wordings[:held] for other in w.same[1:]]
+        alike = [(w.same[0], other) for w in wordings[:held] for other in w.different]
+        self.held_out = HeldOut(
+            self._encode([query for query, _ in pairs]),
+            self._encode([other for _, other in pairs]),
+            self._encode([query for query, _ in alike]),
+            self._encode([other for _, other in alike]),
+            self._encode(unrelated),
+        )
+
+    def _make_gate(self, progress: bool) -> Calibration:
+        """The gate over the edited queries, its threshold calibrated on held-out ones."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        negative = self.held_out.negative(self.queries, generator)
+        positive = self.held_out.positive(self.queries, generator)
+        gate: SimilarityGate | FamiliarityNetwork
+        if self.config.gate == "similarity":
+            gate = SimilarityGate(self.queries)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.config.seed)
+                gate = FamiliarityNetwork(self.encoder.dim).to(self.queries.device)
+                # Half of the other queries teach uncertainty, the other half calibrate.
+                order = torch.randperm(len(negative), generator=generator)
+                taught, negative = negative[order].chunk(2)
+                gate.fit(self.queries, taught, seed=self.config.seed, progress=progress)
+        calibration = calibrate(gate.score(positive), gate.score(negative))
+        gate.threshold = calibration.threshold
+        self.gate = gate
+        return calibration
+
+    def _train(
+        self, work_folder: str | Path | None, progress: bool, keep_scales: bool = False
+    ) -> Training:
+        lower = LowerLayers(self.model, self.config.layer)
+        pairs = [
+            target_tokens(self.tokenizer, self.template.format(fact.query), fact.answer)
+            for fact in self.facts
+        ]
+        hidden: dict[tuple[int, ...], tuple] = {}
+
+        def answers(neurons: Neurons, rows: Tensor) -> Tensor:
+            right = []
+            for some in torch.arange(len(rows)).split(self.config.collection.batch_size):
+                chosen = tuple(rows[some.to(rows.device)].tolist())
+                if chosen not in hidden:
+                    batch = target_batch(self.model, self.tokenizer, [pairs[i] for i in chosen])
+                    hidden[chosen] = batch, lower.run(**batch.inputs)
+                batch, below = hidden[chosen]
+                with (
+                    torch.no_grad(),
+                    lower.replaced_by(below),
+                    self.attached.neurons(neurons[some.to(neurons.device)]),
+                ):
+                    right.append(score_targets(self.model, batch).right)
+            return torch.cat(right)
+
+        return train_generator(
+            self.generator,
+            self.queries,
+            self.neurons,
+            answers,
+            keep_scales=keep_scales,
+            work_folder=work_folder,
+            progress=progress,
+        )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started

@@ -1,0 +1,288 @@
+"""Evaluation: Reliability, Generality and Locality, each by generation and by teacher forcing.
+
+    Reliability   the edited query is answered with the new answer
+    Generality    so are its paraphrases
+    Locality      other queries are answered exactly as the base model answers them
+    AG            autoregressive generation: the greedy answer as a whole
+    TF            teacher forcing: the mean share of answer tokens that the argmax hits
+    Score         the harmonic mean of the six
+
+TF shows the model the answer's beginning and its length, and so overstates what users get: AG is
+the figure to look at. Every report carries the protocol by which it was made.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from meg_kernels.editing.facts import Fact
+from meg_kernels.editing.prompting import (
+    IGNORED,
+    PromptTemplate,
+    answer_text,
+    answers_match,
+    greedy_answers,
+    score_targets,
+    target_batch,
+    target_tokens,
+)
+
+METRICS = (
+    "reliability_ag",
+    "reliability_tf",
+    "generality_ag",
+    "generality_tf",
+    "locality_ag",
+    "locality_tf",
+)
+
+Mounting = Callable[[Sequence[str], Sequence[int]], AbstractContextManager]
+"""Mounts the neurons for these queries, which belong to these facts."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Shares from 0 to 1; None where the facts have nothing to measure them on."""
+
+    reliability_ag: float | None = None
+    reliability_tf: float | None = None
+    generality_ag: float | None = None
+    generality_tf: float | None = None
+    locality_ag: float | None = None
+    locality_tf: float | None = None
+
+    @property
+    def score(self) -> float | None:
+        """The harmonic mean of the six; None if one of them is."""
+        values = [getattr(self, name) for name in METRICS]
+        if None in values:
+            return None
+        return 0.0 if 0 in values else len(values) / sum(1 / value for value in values)
+
+    def to_dict(self) -> dict[str, float | None]:
+        return asdict(self) | {"score": self.score}
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What an evaluation found, and how it was made.
+
+    Args:
+        n: facts evaluated.
+        metrics: of the edited model.
+        base: of the model as it was.
+        collected: of each fact's own collected neuron, given to its query and paraphrases without
+            gate or generator: the ceiling of what a generator can reach. None if not asked for.
+        protocol: everything needed to repeat the measurement.
+        seconds: of each stage.
+    """
+
+    n: int
+    metrics: Metrics
+    base: Metrics
+    collected: Metrics | None
+    protocol: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "n": self.n,
+            "metrics": self.metrics.to_dict(),
+            "base": self.base.to_dict(),
+            "collected": None if self.collected is None else self.collected.to_dict(),
+            "protocol": self.protocol,
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+        }
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One prompt to be answered, and by what it is judged."""
+
+    kind: str  # reliability, generality or locality
+    fact: int
+    query: str
+    prompt: str
+
+
+class Evaluation:
+    """Asks a model, plain or edited, everything that its facts are measured on.
+
+    Args:
+        model, tokenizer: the model.
+        facts: what it was edited with.
+        template: how queries become prompts.
+        max_new_tokens: the longest answer; must hold the longest of the facts' answers.
+        batch_size: prompts at once. Base and edited model see the same batches, so that they
+            differ by the neurons alone.
+
+    Raises:
+        ValueError: no facts, or an answer that is longer than max_new_tokens.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        facts: Sequence[Fact],
+        template: PromptTemplate,
+        max_new_tokens: int = 16,
+        batch_size: int = 64,
+    ):
+        if not facts:
+            raise ValueError("there are no facts to evaluate")
+        self.model, self.tokenizer, self.facts, self.template = model, tokenizer, facts, template
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self._targets = [target_tokens(tokenizer, "", fact.answer)[1] for fact in facts]
+        if (longest := max(map(len, self._targets))) > max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens}, but the longest answer has {longest} tokens"
+            )
+        questions = [
+            _Question(kind, i, query, template.format(query))
+            for i, fact in enumerate(facts)
+            for kind, queries in (
+                ("reliability", [fact.query]),
+                ("generality", fact.paraphrases),
+                ("locality", [other.query for other in fact.locality]),
+            )
+            for query in queries
+        ]
+        questions.sort(key=lambda question: len(question.prompt))  # less padding
+        self._batches = [
+            questions[i : i + batch_size] for i in range(0, len(questions), batch_size)
+        ]
+        self._base_answers: dict[_Question, list[int]] | None = None
+
+    def protocol(self) -> dict[str, Any]:
+        """How this evaluation measures."""
+        questions = [question.kind for batch in self._batches for question in batch]
+        return {
+            "prompt_template": self.template.text,
+            "decoding": f"greedy, at most {self.max_new_tokens} tokens, up to a line break",
+            "ag": "whole answer, case and final full stop ignored (locality: the same tokens)",
+            "tf": "mean share of the answer's tokens that are the argmax given those before",
+            "locality": "against the base model's own greedy answers, in the same batches",
+            "score": "harmonic mean of the six",
+            "queries": {
+                kind: questions.count(kind) for kind in ("reliability", "generality", "locality")
+            },
+            "batch_size": self.batch_size,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.model.device.type,
+        }
+
+    def base(self, progress: bool = False) -> Metrics:
+        """The metrics of the model as it is: its Locality is 1 by definition."""
+        answers: dict[_Question, list[int]] = {}
+        metrics = self._run(lambda queries, facts: nullcontext(), answers, "base model", progress)
+        self._base_answers = answers
+        return metrics
+
+    def edited(self, mounting: Mounting, progress: bool = False) -> Metrics:
+        """The metrics with the neurons that `mounting` mounts; asks the base model first."""
+        if self._base_answers is None:
+            self.base(progress)
+        return self._run(mounting, {}, "edited model", progress)
+
+    def collected(self, mounting: Mounting, progress: bool = False) -> Metrics:
+        """The same without locality queries, which have no neuron of their own."""
+        return self._run(mounting, {}, "collected neurons", progress, skip="locality")
+
+    @torch.no_grad()
+    def _run(
+        self,
+        mounting: Mounting,
+        answers: dict[_Question, list[int]],
+        name: str,
+        progress: bool,
+        skip: str | None = None,
+    ) -> Metrics:
+        results: dict[str, list[float]] = {metric: [] for metric in METRICS}
+        for asked in tqdm(
+            self._batches, desc=f"evaluating {name}", disable=not progress, leave=False
+        ):
+            batch = [question for question in asked if question.kind != skip]
+            if not batch:
+                continue
+            queries, facts = [q.query for q in batch], [q.fact for q in batch]
+            with mounting(queries, facts):
+                said = greedy_answers(
+                    self.model, self.tokenizer, [q.prompt for q in batch], self.max_new_tokens
+                )
+                answers.update(zip(batch, said, strict=True))
+                wanted = self._wanted(batch, answers)
+                hits = self._hits(batch, wanted)
+            for question, tokens, target, hit in zip(batch, said, wanted, hits, strict=True):
+                if question.kind == "locality":
+                    right = tokens == target
+                else:
+                    text = answer_text(self.tokenizer, tokens)
+                    right = answers_match(text, self.facts[question.fact].answer)
+                results[f"{question.kind}_ag"].append(float(right))
+                results[f"{question.kind}_tf"].append(hit)
+        return Metrics(
+            **{metric: sum(values) / len(values) if values else None for metric, values in results.items()}
+        )
+
+    def _wanted(
+        self, batch: list[_Question], answers: dict[_Question, list[int]]
+    ) -> list[list[int]]:
+        """The tokens each answer is compared with; an edited answer's come without their end."""
+        base = self._base_answers or answers
+        return [
+            base[question] if question.kind == "locality" else self._targets[question.fact][:-2]
+            for question in batch
+        ]
+
+    def _hits(self, batch: list[_Question], wanted: list[list[int]]) -> list[float]:
+        """For each question, the share of wanted tokens that the argmax hits."""
+        pairs = [
+            (self.tokenizer(question.prompt).input_ids, tokens)
+            for question, tokens in zip(batch, wanted, strict=True)
+        ]
+        targets = target_batch(self.model, self.tokenizer, pairs)
+        counted = targets.labels != IGNORED
+        hits = score_targets(self.model, targets).hits & counted
+        return (hits.sum(1) / counted.sum(1)).tolist()
+
+
+def evaluate(
+    evaluation: Evaluation,
+    edited: Mounting,
+    collected: Mounting | None = None,
+    *,
+    protocol: dict[str, Any] | None = None,
+    seconds: dict[str, float] | None = None,
+    progress: bool = False,
+) -> EvaluationReport:
+    """The report of an edited model beside its base model.
+
+    Args:
+        evaluation: what to ask.
+        edited: mounts the neurons that the edited model gives to queries.
+        collected: mounts each fact's own collected neuron; None leaves that ceiling out.
+        protocol: what else the report's protocol shall say.
+        seconds: of the stages before.
+        progress: show progress bars.
+    """
+    started = time.perf_counter()
+    base = evaluation.base(progress)
+    metrics = evaluation.edited(edited, progress)
+    ceiling = None if collected is None else evaluation.collected(collected, progress)
+    return EvaluationReport(
+        len(evaluation.facts),
+        metrics,
+        base,
+        ceiling,
+        evaluation.protocol() | (protocol or {}),
+        (seconds or {}) | {"evaluate": time.perf_counter() - started},
+    )

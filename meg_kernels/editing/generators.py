@@ -1,0 +1,267 @@
+"""Weight generators: from a query's condition z to its neuron, behind one interface.
+
+    DiTGenerator    the paper's: a conditional diffusion model samples the weights
+    MLPGenerator    the paper's ablation: one regression step
+    NeuronBank      no network: the stored neuron of the nearest edited query
+
+A generator learns standardised weights from standardised conditions: scaling decides whether it
+converges (the mean neuron and one standard deviation for each of key, bias and value are taken
+out; conditions are centred and scaled to unit variance).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meg_kernels.diffusion import DiTConfig, NeuronDiT, NoiseSchedule, SamplerConfig, sample
+from meg_kernels.neuron import NeuronLayout, Neurons
+
+PAPER_WEIGHT_STD = 0.01
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Which generator, its network and its training. `paper()` is the published one.
+
+    Args:
+        kind: `dit`, `mlp` or `bank`.
+        width, depth, num_heads, patch_size, token_condition, prediction, learns_variance,
+            condition_dropout: of the DiT, as `DiTConfig` says.
+        mlp_width: hidden width of the MLP.
+        standardize: centre and scale weights and conditions by the data; otherwise, as in the
+            paper, weights are divided by 0.01 and conditions stay unit vectors.
+        sampler: solver and steps of the DiT.
+        batch_size, learning_rate, max_steps, warmup_steps: of AdamW with a cosine schedule.
+        ema_decay: of the averaged weights, which are the ones that generate.
+        condition_noise: standard deviation of noise added to half of the training conditions, in
+            units of theirs.
+        check_every: steps between two looks at the answers of generated neurons.
+        enough: stop when this share of the edited queries is answered right.
+        seed: of the initial weights, batches and noise.
+    """
+
+    kind: Literal["dit", "mlp", "bank"] = "dit"
+    width: int = 256
+    depth: int = 6
+    num_heads: int = 4
+    patch_size: int = 96
+    token_condition: bool = True
+    prediction: Literal["x0", "v", "noise"] = "x0"
+    learns_variance: bool = False
+    condition_dropout: float = 0.0
+    mlp_width: int = 1024
+    standardize: bool = True
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(num_steps=2))
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    max_steps: int = 3000
+    warmup_steps: int = 20
+    ema_decay: float = 0.98
+    condition_noise: float = 0.1
+    check_every: int = 50
+    enough: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in GENERATORS:
+            raise ValueError(f"kind is {self.kind!r}; it must be one of {', '.join(GENERATORS)}")
+        if not 0 < self.enough <= 1:
+            raise ValueError(f"enough is {self.enough}; it must be above 0 and at most 1")
+        for name in ("batch_size", "max_steps", "check_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> GeneratorConfig:
+        """DiT-B as published, sampled as released: 50 ancestral steps with learned variance."""
+        published: dict[str, Any] = {
+            "width": 768,
+            "depth": 12,
+            "num_heads": 12,
+            "patch_size": 100,
+            "token_condition": False,
+            "prediction": "v",
+            "learns_variance": True,
+            "condition_dropout": 0.2,
+            "standardize": False,
+            "sampler": SamplerConfig("ddpm", 50, "respaced"),
+            "learning_rate": 1e-4,
+            "ema_decay": 0.0,
+            "condition_noise": 0.0,
+        }
+        return cls(**(published | changes))
+
+    def dit(self, neuron_dim: int, condition_dim: int) -> DiTConfig:
+        shared = {f.name for f in dataclasses.fields(DiTConfig)} & {
+            f.name for f in dataclasses.fields(self)
+        }
+        return DiTConfig(neuron_dim, condition_dim, **{name: getattr(self, name) for name in shared})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GeneratorConfig:
+        return cls(**(dict(values) | {"sampler": SamplerConfig(**values["sampler"])}))
+
+
+class Generator(nn.Module):
+    """What every generator is: conditions in, neurons out.
+
+    Args:
+        config: its kind and network.
+        layout: of the neurons.
+        condition_dim: length of a condition.
+    """
+
+    weight_mean: Tensor
+    weight_std: Tensor
+    condition_mean: Tensor
+    condition_std: Tensor
+
+    def __init__(self, config: GeneratorConfig, layout: NeuronLayout, condition_dim: int):
+        super().__init__()
+        self.config, self.layout, self.condition_dim = config, layout, condition_dim
+        self.register_buffer("weight_mean", torch.zeros(layout.dim))
+        self.register_buffer("weight_std", torch.ones(layout.dim))
+        self.register_buffer("condition_mean", torch.zeros(condition_dim))
+        self.register_buffer("condition_std", torch.ones(()))
+
+    def standardize(self, conditions: Tensor, neurons: Neurons) -> None:
+        """Take the scales of the data, from conditions [N, condition_dim] and their N neurons."""
+        if not self.config.standardize:
+            self.weight_std.fill_(PAPER_WEIGHT_STD)
+            return
+        flat = self.layout.pack(neurons)
+        self.weight_mean.copy_(flat.mean(0))
+        spread = self.layout.unpack(flat - self.weight_mean)
+        one = dataclasses.replace(
+            spread,
+            key=spread.key.std().clamp(min=1e-6).expand(1, self.layout.d_in),
+            bias=None if spread.bias is None else spread.bias.std().clamp(min=1e-6).expand(1),
+            value=spread.value.std().clamp(min=1e-6).expand(1, self.layout.d_out),
+        )
+        self.weight_std.copy_(self.layout.pack(one)[0])
+        self.condition_mean.copy_(conditions.mean(0))
+        self.condition_std.copy_((conditions - self.condition_mean).std().clamp(min=1e-6))
+
+    def scaled_conditions(self, z: Tensor) -> Tensor:
+        return (z - self.condition_mean) / self.condition_std
+
+    def scaled_weights(self, neurons: Neurons) -> Tensor:
+        return (self.layout.pack(neurons) - self.weight_mean) / self.weight_std
+
+    def generate(self, z: Tensor) -> Neurons:
+        """The neurons of conditions z [B, condition_dim]: the same z, the same neuron."""
+        if z.dim() != 2 or z.shape[1] != self.condition_dim:
+            raise ValueError(f"z is {tuple(z.shape)}; it must be [B, {self.condition_dim}]")
+        with torch.no_grad():
+            weights = self._generate(self.scaled_conditions(z))
+        return self.layout.unpack(weights * self.weight_std + self.weight_mean)
+
+    def _generate(self, conditions: Tensor) -> Tensor:
+        """Standardised weights [B, dim] from standardised conditions [B, condition_dim]."""
+        raise NotImplementedError
+
+    def loss(self, conditions: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+        """The training loss of standardised pairs."""
+        raise NotImplementedError
+
+
+class DiTGenerator(Generator):
+    """Samples the weights with a conditional diffusion transformer."""
+
+    def __init__(self, config: GeneratorConfig, layout: NeuronLayout, condition_dim: int):
+        super().__init__(config, layout, condition_dim)
+        self.network = NeuronDiT(config.dit(layout.dim, condition_dim))
+        self.noise_schedule = NoiseSchedule()
+
+    def _generate(self, conditions: Tensor) -> Tensor:
+        dim, sampler = self.layout.dim, self.config.sampler
+        return sample(self.network, conditions, dim, self.noise_schedule, sampler)
+
+    def loss(self, conditions: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean squared error of the prediction, with the variance's bound where it is learnt."""
+        schedule, network = self.noise_schedule, self.network
+        t = torch.randint(schedule.num_timesteps, (len(weights),), generator=generator)
+        noise = torch.randn(weights.shape, generator=generator).to(weights.device)
+        t = t.to(weights.device)
+        noised = schedule.add_noise(weights, noise, t)
+        target = {
+            "x0": lambda: weights,
+            "v": lambda: schedule.velocity(weights, noise, t),
+            "noise": lambda: noise,
+        }[network.prediction]()
+        if not network.learns_variance:
+            return F.mse_loss(network(noised, t, conditions).float(), target)
+        prediction, variance = network.forward_with_variance(noised, t, conditions)
+        prediction = prediction.float()
+        x0 = schedule.to_x0(prediction.detach(), network.prediction, noised, t)
+        bound = schedule.variational_bound(weights, noised, t, x0, variance.float())
+        return F.mse_loss(prediction, target) + bound.mean()
+
+
+class MLPGenerator(Generator):
+    """Regresses the weights in one step."""
+
+    def __init__(self, config: GeneratorConfig, layout: NeuronLayout, condition_dim: int):
+        super().__init__(config, layout, condition_dim)
+        width = config.mlp_width
+        self.network = nn.Sequential(
+            nn.Linear(condition_dim, width),
+            nn.GELU(),
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Linear(width, layout.dim),
+        )
+
+    def _generate(self, conditions: Tensor) -> Tensor:
+        return self.network(conditions).float()
+
+    def loss(self, conditions: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+        return F.mse_loss(self.network(conditions).float(), weights)
+
+
+class NeuronBank(Generator):
+    """Keeps the collected neurons and gives each query the one of the nearest edited query."""
+
+    conditions: Tensor
+    weights: Tensor
+
+    def __init__(self, config: GeneratorConfig, layout: NeuronLayout, condition_dim: int):
+        super().__init__(config, layout, condition_dim)
+        self.register_buffer("conditions", torch.empty(0, condition_dim))
+        self.register_buffer("weights", torch.empty(0, layout.dim))
+
+    def store(self, conditions: Tensor, neurons: Neurons) -> None:
+        """Keep `neurons`, found under conditions [N, condition_dim]."""
+        self.conditions = F.normalize(self.scaled_conditions(conditions), dim=-1)
+        self.weights = self.scaled_weights(neurons)
+
+    def _generate(self, conditions: Tensor) -> Tensor:
+        if not len(conditions):
+            return self.weights[:0]
+        return self.weights[(F.normalize(conditions, dim=-1) @ self.conditions.T).argmax(1)]
+
+
+GENERATORS: dict[str, type[Generator]] = {
+    "dit": DiTGenerator,
+    "mlp": MLPGenerator,
+    "bank": NeuronBank,
+}
+
+
+def build_generator(
+    config: GeneratorConfig, layout: NeuronLayout, condition_dim: int
+) -> Generator:
+    """An untrained generator of the config's kind, its initial weights from the config's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return GENERATORS[config.kind](config, layout, condition_dim).eval()

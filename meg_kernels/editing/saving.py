@@ -1,0 +1,217 @@
+"""An edited model on the disk: a folder of safetensors and JSON, whole at any moment.
+
+    meg.json                     format version, base model, configuration, and the names of:
+    facts-<digest>.jsonl         the edited facts
+    edits-<digest>.safetensors   their conditions, neurons and the calibration's conditions
+    gate-<digest>.safetensors    generator-<digest>.safetensors
+    encoder-<digest>/            the tuned encoder, as Hugging Face saves one
+
+Files are named after their content, so that saving never overwrites one; replacing meg.json is the
+moment at which a new state takes the place of the old one. What it no longer names is then removed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from meg_kernels.editing.facts import Fact, read_facts, write_facts
+from meg_kernels.editing.generators import build_generator
+from meg_kernels.editing.train import Training
+from meg_kernels.familiarity import Calibration, FamiliarityNetwork, SimilarityGate
+from meg_kernels.integrations.pretrained import load_language_model
+from meg_kernels.storage import (
+    CorruptFileError,
+    fingerprint,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from meg_kernels.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from meg_kernels.editing.editor import MeGEditor
+
+FORMAT, VERSION = "meg-kernels", 1
+MANIFEST = "meg.json"
+_KINDS = ("facts", "edits", "gate", "generator", "encoder")
+
+
+def save_editor(editor: MeGEditor, folder: Path) -> None:
+    """Write `editor` to `folder`; see `MeGEditor.save_pretrained`."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
+        left = [p for p in folder.iterdir() if p.name.split("-")[0].lstrip(".") not in _KINDS]
+        if left:
+            raise FileExistsError(
+                f"{folder} holds other files ({left[0].name}); choose an empty or new folder"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    edits = {f"held_out.{k}": v for k, v in editor.held_out.tensors().items()} | {
+        "queries": editor.queries,
+        "learnt": editor.learnt,
+        "neurons": editor.attached.layout.pack(editor.neurons),
+        "initial": editor.initial.layout.pack(editor.initial),
+    }
+    facts_name = f"facts-{fingerprint([fact.to_dict() for fact in editor.facts])}.jsonl"
+    if not (folder / facts_name).exists():
+        write_facts(folder / facts_name, editor.facts)
+    files = {
+        "facts": facts_name,
+        "edits": _write(folder, "edits", edits),
+        "gate": _write(folder, "gate", editor.gate.state_dict()),
+        "generator": _write(folder, "generator", editor.generator.state_dict()),
+        "encoder": _write_encoder(folder, editor.encoder),
+    }
+    report = editor.report
+    write_json(
+        folder / MANIFEST,
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": editor.name,
+            "dtype": str(editor.model.dtype).removeprefix("torch."),
+            "base": _identity(editor.model, editor.config.layer),
+            "config": editor.config.to_dict(),
+            "pooling": editor.encoder.pooling,
+            "threshold": editor.gate.threshold,
+            "report": {
+                "unlearnt": [fact.id for fact in report.unlearnt],
+                "calibration": dataclasses.asdict(report.calibration),
+                "training": dataclasses.asdict(report.training),
+                "seconds": report.seconds,
+            },
+            "files": files,
+        },
+    )
+    for path in folder.iterdir():
+        if path.name.split("-")[0] in _KINDS and path.name not in files.values():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def load_editor(
+    cls: type[MeGEditor],
+    folder: Path,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+) -> MeGEditor:
+    """Read what `save_editor` wrote; see `MeGEditor.from_pretrained`."""
+    from meg_kernels.editing.editor import EditorConfig, EditReport, HeldOut
+
+    manifest = _read_manifest(folder)
+    files = {kind: folder / name for kind, name in manifest["files"].items()}
+    if missing := [str(path) for path in files.values() if not path.exists()]:
+        raise CorruptFileError(f"{missing[0]} is missing; restore the folder or edit again")
+    config = EditorConfig.from_dict(manifest["config"])
+    if (model is None) != (tokenizer is None):
+        raise ValueError("pass both model and tokenizer, or neither")
+    if model is None:
+        dtype = dtype or getattr(torch, manifest["dtype"])
+        model, tokenizer = load_language_model(manifest["model"], dtype, device)
+    if (found := _identity(model, config.layer)) != manifest["base"]:
+        raise ValueError(
+            f"these edits are for {manifest['base']}, but the given model is {found}; pass the "
+            "base model that was edited"
+        )
+    encoder = TextEncoder.from_pretrained(files["encoder"], manifest["pooling"], model.device)
+    editor = cls(model, tokenizer, encoder, config, manifest["model"])
+    layout = editor.attached.layout
+    edits = _read(files["edits"])
+    editor.facts = read_facts(files["facts"])
+    editor.queries, editor.learnt = edits["queries"].to(model.device), edits["learnt"]
+    editor.neurons = layout.unpack(edits["neurons"])
+    editor.initial = layout.unpack(edits["initial"])
+    editor.held_out = HeldOut(
+        **{f.name: edits[f"held_out.{f.name}"].to(model.device) for f in dataclasses.fields(HeldOut)}
+    )
+    gate = SimilarityGate(editor.queries) if config.gate == "similarity" else FamiliarityNetwork(encoder.dim)
+    editor.gate = _load_state(gate, files["gate"]).to(model.device)
+    editor.gate.threshold = manifest["threshold"]
+    generator = build_generator(config.generator, layout, encoder.dim)
+    editor.generator = _load_state(generator, files["generator"]).to(model.device)
+    by_id: dict[str, Fact] = {fact.id: fact for fact in editor.facts}
+    report = manifest["report"]
+    editor.report = EditReport(
+        [by_id[i] for i in report["unlearnt"] if i in by_id],
+        Calibration(**report["calibration"]),
+        Training(**report["training"]),
+        report["seconds"],
+    )
+    return editor
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; {folder} holds no edited model")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CorruptFileError(f"{path} was not written by MeG Kernels")
+    if manifest.get("version") != VERSION:
+        raise CorruptFileError(
+            f"{path} has format version {manifest.get('version')}; this release reads {VERSION}: "
+            "upgrade meg-kernels"
+        )
+    return manifest
+
+
+def _identity(model: PreTrainedModel, layer: int) -> dict[str, Any]:
+    """What tells the edited model from others, in any dtype."""
+    config = model.config
+    return {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+        "layer": layer,
+    }
+
+
+def _write(folder: Path, kind: str, tensors: dict[str, Tensor]) -> str:
+    name = f"{kind}-{_digest(tensors)}.safetensors"
+    if not (folder / name).exists():
+        write_tensors(folder / name, tensors)
+    return name
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    tensors, _ = read_tensors(path)
+    if path.stem.split("-")[1] != _digest(tensors):
+        raise CorruptFileError(f"{path} does not hold what was saved; restore it or edit again")
+    return tensors
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    names = sorted(tensors)
+    return fingerprint(names, *(tensors[name] for name in names))
+
+
+def _write_encoder(folder: Path, encoder: TextEncoder) -> str:
+    name = f"encoder-{_digest(encoder.model.state_dict())}"
+    if not (folder / name).exists():
+        temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".encoder-"))
+        try:
+            encoder.save_pretrained(temporary)
+            temporary.chmod(0o755)
+            os.rename(temporary, folder / name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return name
+
+
+def _load_state(module: nn.Module, path: Path) -> Any:
+    try:
+        module.load_state_dict(_read(path))
+    except RuntimeError as error:
+        raise CorruptFileError(f"{path} does not fit its configuration: {error}") from error
+    return module.eval()

@@ -1,0 +1,221 @@
+"""Training a weight generator until its neurons answer right.
+
+What counts is whether the model answers with a generated neuron, not the loss: the weights of the
+averaged (EMA) network are tried on the edited queries every few steps, and training stops when
+enough of them are answered. A checkpoint after each look makes it resumable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from meg_kernels.editing.generators import Generator, NeuronBank
+from meg_kernels.neuron import Neurons
+from meg_kernels.storage import CorruptFileError, fingerprint, read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
+
+Answers = Callable[[Neurons, Tensor], Tensor]
+"""Whether the model answers facts [B] right with these B neurons: [B] bool."""
+
+MOST_LOOKED_AT = 256
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a training went.
+
+    Args:
+        steps: optimisation steps taken.
+        answered: share of edited queries answered right by generated neurons at the end.
+        history: (step, loss, answered) at each look.
+    """
+
+    steps: int
+    answered: float
+    history: tuple[tuple[int, float, float], ...] = ()
+
+
+def train_generator(
+    generator: Generator,
+    conditions: Tensor,
+    neurons: Neurons,
+    answers: Answers,
+    *,
+    keep_scales: bool = False,
+    work_folder: str | Path | None = None,
+    progress: bool = False,
+) -> Training:
+    """Train `generator`, in place, to give each condition its neuron.
+
+    Args:
+        generator: of any kind; a `NeuronBank` only stores.
+        conditions: [N, condition_dim].
+        neurons: the N neurons collected under them.
+        answers: tries neurons on the model.
+        keep_scales: leave the generator's standardisation as it is, for further training.
+        work_folder: keeps a checkpoint, from which an interrupted training of the same data and
+            configuration resumes. Default: none.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no conditions, as many neurons as conditions are needed, or one is not finite.
+        FloatingPointError: the loss became NaN.
+    """
+    if not len(conditions) or len(conditions) != len(neurons):
+        raise ValueError(f"{len(conditions)} conditions and {len(neurons)} neurons do not pair up")
+    if not bool(neurons.is_finite().all() & conditions.isfinite().all()):
+        raise ValueError("a condition or a neuron is not finite; collect it again")
+    config = generator.config
+    device = conditions.device
+    neurons = neurons.to(device)
+    generator.to(device)
+    if not keep_scales:
+        generator.standardize(conditions, neurons)
+    looked_at = _sample_rows(len(conditions), config.seed).to(device)
+
+    def look(candidate: Generator) -> float:
+        candidate.eval()
+        made = candidate.generate(conditions[looked_at])
+        return answers(made, looked_at).float().mean().item()
+
+    # Facts that even their collected neuron does not answer are nobody's to reach.
+    reachable = answers(neurons[looked_at], looked_at).float().mean().item()
+    enough = config.enough * reachable
+
+    if isinstance(generator, NeuronBank):
+        generator.store(conditions, neurons)
+        return Training(0, look(generator))
+
+    inputs = generator.scaled_conditions(conditions)
+    targets = generator.scaled_weights(neurons)
+    averaged = copy.deepcopy(generator)
+    optimizer = torch.optim.AdamW(generator.parameters(), lr=config.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: (
+            min(1.0, (step + 1) / config.warmup_steps)
+            * (0.5 + 0.5 * math.cos(math.pi * min(1.0, step / config.max_steps)))
+        ),
+    )
+    random = torch.Generator().manual_seed(config.seed)
+    checkpoint = _Checkpoint.of(work_folder, generator, inputs, targets)
+    step, history = checkpoint.load(generator, averaged, optimizer, schedule, random)
+
+    generator.train()
+    total_loss = 0.0
+    with tqdm(
+        total=config.max_steps, initial=step, desc="training generator", disable=not progress
+    ) as bar:
+        while step < config.max_steps and not (history and history[-1][2] >= enough):
+            rows = torch.randperm(len(inputs), generator=random)[: config.batch_size].to(device)
+            jitter = torch.randn(len(rows), inputs.shape[1], generator=random)
+            jitter[::2] = 0  # half of the conditions stay exact
+            noisy = inputs[rows] + config.condition_noise * jitter.to(device)
+            with _autocast(device):
+                loss = generator.loss(noisy, targets[rows], random)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            step += 1
+            total_loss += loss.item() if device.type == "cpu" else 0.0
+            _average(averaged, generator, min(config.ema_decay, step / (step + 10)))
+            bar.update()
+            if step % config.check_every == 0 or step == config.max_steps:
+                mean_loss = total_loss / config.check_every or loss.item()
+                if not math.isfinite(mean_loss):
+                    raise FloatingPointError(
+                        f"the loss is {mean_loss} after {step} steps; try a smaller learning_rate"
+                    )
+                history.append((step, mean_loss, look(averaged)))
+                total_loss = 0.0
+                bar.set_postfix(loss=f"{mean_loss:.4f}", answered=f"{history[-1][2]:.1%}")
+                checkpoint.save(generator, averaged, optimizer, random, step, history)
+    generator.load_state_dict(averaged.state_dict())
+    generator.eval()
+    return Training(step, history[-1][2], tuple(history))
+
+
+def _sample_rows(n: int, seed: int) -> Tensor:
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return order[:MOST_LOOKED_AT]
+
+
+def _autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """bf16 where the machine multiplies it natively."""
+    if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+@torch.no_grad()
+def _average(averaged: Generator, generator: Generator, decay: float) -> None:
+    for mean, new in zip(averaged.parameters(), generator.parameters(), strict=True):
+        mean.lerp_(new, 1 - decay)
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """Everything a training needs to go on, in one file; without a path, nothing is kept."""
+
+    path: Path | None
+
+    @classmethod
+    def of(
+        cls, folder: str | Path | None, generator: Generator, inputs: Tensor, targets: Tensor
+    ) -> _Checkpoint:
+        if folder is None:
+            return cls(None)
+        first = next(generator.parameters())
+        identity = fingerprint(generator.config.to_dict(), inputs, targets, first)
+        return cls(Path(folder) / f"generator-{identity}.safetensors")
+
+    def save(self, generator, averaged, optimizer, random, step, history) -> None:
+        if self.path is None:
+            return
+        tensors = {f"generator.{name}": value for name, value in generator.state_dict().items()}
+        tensors |= {f"averaged.{name}": value for name, value in averaged.state_dict().items()}
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
+        tensors["random"] = random.get_state()
+        write_tensors(self.path, tensors, {"step": str(step), "history": json.dumps(history)})
+
+    def load(self, generator, averaged, optimizer, schedule, random) -> tuple[int, list]:
+        if self.path is None or not self.path.exists():
+            return 0, []
+        try:
+            tensors, metadata = read_tensors(self.path)
+        except CorruptFileError as error:
+            log.warning("%s; training starts again", error)
+            return 0, []
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            start = f"{prefix}."
+            return {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
+
+        generator.load_state_dict(part("generator"))
+        averaged.load_state_dict(part("averaged"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in part("optimizer").items():
+            i, key = name.split(".")
+            state.setdefault(int(i), {})[key] = value
+        step = int(metadata["step"])
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * schedule.lr_lambdas[0](step)
+        schedule.last_epoch = step
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        random.set_state(tensors["random"])
+        return step, [tuple(entry) for entry in json.loads(metadata["history"])]

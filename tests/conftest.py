@@ -1,0 +1,92 @@
+"""What every test shares: one thread, short property tests, tiny random language models."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+import transformers
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("short", deadline=None, max_examples=25)
+settings.load_profile("short")
+
+VOCABULARY = 67
+_SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+_WIDE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    **_SPECIAL_TOKENS,
+}
+_GROUPED = {**_WIDE, "num_key_value_heads": 2}
+_GPT = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_inner": 48,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    **_SPECIAL_TOKENS,
+}
+_OPT = {
+    **{name: value for name, value in _WIDE.items() if name != "intermediate_size"},
+    "ffn_dim": 48,
+    "word_embed_proj_dim": 32,
+}
+_TINY = {
+    "gemma": ("Gemma", {**_GROUPED, "head_dim": 8}),
+    "gemma2": ("Gemma2", {**_GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8}),
+    "gpt2": ("GPT2", _GPT),
+    "gpt_neox": ("GPTNeoX", _WIDE),
+    "gptj": ("GPTJ", {**_GPT, "rotary_dim": 4}),
+    "llama": ("Llama", _GROUPED),
+    "mistral": ("Mistral", {**_GROUPED, "sliding_window": 5}),
+    "opt": ("OPT", _OPT),
+    "phi": ("Phi", _WIDE),
+    "qwen2": ("Qwen2", _GROUPED),
+    "qwen3": ("Qwen3", {**_GROUPED, "head_dim": 8}),
+    "smollm3": ("SmolLM3", {**_GROUPED, "no_rope_layer_interval": 2}),
+}
+_CAUSAL_LM = {"gpt2": "GPT2LMHeadModel"}
+
+
+def _build(family: str, **overrides) -> transformers.PreTrainedModel:
+    name, arguments = _TINY[family]
+    config = getattr(transformers, f"{name}Config")(**{**arguments, **overrides})
+    model = getattr(transformers, _CAUSAL_LM.get(family, f"{name}ForCausalLM"))(config).eval()
+    # As initialised, weights are so small that a model of this width says the same whatever it
+    # reads. Here every product keeps the scale of what it reads, and no bias or gain is idle.
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / 32**0.5)
+            else:
+                parameter.add_(0.1 * noise)
+    return model.requires_grad_(False)
+
+
+@functools.cache
+def _built(family: str) -> transformers.PreTrainedModel:
+    return _build(family)
+
+
+@pytest.fixture
+def tiny_model():
+    """tiny_model(family, **config): a random model of 3 layers, width 32, float32, eval.
+
+    The same weights at every call, and a model of its own for each, free to be changed.
+    """
+
+    def build(family: str, **overrides) -> transformers.PreTrainedModel:
+        return _build(family, **overrides) if overrides else copy.deepcopy(_built(family))
+
+    return build
