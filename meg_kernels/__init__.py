@@ -1,10 +1,10 @@
 """MeG Kernels: massive editing of language models by dynamic weight generation.
 
-    from meg_kernels import MeGEditor, read_facts
+from meg_kernels import MeGEditor, read_facts
 
-    editor = MeGEditor.for_model("smollm2")
-    editor.edit(read_facts("facts.jsonl"))
-    editor.generate(["What is the capital of France?"])
+editor = MeGEditor.for_model("smollm2")
+editor.edit(read_facts("facts.jsonl"))
+editor.generate(["What is the capital of France?"])
 """
 
 from meg_kernels.diffusion import (

@@ -56,8 +56,8 @@ def calibrate(positive: Tensor, negative: Tensor) -> Calibration:
     Raises:
         ValueError: one of them is empty or not finite.
 
-    >>> calibrate(torch.tensor([0.9, 0.8]), torch.tensor([0.1, 0.4])).threshold
-    0.6
+    >>> calibrate(torch.tensor([0.875, 0.75]), torch.tensor([0.125, 0.25])).threshold
+    0.5
     """
     for name, scores in (("positive", positive), ("negative", negative)):
         if scores.dim() != 1 or not len(scores) or not bool(scores.isfinite().all()):
@@ -71,7 +71,7 @@ def calibrate(positive: Tensor, negative: Tensor) -> Calibration:
     best = int((acceptance + rejection).argmax())
     wins = (positive.unsqueeze(1) > negative).double() + 0.5 * (positive.unsqueeze(1) == negative)
     return Calibration(
-        round(float(candidates[best]), 6),
+        float(candidates[best]),
         float(wins.mean()),
         float(acceptance[best]),
         float(rejection[best]),
@@ -107,7 +107,7 @@ class SimilarityGate(nn.Module):
         self.threshold = threshold
 
     def nearest(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each row of z [B, dim]: its cosine to the nearest edited query, and which [B] it is."""
+        """[B] each row's cosine to the nearest edited query, and [B] which query that is."""
         if not len(self.queries):
             return z.new_full((len(z),), -1.0), z.new_full((len(z),), -1, dtype=torch.int64)
         similarity, row = (z @ self.queries.T).max(1)
@@ -190,7 +190,7 @@ class FamiliarityNetwork(nn.Module):
             steps: of AdamW.
             batch_size: queries a step, and as many outliers.
             learning_rate: of AdamW.
-            seed: of the classes, the batches and the initial weights.
+            seed: of the classes, the batches and the dropout.
             progress: show a progress bar.
 
         Raises:
@@ -203,13 +203,17 @@ class FamiliarityNetwork(nn.Module):
         labels = torch.randint(classes, (len(queries),), generator=generator).to(queries.device)
         optimizer = torch.optim.AdamW(self.parameters(), lr=learning_rate)
         self.train()
-        for _ in tqdm(range(steps), desc="familiarity", disable=not progress, leave=False):
-            rows = torch.randint(len(queries), (min(batch_size, len(queries)),), generator=generator)
-            loss = F.cross_entropy(self(queries[rows]), labels[rows])
-            if outliers is not None and len(outliers):
-                away = torch.randint(len(outliers), (len(rows),), generator=generator)
-                loss = loss - F.log_softmax(self(outliers[away]), dim=-1).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        with torch.random.fork_rng([queries.device] if queries.device.type == "cuda" else []):
+            torch.manual_seed(seed)  # dropout draws from torch's own generator
+            for _ in tqdm(range(steps), desc="familiarity", disable=not progress, leave=False):
+                rows = torch.randint(
+                    len(queries), (min(batch_size, len(queries)),), generator=generator
+                )
+                loss = F.cross_entropy(self(queries[rows]), labels[rows])
+                if outliers is not None and len(outliers):
+                    away = torch.randint(len(outliers), (len(rows),), generator=generator)
+                    loss = loss - F.log_softmax(self(outliers[away]), dim=-1).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
         self.eval()

@@ -10,7 +10,6 @@ that the weight generators learn, and back.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +28,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _check_activation(activation: str) -> None:
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,16 @@ class Neurons:
         return self.key.shape[0]
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Neurons:
-        """The neurons of these rows, as Neurons; an int would drop the row axis: use `[i : i + 1]`."""
+        """The neurons of these rows; an int would drop the row axis: use `[i : i + 1]`."""
         if isinstance(rows, int):
-            raise TypeError("index Neurons with a slice, a list or a tensor, so that N stays an axis")
+            raise TypeError(
+                "index Neurons with a slice, a list or a tensor, so that N stays an axis"
+            )
         return self._map(lambda tensor: tensor[rows])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Neurons:
-        changed = {name: change(tensor) for name, tensor in self._tensors().items()}
-        return dataclasses.replace(self, **changed)
+        bias = None if self.bias is None else change(self.bias)
+        return Neurons(change(self.key), bias, change(self.value), self.activation)
 
     @property
     def layout(self) -> NeuronLayout:

@@ -63,7 +63,9 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptFileError(f"{path} is not valid JSON ({error}); restore or rewrite it") from error
+        raise CorruptFileError(
+            f"{path} is not valid JSON ({error}); restore or rewrite it"
+        ) from error
 
 
 def write_tensors(
@@ -100,6 +102,7 @@ def fingerprint(*parts: Any) -> str:
             digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
         else:
             digest.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
+        digest.update(b"\0")  # else 1, 23 would be 12, 3
     return digest.hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""The text encoder: a query becomes the condition z from which its neuron is generated (paper, 3.3).
+"""The text encoder: a query becomes the condition z that its neuron is generated from (paper, 3.3).
 
 Any Hugging Face encoder serves. InfoNCE tuning pulls the wordings of one fact together and pushes
 those of other facts, and queries that merely look alike, apart; it runs on facts that are not
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.integrations.pretrained import DEFAULT_ENCODER, encoder_source
+from meg_kernels.precision import fast_products
 
 MAX_TOKENS = 128
 
@@ -46,7 +47,7 @@ class EncoderTuningConfig:
         learning_rate: of AdamW, falling linearly to zero.
         temperature: tau of InfoNCE.
         hard_negatives: whether the queries that look alike are negatives as well.
-        seed: of the pairs and their order.
+        seed: of the pairs, their order and the dropout.
     """
 
     epochs: int = 4
@@ -158,10 +159,14 @@ class TextEncoder(nn.Module):
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total)
         losses = []
         self.requires_grad_(True).train()
-        with tqdm(total=total, desc="tuning encoder", disable=not progress, leave=False) as bar:
+        with (
+            torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []),
+            tqdm(total=total, desc="tuning encoder", disable=not progress, leave=False) as bar,
+        ):
+            torch.manual_seed(config.seed)  # dropout draws from torch's own generator
             for _ in range(config.epochs):
                 order = torch.randperm(len(facts), generator=generator)
-                for rows in order.chunk(batches_an_epoch):
+                for rows in order.tensor_split(batches_an_epoch):
                     loss = self._infonce([facts[i] for i in rows.tolist()], config, generator)
                     optimizer.zero_grad()
                     loss.backward()
@@ -185,7 +190,9 @@ class TextEncoder(nn.Module):
             for fact in facts
             if config.hard_negatives and fact.different
         ]
-        vectors = self([*(pair[0] for pair in pairs), *(pair[1] for pair in pairs), *negatives])
+        texts = [*(pair[0] for pair in pairs), *(pair[1] for pair in pairs), *negatives]
+        with fast_products(self.model.device):
+            vectors = self(texts)
         first, second, apart = vectors.split([len(pairs), len(pairs), len(negatives)])
         target = torch.arange(len(pairs), device=vectors.device)
         loss = torch.zeros((), device=vectors.device)

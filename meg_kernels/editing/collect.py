@@ -14,6 +14,7 @@ still work for other wordings, and when a generator misses their weights a littl
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import (
@@ -37,6 +38,7 @@ from meg_kernels.editing.prompting import (
 from meg_kernels.integrations.transformers import LowerLayers
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import Attached
+from meg_kernels.precision import fast_products
 from meg_kernels.storage import CorruptFileError, fingerprint, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -148,8 +150,10 @@ class _Fit:
             flat = self.flat[active].requires_grad_(not looking)
             with torch.set_grad_enabled(not looking):
                 scores = self._evaluate(active, flat, step)
-            good = scores.right if looking else (
-                scores.right & (scores.losses.detach() < config.target_loss)
+            good = (
+                scores.right
+                if looking
+                else (scores.right & (scores.losses.detach() < config.target_loss))
             )
             if step == config.max_steps:
                 passed.zero_()
@@ -181,11 +185,11 @@ def initial_neuron(
 ) -> Neurons:
     """The neuron that fires with `response` at the end of an average prompt and adds nothing."""
     prompt_ends = torch.arange(len(batch)), -(batch.labels != IGNORED).sum(1)
+    hidden = lower.run(**batch.inputs)
     inputs: list[Tensor] = []
     hook = attached.ffn.input_projection.register_forward_pre_hook(
         lambda module, args: inputs.append(args[0].detach().view(*hidden.shape[:2], -1))
     )
-    hidden = lower.run(**batch.inputs)
     try:
         with torch.no_grad(), lower.replaced_by(hidden):
             score_targets(attached.model, batch)
@@ -253,8 +257,10 @@ def collect(
     def fit(rows: Sequence[int]) -> dict[str, Tensor]:
         batch = target_batch(model, tokenizer, [pair for i in rows for pair in targets[i]])
         owner = [place for place, i in enumerate(rows) for _ in targets[i]]
-        fitted = _Fit(attached, lower, batch, torch.tensor(owner, device=model.device), initial)
-        fitted.run(config)
+        # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
+        with fast_products(model.device):
+            fitted = _Fit(attached, lower, batch, torch.tensor(owner, device=model.device), initial)
+            fitted.run(config)
         return {"flat": fitted.flat, "steps": fitted.steps, "learnt": fitted.learnt}
 
     identity = fingerprint(
@@ -269,7 +275,8 @@ def collect(
         for number, rows in enumerate(batches):
             # Another model, fact or setting has another identity: results never mix.
             name = f"collect-{identity}/batch-{number:05d}.safetensors"
-            done = _once(work_folder and Path(work_folder) / name, lambda rows=rows: fit(rows))
+            path = None if work_folder is None else Path(work_folder) / name
+            done = _once(path, functools.partial(fit, rows))
             flat[rows], steps[rows] = done["flat"].cpu(), done["steps"].cpu()
             learnt[rows] = done["learnt"].cpu()
             bar.update(len(rows))

@@ -10,7 +10,9 @@ The path of a query: encoder -> gate -> (familiar?) generator -> neuron -> the m
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,10 +27,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.editing.collect import Collection, CollectionConfig, collect
 from meg_kernels.editing.evaluate import Evaluation, EvaluationReport, evaluate
-from meg_kernels.editing.facts import Fact, FactsError, check_facts
-from meg_kernels.editing.generators import Generator, GeneratorConfig, build_generator
+from meg_kernels.editing.facts import Fact, FactsError, check_facts, unrelated_to
+from meg_kernels.editing.generators import (
+    Generator,
+    GeneratorConfig,
+    NeuronBank,
+    build_generator,
+)
 from meg_kernels.editing.prompting import (
     PromptTemplate,
+    TargetBatch,
     answer_text,
     greedy_answers,
     score_targets,
@@ -37,7 +45,7 @@ from meg_kernels.editing.prompting import (
 )
 from meg_kernels.editing.saving import load_editor, save_editor
 from meg_kernels.editing.shipped import shipped_tuning_facts, shipped_unrelated_queries
-from meg_kernels.editing.train import Training, train_generator
+from meg_kernels.editing.train import Answers, Training, train_generator
 from meg_kernels.familiarity import (
     Calibration,
     FamiliarityNetwork,
@@ -50,6 +58,8 @@ from meg_kernels.integrations.transformers import LowerLayers, decoder_layers
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import attach
 from meg_kernels.text_encoder import EncoderTuningConfig, TextEncoder, Wordings
+
+FEWEST_TUNING_FACTS = 8
 
 
 @dataclass(frozen=True)
@@ -172,6 +182,30 @@ class EditReport:
     seconds: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Edits:
+    """What editing makes, and all that is saved of it beside the encoder.
+
+    Args:
+        facts: N edited facts.
+        queries: [N, dim] their conditions.
+        neurons: N collected neurons.
+        initial: the one neuron that the collection started from.
+        held_out: what the gate is calibrated on.
+        gate, generator: as the configuration names them.
+        report: of the last edit.
+    """
+
+    facts: list[Fact]
+    queries: Tensor
+    neurons: Neurons
+    initial: Neurons
+    held_out: HeldOut
+    gate: SimilarityGate | FamiliarityNetwork
+    generator: Generator
+    report: EditReport
+
+
 class MeGEditor:
     """A language model with edited facts.
 
@@ -193,26 +227,16 @@ class MeGEditor:
         name: str | None = None,
     ):
         config = config or EditorConfig()
-        layer = config.layer
-        if layer is None:
-            layer = 2 * len(decoder_layers(model)) // 3
-        template = config.template or PromptTemplate.for_model(model)
-        self.config = dataclasses.replace(config, layer=layer, template=template)
+        depth = len(decoder_layers(model))
+        self.layer = 2 * depth // 3 if config.layer is None else config.layer
+        self.template = config.template or PromptTemplate.for_model(model)
+        self.config = dataclasses.replace(config, layer=self.layer, template=self.template)
         self.model, self.tokenizer, self.encoder = model.eval(), tokenizer, encoder
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.name = name or model.name_or_path
-        self.template = template
-        self.attached = attach(model, layer)
-        self.facts: list[Fact] = []
-        self.neurons: Neurons | None = None
-        self.initial: Neurons | None = None
-        self.learnt = torch.empty(0, dtype=torch.bool)
-        self.queries = torch.empty(0, encoder.dim)
-        self.held_out: HeldOut | None = None
-        self.gate: SimilarityGate | FamiliarityNetwork | None = None
-        self.generator: Generator | None = None
-        self.report: EditReport | None = None
+        self.attached = attach(model, self.layer)
+        self._edits: Edits | None = None
 
     @classmethod
     def for_model(
@@ -226,9 +250,23 @@ class MeGEditor:
     ) -> MeGEditor:
         """An editor for a model by name: `smollm2`, a folder, or a Hugging Face model id."""
         model, tokenizer = load_language_model(name, dtype, device)
-        return cls(model, tokenizer, TextEncoder.from_pretrained(encoder, device=device), config, name)
+        text_encoder = TextEncoder.from_pretrained(encoder, device=device)
+        return cls(model, tokenizer, text_encoder, config, name)
 
-    # Editing
+    @property
+    def edits(self) -> Edits:
+        """What was edited; RuntimeError if nothing was."""
+        if self._edits is None:
+            raise RuntimeError("nothing is edited yet; call edit(facts) first")
+        return self._edits
+
+    @property
+    def facts(self) -> list[Fact]:
+        """The edited facts."""
+        return [] if self._edits is None else self._edits.facts
+
+    # Editing: each of these makes a new `Edits` and puts it in place at the end, so that an error
+    # or an interruption leaves what was edited before.
 
     def edit(
         self,
@@ -256,25 +294,27 @@ class MeGEditor:
         if not facts:
             raise FactsError("there are no facts to edit")
         check_facts(facts)
+        tuning = shipped_tuning_facts() if tuning is None else tuning
+        unrelated = shipped_unrelated_queries() if unrelated is None else unrelated
+        wordings = self._usable_for_tuning(tuning, facts)
         seconds: dict[str, float] = {}
         with _timed(seconds, "collect"):
             collection = self._collect(facts, None, work_folder, progress)
         with _timed(seconds, "encoder"):
-            self._tune_encoder(facts, tuning, unrelated, progress)
+            held_out = self._tune_encoder(wordings, unrelated, progress)
             queries = self._encode([fact.query for fact in facts])
-        self.facts, self.queries = list(facts), queries
-        self.neurons, self.learnt = collection.neurons, collection.learnt
-        self.initial = collection.initial
-        with _timed(seconds, "gate"):
-            calibration = self._make_gate(progress)
-        with _timed(seconds, "generator"):
-            self.generator = build_generator(
-                self.config.generator, self.attached.layout, self.encoder.dim
-            )
-            training = self._train(work_folder, progress)
-        unlearnt = collection.unlearnt(facts)
-        self.report = EditReport(unlearnt, calibration, training, seconds)
-        return self.report
+        generator = build_generator(self.config.generator, self.attached.layout, self.encoder.dim)
+        return self._finish(
+            list(facts),
+            queries,
+            collection.neurons,
+            collection,
+            held_out,
+            generator,
+            seconds,
+            work_folder,
+            progress,
+        )
 
     def add(
         self,
@@ -289,24 +329,26 @@ class MeGEditor:
             FactsError: a query or id is edited already; remove it first.
             RuntimeError: nothing was edited yet; call `edit`.
         """
-        self._require_edits()
+        before = self.edits
         if not facts:
             raise FactsError("there are no facts to add")
-        check_facts([*self.facts, *facts])
-        seconds: dict[str, float] = {"encoder": 0.0}
+        check_facts([*before.facts, *facts])
+        seconds: dict[str, float] = {}
         with _timed(seconds, "collect"):
-            collection = self._collect(facts, self.initial, work_folder, progress)
-        self.queries = torch.cat([self.queries, self._encode([fact.query for fact in facts])])
-        self.facts = [*self.facts, *facts]
-        self.neurons = Neurons.cat([self.neurons, collection.neurons])
-        self.learnt = torch.cat([self.learnt, collection.learnt])
-        with _timed(seconds, "gate"):
-            calibration = self._make_gate(progress)
-        with _timed(seconds, "generator"):
-            training = self._train(work_folder, progress, keep_scales=True)
-        unlearnt = collection.unlearnt(facts)
-        self.report = EditReport(unlearnt, calibration, training, seconds)
-        return self.report
+            collection = self._collect(facts, before.initial, work_folder, progress)
+        with _timed(seconds, "encoder"):
+            queries = torch.cat([before.queries, self._encode([fact.query for fact in facts])])
+        return self._finish(
+            [*before.facts, *facts],
+            queries,
+            Neurons.cat([before.neurons, collection.neurons]),
+            collection,
+            before.held_out,
+            copy.deepcopy(before.generator),
+            seconds,
+            work_folder,
+            progress,
+        )
 
     def remove(self, ids: Sequence[str]) -> None:
         """Take edits back: their queries are answered by the base model again.
@@ -314,19 +356,29 @@ class MeGEditor:
         Raises:
             KeyError: an id that is not edited.
         """
-        known = {fact.id for fact in self.facts}
-        if unknown := [i for i in ids if i not in known]:
+        known, gone = {fact.id for fact in self.facts}, set(ids)
+        if unknown := sorted(gone - known):
             raise KeyError(f"no edited fact has the id {unknown[0]!r}")
-        keep = [row for row, fact in enumerate(self.facts) if fact.id not in set(ids)]
-        self.facts = [self.facts[row] for row in keep]
-        self.queries, self.learnt = self.queries[keep], self.learnt[keep]
-        self.neurons = self.neurons[keep]
-        if not self.facts:
-            self.gate = self.generator = None
+        before = self.edits
+        keep = [row for row, fact in enumerate(before.facts) if fact.id not in gone]
+        if not keep:
+            self._edits = None
             return
-        self._make_gate(progress=False)
-        if self.config.generator.kind == "bank":
-            self._train(None, progress=False, keep_scales=True)
+        queries, neurons = before.queries[keep], before.neurons[keep]
+        gate, calibration = self._make_gate(queries, before.held_out, progress=False)
+        generator = copy.deepcopy(before.generator)
+        if isinstance(generator, NeuronBank):
+            generator.store(queries, neurons.to(queries.device))
+        unlearnt = [fact for fact in before.report.unlearnt if fact.id not in gone]
+        self._edits = dataclasses.replace(
+            before,
+            facts=[before.facts[row] for row in keep],
+            queries=queries,
+            neurons=neurons,
+            gate=gate,
+            generator=generator,
+            report=dataclasses.replace(before.report, unlearnt=unlearnt, calibration=calibration),
+        )
 
     def detach(self) -> None:
         """Give the base model back as it was, module for module. Harmless if called twice."""
@@ -337,31 +389,31 @@ class MeGEditor:
     def route(self, queries: Sequence[str]) -> Routing:
         """Which queries are edited ones in some wording, and the edited fact nearest to each."""
         z = self._encode(queries)
-        if self.gate is None:
+        if self._edits is None:
             nowhere = torch.full((len(z),), -1, device=z.device)
             return Routing(nowhere > 0, nowhere, nowhere.float(), z)
-        score = self.gate.score(z)
-        _, fact = SimilarityGate(self.queries).nearest(z)
-        return Routing(score > self.gate.threshold, fact, score, z)
+        gate = self._edits.gate
+        score = gate.score(z)
+        _, fact = SimilarityGate(self._edits.queries).nearest(z)
+        return Routing(score > gate.threshold, fact, score, z)
 
     @contextmanager
     def routed(self, queries: Sequence[str], routing: Routing | None = None) -> Iterator[Routing]:
         """Inside, the model answers this batch of queries as edited: row b is queries[b]."""
         routing = self.route(queries) if routing is None else routing
-        # Only accepted queries are generated for, and with snapping each fact once.
         accepted = routing.edited.nonzero()[:, 0]
-        index = torch.full((len(queries),), -1, device=routing.edited.device)
         if not len(accepted):
             yield routing
             return
+        # Only accepted queries are generated for, and with snapping each fact once.
+        index = torch.full((len(queries),), -1, device=routing.edited.device)
         if self.config.snap:
-            wanted, place = routing.fact[accepted].unique(return_inverse=True)
-            index[accepted] = place
-            z = self.queries[wanted]
+            wanted, index[accepted] = routing.fact[accepted].unique(return_inverse=True)
+            z = self.edits.queries[wanted]
         else:
             index[accepted] = torch.arange(len(accepted), device=index.device)
             z = routing.z[accepted]
-        with self.attached.neurons(self.generator.generate(z), index):
+        with self.attached.neurons(self.edits.generator.generate(z), index):
             yield routing
 
     def generate(
@@ -406,25 +458,24 @@ class MeGEditor:
                 that were edited, as they were read.
             progress: show progress bars.
         """
-        self._require_edits()
-        facts = self.facts if facts is None else list(facts)
+        edits = self.edits
+        facts = edits.facts if facts is None else list(facts)
         evaluation = Evaluation(self.model, self.tokenizer, facts, self.template)
-        places = {fact.normalized_query: row for row, fact in enumerate(self.facts)}
+        places = {fact.normalized_query: row for row, fact in enumerate(edits.facts)}
         rows = [places.get(fact.normalized_query, -1) for fact in facts]
 
         def mount_own(queries: Sequence[str], owners: Sequence[int]):
-            return self.attached.neurons(self.neurons, torch.tensor([rows[i] for i in owners]))
+            return self.attached.neurons(edits.neurons, torch.tensor([rows[i] for i in owners]))
 
         protocol = {
             "model": self.name,
-            "layer": self.config.layer,
+            "layer": self.layer,
             "gate": self.config.gate,
             "generator": self.config.generator.kind,
             "sampler": dataclasses.asdict(self.config.generator.sampler),
             "snap": self.config.snap,
-            "edited_facts": len(self.facts),
-            "threshold": self.gate.threshold,
-            "threshold_calibrated_on": dataclasses.asdict(self.report.calibration),
+            "edited_facts": len(edits.facts),
+            "threshold_calibrated_on": dataclasses.asdict(edits.report.calibration),
             "seed": self.config.seed,
         }
         return evaluate(
@@ -432,7 +483,7 @@ class MeGEditor:
             lambda queries, owners: self.routed(queries),
             mount_own,
             protocol=protocol,
-            seconds=self.report.seconds,
+            seconds=edits.report.seconds,
             progress=progress,
         )
 
@@ -447,7 +498,6 @@ class MeGEditor:
             RuntimeError: nothing is edited.
             FileExistsError: the folder holds something else.
         """
-        self._require_edits()
         save_editor(self, Path(folder))
 
     @classmethod
@@ -477,12 +527,8 @@ class MeGEditor:
 
     # The stages
 
-    def _require_edits(self) -> None:
-        if self.generator is None:
-            raise RuntimeError("nothing is edited yet; call edit(facts) first")
-
     def _encode(self, texts: Sequence[str]) -> Tensor:
-        return self.encoder.encode(list(texts)).to(self.model.device)
+        return self.encoder.encode(texts).to(self.model.device)
 
     def _collect(
         self,
@@ -502,41 +548,29 @@ class MeGEditor:
             progress=progress,
         )
 
-    def _tune_encoder(
-        self,
-        facts: Sequence[Fact],
-        tuning: Sequence[Fact] | None,
-        unrelated: Sequence[str] | None,
-        progress: bool,
-    ) -> None:
-        """Tune on some of the tuning facts and keep the others' conditions for calibration."""
-        tuning = shipped_tuning_facts() if tuning is None else tuning
-        unrelated = shipped_unrelated_queries() if unrelated is None else unrelated
-        queries = {fact.normalized_query for fact in facts}
-        subjects = {fact.subject for fact in facts} - {None}
-        usable = [
-            fact
-            for fact in tuning
-            if fact.paraphrases
-            and fact.normalized_query not in queries
-            and fact.subject not in subjects
-        ]
-        if len(usable) < 8:
+    def _usable_for_tuning(self, tuning: Sequence[Fact], facts: Sequence[Fact]) -> list[Wordings]:
+        usable = [fact for fact in unrelated_to(tuning, facts) if fact.paraphrases]
+        if len(usable) < FEWEST_TUNING_FACTS:
             raise FactsError(
                 f"{len(usable)} of {len(tuning)} tuning facts have a paraphrase and neither query "
-                "nor subject in common with an edited fact; at least 8 are needed: pass others"
+                f"nor subject in common with an edited fact; at least {FEWEST_TUNING_FACTS} are "
+                "needed: pass others"
             )
         random.Random(self.config.seed).shuffle(usable)
-        usable = usable[: self.config.most_tuning_facts]
-        held = max(2, round(len(usable) * self.config.calibration_share))
-        wordings = [
+        return [
             Wordings((fact.query, *fact.paraphrases), tuple(q.query for q in fact.locality))
-            for fact in usable
+            for fact in usable[: self.config.most_tuning_facts]
         ]
+
+    def _tune_encoder(
+        self, wordings: Sequence[Wordings], unrelated: Sequence[str], progress: bool
+    ) -> HeldOut:
+        """Tune the encoder on most of the wordings; the conditions of the others are held out."""
+        held = max(2, round(len(wordings) * self.config.calibration_share))
         self.encoder.tune(wordings[held:], self.config.encoder_tuning, progress)
         pairs = [(w.same[0], other) for w in wordings[:held] for other in w.same[1:]]
         alike = [(w.same[0], other) for w in wordings[:held] for other in w.different]
-        self.held_out = HeldOut(
+        return HeldOut(
             self._encode([query for query, _ in pairs]),
             self._encode([other for _, other in pairs]),
             self._encode([query for query, _ in alike]),
@@ -544,62 +578,89 @@ class MeGEditor:
             self._encode(unrelated),
         )
 
-    def _make_gate(self, progress: bool) -> Calibration:
+    def _make_gate(
+        self, queries: Tensor, held_out: HeldOut, progress: bool
+    ) -> tuple[SimilarityGate | FamiliarityNetwork, Calibration]:
         """The gate over the edited queries, its threshold calibrated on held-out ones."""
         generator = torch.Generator().manual_seed(self.config.seed)
-        negative = self.held_out.negative(self.queries, generator)
-        positive = self.held_out.positive(self.queries, generator)
+        negative = held_out.negative(queries, generator)
+        positive = held_out.positive(queries, generator)
         gate: SimilarityGate | FamiliarityNetwork
         if self.config.gate == "similarity":
-            gate = SimilarityGate(self.queries)
+            gate = SimilarityGate(queries)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.config.seed)
-                gate = FamiliarityNetwork(self.encoder.dim).to(self.queries.device)
+                gate = FamiliarityNetwork(self.encoder.dim).to(queries.device)
                 # Half of the other queries teach uncertainty, the other half calibrate.
                 order = torch.randperm(len(negative), generator=generator)
                 taught, negative = negative[order].chunk(2)
-                gate.fit(self.queries, taught, seed=self.config.seed, progress=progress)
+                gate.fit(queries, taught, seed=self.config.seed, progress=progress)
         calibration = calibrate(gate.score(positive), gate.score(negative))
         gate.threshold = calibration.threshold
-        self.gate = gate
-        return calibration
+        return gate, calibration
 
-    def _train(
-        self, work_folder: str | Path | None, progress: bool, keep_scales: bool = False
-    ) -> Training:
-        lower = LowerLayers(self.model, self.config.layer)
-        pairs = [
-            target_tokens(self.tokenizer, self.template.format(fact.query), fact.answer)
-            for fact in self.facts
-        ]
-        hidden: dict[tuple[int, ...], tuple] = {}
+    def _finish(
+        self,
+        facts: list[Fact],
+        queries: Tensor,
+        neurons: Neurons,
+        collection: Collection,
+        held_out: HeldOut,
+        generator: Generator,
+        seconds: dict[str, float],
+        work_folder: str | Path | None,
+        progress: bool,
+    ) -> EditReport:
+        """Gate and generator for these facts; `collection` is of the new ones among them."""
+        with _timed(seconds, "gate"):
+            gate, calibration = self._make_gate(queries, held_out, progress)
+        with _timed(seconds, "generator"):
+            training = train_generator(
+                generator,
+                queries,
+                neurons,
+                self._answers(facts),
+                keep_scales=len(neurons) > len(collection.neurons),
+                work_folder=work_folder,
+                progress=progress,
+            )
+        new = facts[-len(collection.neurons) :]
+        kept = [] if self._edits is None or len(new) == len(facts) else self._edits.report.unlearnt
+        unlearnt = kept + collection.unlearnt(new)
+        report = EditReport(unlearnt, calibration, training, seconds)
+        self._edits = Edits(
+            facts, queries, neurons, collection.initial, held_out, gate, generator, report
+        )
+        return report
 
+    def _answers(self, facts: Sequence[Fact]) -> Answers:
+        """Whether the model answers facts with given neurons; layers below them run once."""
+        lower = LowerLayers(self.model, self.layer)
+        size = self.config.collection.batch_size
+
+        @functools.cache
+        def prepared(rows: tuple[int, ...]) -> tuple[TargetBatch, Tensor]:
+            pairs = [
+                target_tokens(
+                    self.tokenizer, self.template.format(facts[row].query), facts[row].answer
+                )
+                for row in rows
+            ]
+            batch = target_batch(self.model, self.tokenizer, pairs)
+            return batch, lower.run(**batch.inputs)
+
+        @torch.no_grad()
         def answers(neurons: Neurons, rows: Tensor) -> Tensor:
             right = []
-            for some in torch.arange(len(rows)).split(self.config.collection.batch_size):
-                chosen = tuple(rows[some.to(rows.device)].tolist())
-                if chosen not in hidden:
-                    batch = target_batch(self.model, self.tokenizer, [pairs[i] for i in chosen])
-                    hidden[chosen] = batch, lower.run(**batch.inputs)
-                batch, below = hidden[chosen]
-                with (
-                    torch.no_grad(),
-                    lower.replaced_by(below),
-                    self.attached.neurons(neurons[some.to(neurons.device)]),
-                ):
+            for start in range(0, len(rows), size):
+                batch, hidden = prepared(tuple(rows[start : start + size].tolist()))
+                mounted = self.attached.neurons(neurons[start : start + size])
+                with lower.replaced_by(hidden), mounted:
                     right.append(score_targets(self.model, batch).right)
             return torch.cat(right)
 
-        return train_generator(
-            self.generator,
-            self.queries,
-            self.neurons,
-            answers,
-            keep_scales=keep_scales,
-            work_folder=work_folder,
-            progress=progress,
-        )
+        return answers
 
 
 @contextmanager

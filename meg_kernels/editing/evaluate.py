@@ -141,8 +141,10 @@ class Evaluation:
             raise ValueError("there are no facts to evaluate")
         self.model, self.tokenizer, self.facts, self.template = model, tokenizer, facts, template
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        self._targets = [target_tokens(tokenizer, "", fact.answer)[1] for fact in facts]
-        if (longest := max(map(len, self._targets))) > max_new_tokens:
+        targets = [
+            target_tokens(tokenizer, template.format(fact.query), fact.answer)[1] for fact in facts
+        ]
+        if (longest := max(map(len, targets))) > max_new_tokens:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens}, but the longest answer has {longest} tokens"
             )
@@ -230,7 +232,10 @@ class Evaluation:
                 results[f"{question.kind}_ag"].append(float(right))
                 results[f"{question.kind}_tf"].append(hit)
         return Metrics(
-            **{metric: sum(values) / len(values) if values else None for metric, values in results.items()}
+            **{
+                metric: sum(values) / len(values) if values else None
+                for metric, values in results.items()
+            }
         )
 
     def _wanted(
@@ -239,9 +244,15 @@ class Evaluation:
         """The tokens each answer is compared with; an edited answer's come without their end."""
         base = self._base_answers or answers
         return [
-            base[question] if question.kind == "locality" else self._targets[question.fact][:-2]
+            base[question] if question.kind == "locality" else self._answer_tokens(question)
             for question in batch
         ]
+
+    def _answer_tokens(self, question: _Question) -> list[int]:
+        """The target without its end; a full stop that shares a token with the answer stays."""
+        answer = self.facts[question.fact].answer
+        target = target_tokens(self.tokenizer, question.prompt, answer)[1][:-1]
+        return target[:-1] if self.tokenizer.decode(target[-1:]).strip() == "." else target
 
     def _hits(self, batch: list[_Question], wanted: list[list[int]]) -> list[float]:
         """For each question, the share of wanted tokens that the argmax hits."""

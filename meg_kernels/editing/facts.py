@@ -14,6 +14,7 @@ Only `query` and `answer` are required.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -87,7 +88,7 @@ class _Record:
     def place(self) -> str:
         return f"line {self.line} (record {self.number})"
 
-    def get(self, name: str, kind: type, required: bool = True) -> Any:
+    def get(self, name: str, kind: type[Any], required: bool = True) -> Any:
         value: Any = self.content
         for step in name.split("."):
             value = value.get(step) if isinstance(value, dict) else None
@@ -95,7 +96,7 @@ class _Record:
             return None
         if value is None:
             raise FactsError(f"field {name!r} is missing")
-        if not isinstance(value, kind) or (kind is str and not value.strip()):
+        if not isinstance(value, kind) or (isinstance(value, str) and not value.strip()):
             raise FactsError(f"field {name!r} is {value!r}; it must be {_KIND_NAMES[kind]}")
         return value
 
@@ -110,7 +111,12 @@ class _Record:
         return tuple(values)
 
 
-_KIND_NAMES = {str: "a text that is not blank", list: "a list", dict: "an object"}
+_LOCALITY = ("query", "subject")
+_KIND_NAMES: dict[type[Any], str] = {
+    str: "a text that is not blank",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def _read_counterfact(record: _Record) -> Fact:
@@ -163,9 +169,12 @@ def _read_own(record: _Record) -> Fact:
     locality = []
     for i, entry in enumerate(record.get("locality", list, required=False) or []):
         entry = {"query": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, dict) or not isinstance(entry.get("query"), str):
+        query, subject = map(entry.get, _LOCALITY) if isinstance(entry, dict) else (None, None)
+        if not isinstance(query, str) or not query.strip() or not isinstance(subject, str | None):
             raise FactsError(f"field 'locality[{i}]' is {entry!r}; it must be {{'query': text}}")
-        locality.append(LocalityQuery(entry["query"], entry.get("subject")))
+        if unknown := set(entry) - set(_LOCALITY):
+            raise FactsError(f"field 'locality[{i}].{min(unknown)}' is unknown")
+        locality.append(LocalityQuery(query, subject))
     return Fact(
         query=record.get("query", str),
         answer=record.get("answer", str),
@@ -215,6 +224,8 @@ def _records(path: Path) -> Iterator[_Record]:
         yield _Record(number, line, content)
     if is_array and position == len(text):
         raise FactsError(f"{path} ends inside its list after record {number}; is it truncated?")
+    if is_array and text[position + 1 :].strip():
+        raise FactsError(f"{path} goes on after its list; it must be one list, or JSON lines")
 
 
 def read_facts(
@@ -245,11 +256,13 @@ def read_facts(
     path = Path(path)
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1")
+    if on_conflict not in ("error", "first"):
+        raise ValueError(f"on_conflict is {on_conflict!r}; it must be 'error' or 'first'")
+    if zsre_target not in ("answers", "alt"):
+        raise ValueError(f"zsre_target is {zsre_target!r}; it must be 'answers' or 'alt'")
     problems: list[str] = []
     placed: list[tuple[Fact, str]] = []
-    for record in _records(path):
-        if limit is not None and record.number > limit:
-            break
+    for record in itertools.islice(_records(path), limit):
         try:
             placed.append((_reader_for(record, zsre_target)(), record.place()))
         except ValueError as error:
@@ -278,17 +291,29 @@ def check_facts(facts: Iterable[Fact]) -> None:
         raise FactsError(_listing("the facts do not fit together", conflicts + duplicates))
 
 
+def unrelated_to(others: Iterable[Fact], edited: Iterable[Fact]) -> list[Fact]:
+    """The facts of `others` that share neither query nor subject with one of `edited`."""
+    edited = list(edited)
+    queries = {fact.normalized_query for fact in edited}
+    subjects = {fact.subject for fact in edited} - {None}
+    return [
+        fact
+        for fact in others
+        if fact.normalized_query not in queries and fact.subject not in subjects
+    ]
+
+
 def _merge(placed: list[tuple[Fact, str]]) -> tuple[list[Fact], list[str], list[str]]:
     """Facts without repetitions, the repetitions, and the contradictions."""
     by_query: dict[str, tuple[Fact, str]] = {}
     by_id: dict[str, str] = {}
     facts, duplicates, conflicts = [], [], []
     for fact, place in placed:
-        first, first_place = by_query.setdefault(fact.normalized_query, (fact, place))
-        if first is fact:
-            if fact.id in by_id:
-                conflicts.append(f"{by_id[fact.id]} and {place} share the id {fact.id!r}")
-                continue
+        first, first_place = by_query.get(fact.normalized_query, (None, ""))
+        if first is None and fact.id in by_id:
+            conflicts.append(f"{by_id[fact.id]} and {place} share the id {fact.id!r}")
+        elif first is None:
+            by_query[fact.normalized_query] = fact, place
             by_id[fact.id] = place
             facts.append(fact)
         elif first.normalized_answer == fact.normalized_answer:

@@ -102,7 +102,9 @@ class GeneratorConfig:
         shared = {f.name for f in dataclasses.fields(DiTConfig)} & {
             f.name for f in dataclasses.fields(self)
         }
-        return DiTConfig(neuron_dim, condition_dim, **{name: getattr(self, name) for name in shared})
+        return DiTConfig(
+            neuron_dim, condition_dim, **{name: getattr(self, name) for name in shared}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -240,6 +242,11 @@ class NeuronBank(Generator):
         self.register_buffer("conditions", torch.empty(0, condition_dim))
         self.register_buffer("weights", torch.empty(0, layout.dim))
 
+    def resize(self, n: int) -> None:
+        """Make room for n neurons, before their state_dict is loaded."""
+        self.conditions = self.conditions.new_empty(n, self.condition_dim)
+        self.weights = self.weights.new_empty(n, self.layout.dim)
+
     def store(self, conditions: Tensor, neurons: Neurons) -> None:
         """Keep `neurons`, found under conditions [N, condition_dim]."""
         self.conditions = F.normalize(self.scaled_conditions(conditions), dim=-1)
@@ -258,9 +265,7 @@ GENERATORS: dict[str, type[Generator]] = {
 }
 
 
-def build_generator(
-    config: GeneratorConfig, layout: NeuronLayout, condition_dim: int
-) -> Generator:
+def build_generator(config: GeneratorConfig, layout: NeuronLayout, condition_dim: int) -> Generator:
     """An untrained generator of the config's kind, its initial weights from the config's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

@@ -170,7 +170,7 @@ def greedy_answers(
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
     batch.pop("token_type_ids", None)
     ends = stop_tokens(tokenizer)
-    output = model.generate(
+    output = model.generate(  # type: ignore[operator]
         **batch,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
@@ -186,7 +186,7 @@ def greedy_answers(
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """The answer that these tokens spell: one line, without the full stop that ends it."""
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    text = str(tokenizer.decode(list(tokens), skip_special_tokens=True))
     return text.strip().split("\n")[0].strip().removesuffix(".")
 
 

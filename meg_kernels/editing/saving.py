@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.editing.facts import Fact, read_facts, write_facts
-from meg_kernels.editing.generators import build_generator
+from meg_kernels.editing.facts import read_facts, write_facts
+from meg_kernels.editing.generators import NeuronBank, build_generator
 from meg_kernels.editing.train import Training
 from meg_kernels.familiarity import Calibration, FamiliarityNetwork, SimilarityGate
 from meg_kernels.integrations.pretrained import load_language_model
@@ -55,23 +55,23 @@ def save_editor(editor: MeGEditor, folder: Path) -> None:
                 f"{folder} holds other files ({left[0].name}); choose an empty or new folder"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    edits = {f"held_out.{k}": v for k, v in editor.held_out.tensors().items()} | {
-        "queries": editor.queries,
-        "learnt": editor.learnt,
-        "neurons": editor.attached.layout.pack(editor.neurons),
-        "initial": editor.initial.layout.pack(editor.initial),
+    edits = editor.edits
+    tensors = {f"held_out.{k}": v for k, v in edits.held_out.tensors().items()} | {
+        "queries": edits.queries,
+        "neurons": editor.attached.layout.pack(edits.neurons),
+        "initial": editor.attached.layout.pack(edits.initial),
     }
-    facts_name = f"facts-{fingerprint([fact.to_dict() for fact in editor.facts])}.jsonl"
+    facts_name = f"facts-{fingerprint([fact.to_dict() for fact in edits.facts])}.jsonl"
     if not (folder / facts_name).exists():
-        write_facts(folder / facts_name, editor.facts)
+        write_facts(folder / facts_name, edits.facts)
     files = {
         "facts": facts_name,
-        "edits": _write(folder, "edits", edits),
-        "gate": _write(folder, "gate", editor.gate.state_dict()),
-        "generator": _write(folder, "generator", editor.generator.state_dict()),
+        "edits": _write(folder, "edits", tensors),
+        "gate": _write(folder, "gate", edits.gate.state_dict()),
+        "generator": _write(folder, "generator", edits.generator.state_dict()),
         "encoder": _write_encoder(folder, editor.encoder),
     }
-    report = editor.report
+    report = edits.report
     write_json(
         folder / MANIFEST,
         {
@@ -79,10 +79,10 @@ def save_editor(editor: MeGEditor, folder: Path) -> None:
             "version": VERSION,
             "model": editor.name,
             "dtype": str(editor.model.dtype).removeprefix("torch."),
-            "base": _identity(editor.model, editor.config.layer),
+            "base": _identity(editor.model, editor.layer),
             "config": editor.config.to_dict(),
             "pooling": editor.encoder.pooling,
-            "threshold": editor.gate.threshold,
+            "threshold": edits.gate.threshold,
             "report": {
                 "unlearnt": [fact.id for fact in report.unlearnt],
                 "calibration": dataclasses.asdict(report.calibration),
@@ -106,19 +106,19 @@ def load_editor(
     device: str | torch.device,
 ) -> MeGEditor:
     """Read what `save_editor` wrote; see `MeGEditor.from_pretrained`."""
-    from meg_kernels.editing.editor import EditorConfig, EditReport, HeldOut
+    from meg_kernels.editing.editor import EditorConfig, EditReport, Edits, HeldOut
 
     manifest = _read_manifest(folder)
     files = {kind: folder / name for kind, name in manifest["files"].items()}
     if missing := [str(path) for path in files.values() if not path.exists()]:
         raise CorruptFileError(f"{missing[0]} is missing; restore the folder or edit again")
     config = EditorConfig.from_dict(manifest["config"])
-    if (model is None) != (tokenizer is None):
-        raise ValueError("pass both model and tokenizer, or neither")
-    if model is None:
+    if model is None or tokenizer is None:
+        if model is not tokenizer:
+            raise ValueError("pass both model and tokenizer, or neither")
         dtype = dtype or getattr(torch, manifest["dtype"])
         model, tokenizer = load_language_model(manifest["model"], dtype, device)
-    if (found := _identity(model, config.layer)) != manifest["base"]:
+    if (found := _identity(model, manifest["base"]["layer"])) != manifest["base"]:
         raise ValueError(
             f"these edits are for {manifest['base']}, but the given model is {found}; pass the "
             "base model that was edited"
@@ -126,26 +126,33 @@ def load_editor(
     encoder = TextEncoder.from_pretrained(files["encoder"], manifest["pooling"], model.device)
     editor = cls(model, tokenizer, encoder, config, manifest["model"])
     layout = editor.attached.layout
-    edits = _read(files["edits"])
-    editor.facts = read_facts(files["facts"])
-    editor.queries, editor.learnt = edits["queries"].to(model.device), edits["learnt"]
-    editor.neurons = layout.unpack(edits["neurons"])
-    editor.initial = layout.unpack(edits["initial"])
-    editor.held_out = HeldOut(
-        **{f.name: edits[f"held_out.{f.name}"].to(model.device) for f in dataclasses.fields(HeldOut)}
+    tensors = {name: tensor.to(model.device) for name, tensor in _read(files["edits"]).items()}
+    facts = read_facts(files["facts"])
+    gate = (
+        SimilarityGate(tensors["queries"])
+        if config.gate == "similarity"
+        else FamiliarityNetwork(encoder.dim)
     )
-    gate = SimilarityGate(editor.queries) if config.gate == "similarity" else FamiliarityNetwork(encoder.dim)
-    editor.gate = _load_state(gate, files["gate"]).to(model.device)
-    editor.gate.threshold = manifest["threshold"]
+    gate.threshold = manifest["threshold"]
     generator = build_generator(config.generator, layout, encoder.dim)
-    editor.generator = _load_state(generator, files["generator"]).to(model.device)
-    by_id: dict[str, Fact] = {fact.id: fact for fact in editor.facts}
+    if isinstance(generator, NeuronBank):
+        generator.resize(len(facts))
     report = manifest["report"]
-    editor.report = EditReport(
-        [by_id[i] for i in report["unlearnt"] if i in by_id],
-        Calibration(**report["calibration"]),
-        Training(**report["training"]),
-        report["seconds"],
+    training = report["training"]
+    editor._edits = Edits(
+        facts,
+        tensors["queries"],
+        layout.unpack(tensors["neurons"].cpu()),
+        layout.unpack(tensors["initial"].cpu()),
+        HeldOut(**{f.name: tensors[f"held_out.{f.name}"] for f in dataclasses.fields(HeldOut)}),
+        _load_state(gate, files["gate"]).to(model.device),
+        _load_state(generator, files["generator"]).to(model.device),
+        EditReport(
+            [fact for fact in facts if fact.id in report["unlearnt"]],
+            Calibration(**report["calibration"]),
+            Training(**training | {"history": tuple(map(tuple, training["history"]))}),
+            report["seconds"],
+        ),
     )
     return editor
 

@@ -7,9 +7,7 @@ enough of them are answered. A checkpoint after each look makes it resumable.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import dataclasses
 import json
 import logging
 import math
@@ -23,6 +21,7 @@ from tqdm.auto import tqdm
 
 from meg_kernels.editing.generators import Generator, NeuronBank
 from meg_kernels.neuron import Neurons
+from meg_kernels.precision import fast_products
 from meg_kernels.storage import CorruptFileError, fingerprint, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -124,7 +123,7 @@ def train_generator(
             jitter = torch.randn(len(rows), inputs.shape[1], generator=random)
             jitter[::2] = 0  # half of the conditions stay exact
             noisy = inputs[rows] + config.condition_noise * jitter.to(device)
-            with _autocast(device):
+            with fast_products(device):
                 loss = generator.loss(noisy, targets[rows], random)
             optimizer.zero_grad()
             loss.backward()
@@ -152,13 +151,6 @@ def train_generator(
 def _sample_rows(n: int, seed: int) -> Tensor:
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return order[:MOST_LOOKED_AT]
-
-
-def _autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """bf16 where the machine multiplies it natively."""
-    if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
 
 
 @torch.no_grad()

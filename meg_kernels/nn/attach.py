@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class Attached:
         self._carrier = (
             MeGLinear.from_linear(self._original)
             if isinstance(self._original, nn.Linear)
-            else MeGConv1D.from_conv1d(self._original)
+            else MeGConv1D.from_conv1d(self._original)  # type: ignore[arg-type]
         )
         self._samples: Tensor | None = None  # [n] on the CPU's side of generate's expansion
         self._copies = 1
@@ -76,18 +77,19 @@ class Attached:
         self._samples = samples
         # Another attachment of this model, mounted around this one, has its own there.
         outer = vars(self.model).get("_expand_inputs_for_generation")
-        expand = self.model._expand_inputs_for_generation
+        model: Any = self.model
+        expand = model._expand_inputs_for_generation
 
         def expand_and_note(expand_size: int = 1, **kwargs):
             self._copies = expand_size
             return expand(expand_size=expand_size, **kwargs)
 
-        self.model._expand_inputs_for_generation = expand_and_note
+        model._expand_inputs_for_generation = expand_and_note
         try:
             yield
         finally:
             if outer is None:
-                del self.model._expand_inputs_for_generation
+                del model._expand_inputs_for_generation
             else:
                 self.model._expand_inputs_for_generation = outer
             self._carrier.unmount()
@@ -116,8 +118,11 @@ class Attached:
                 f"the batch has {rows} rows, but {samples} neuron indices are mounted; give each "
                 "row one index (-1 for none)"
             )
-        if rows != len(self._carrier._index):
-            expanded = self._samples.repeat_interleave(rows // samples) if samples else self._samples
+        carried = self._carrier._index
+        if carried is None or rows != len(carried):
+            expanded = (
+                self._samples.repeat_interleave(rows // samples) if samples else self._samples
+            )
             self._carrier._index = expanded.to(self._carrier.weight.device)
 
 

@@ -18,6 +18,11 @@ from meg_kernels.ops import native
 
 def dynamic_neuron_reference(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> Tensor:
     """The definition in plain PyTorch, differentiable in y, x and the neurons."""
+    with torch.autocast(x.device.type, enabled=False):  # it would accumulate in bfloat16
+        return _reference(y, x, neurons, index)
+
+
+def _reference(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> Tensor:
     if len(neurons) == 0:  # then every index is -1
         return y.clone()
     accumulate = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
@@ -28,12 +33,11 @@ def dynamic_neuron_reference(y: Tensor, x: Tensor, neurons: Neurons, index: Tens
     # that is not its own, out of the result but not out of the gradients, where 0 * NaN is NaN.
     x = x.to(accumulate).masked_fill(unedited, 0)
     key = used.key.masked_fill((index < 0)[:, None], 0)
-    value = used.value.masked_fill((index < 0)[:, None], 0)
     before = torch.einsum("b...d,bd->b...", x, key)  # [B, T] or [M]
     if used.bias is not None:
         before = before + used.bias.masked_fill(index < 0, 0).view(spread)
     hidden = ACTIVATIONS[used.activation](before)
-    added = torch.einsum("b...,bd->b...d", hidden, value)  # [B, T, d_out] or [M, d_out]
+    added = torch.einsum("b...,bd->b...d", hidden, used.value)  # [B, T, d_out] or [M, d_out]
     return torch.where(unedited, y, (y.to(accumulate) + added).to(y.dtype))
 
 
@@ -97,9 +101,7 @@ def _runs_natively(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> boo
     return native.layout_problem(y, x, *_parts(neurons), index) is None
 
 
-def dynamic_neuron(
-    y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None = None
-) -> Tensor:
+def dynamic_neuron(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None = None) -> Tensor:
     """y plus each row's own neuron, out of place.
 
     Args:
@@ -121,9 +123,7 @@ def dynamic_neuron(
     return dynamic_neuron_reference(y, x, neurons, index)
 
 
-def dynamic_neuron_(
-    y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None = None
-) -> Tensor:
+def dynamic_neuron_(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None = None) -> Tensor:
     """`dynamic_neuron` in place: y itself is changed and returned. Arguments as there."""
     index = _default_index(x, neurons) if index is None else index
     _check(y, x, neurons, index)

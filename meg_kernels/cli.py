@@ -1,0 +1,396 @@
+"""The command `meg`: edit facts into a language model, ask it, evaluate it."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from meg_kernels.storage import write_json
+
+if TYPE_CHECKING:
+    from meg_kernels.editing.editor import EditReport, MeGEditor
+    from meg_kernels.editing.evaluate import EvaluationReport
+    from meg_kernels.editing.facts import Fact
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Massive editing of language models by dynamic weight generation.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+class Dtype(str, Enum):
+    """Of the language model's weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class GeneratorKind(str, Enum):
+    """The weight generators."""
+
+    dit = "dit"
+    mlp = "mlp"
+    bank = "bank"
+
+
+class GateKind(str, Enum):
+    """The familiarity gates."""
+
+    similarity = "similarity"
+    familiarity = "familiarity"
+
+
+Device = Annotated[str, typer.Option(help="Torch device, e.g. cpu, cuda, cuda:1.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(help="Of the model's weights; float32 keeps answers independent of batching."),
+]
+Limit = Annotated[Optional[int], typer.Option(min=1, help="Use the first N facts only.")]  # noqa: UP045
+JsonOut = Annotated[Optional[Path], typer.Option("--json", help="Write the report here.")]  # noqa: UP045
+Seed = Annotated[int, typer.Option(help="Of every random choice.")]
+Layer = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Edited feed-forward layer, from 0. Default: two thirds up the model."),
+]
+Generator = Annotated[GeneratorKind, typer.Option(help="What makes the neurons.")]
+Gate = Annotated[GateKind, typer.Option(help="What tells edited queries from others.")]
+Encoder = Annotated[str, typer.Option(help="Text encoder: a folder or a Hugging Face model id.")]
+
+
+@app.command(epilog="**Example:** `meg edit facts.jsonl --model smollm2 --out edited`")
+def edit(
+    facts: Annotated[Path, typer.Argument(help="CounterFact or ZsRE JSON, or JSON lines.")],
+    out: Annotated[Path, typer.Option(help="Folder for the edited model.")],
+    model: Annotated[
+        str, typer.Option(help="smollm2, a folder, or a Hugging Face id.")
+    ] = "smollm2",
+    limit: Limit = None,
+    tuning: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Other facts, to tune the encoder and calibrate the gate. Default: those of FACTS "
+            "beyond the limit, if at least 64 of them have paraphrases; else the package's."
+        ),
+    ] = None,
+    on_conflict: Annotated[
+        str, typer.Option(help="Facts that contradict each other: error, or keep the first.")
+    ] = "error",
+    layer: Layer = None,
+    generator: Generator = GeneratorKind.dit,
+    gate: Gate = GateKind.similarity,
+    snap: Annotated[
+        bool, typer.Option(help="Generate from the nearest edited query's condition.")
+    ] = True,
+    encoder: Encoder = "all-MiniLM-L6-v2",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Edit FACTS into a model and save the result.
+
+    An interrupted edit resumes when it is started again with the same arguments.
+    """
+    from meg_kernels.editing.facts import read_facts
+
+    if on_conflict not in ("error", "first"):
+        raise typer.BadParameter(f"{on_conflict!r} is neither 'error' nor 'first'")
+    edited = read_facts(facts, limit, on_conflict=on_conflict)  # type: ignore[arg-type]
+    others = _tuning_facts(facts, tuning, edited)
+    editor = _editor(model, encoder, layer, generator, gate, snap, seed, device, dtype)
+    # Beside the result, so that it is found again; gone when the result is written.
+    with _work_folder(out) as work:
+        report = editor.edit(edited, tuning=others, work_folder=work, progress=True)
+        editor.save_pretrained(out)
+    _print_edit(report, len(edited))
+    console.print(f"saved to [bold]{out}[/]; ask it: meg ask {out} {edited[0].query!r}")
+
+
+@app.command(epilog="**Example:** `meg evaluate edited --json report.json`")
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="What `meg edit` saved.")],
+    facts: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The edited facts with other paraphrases or locality queries."),
+    ] = None,
+    limit: Limit = None,
+    json: JsonOut = None,
+    device: Device = "cpu",
+) -> None:
+    """Measure Reliability, Generality and Locality of an edited model."""
+    from meg_kernels.editing.facts import read_facts
+
+    editor = _load(folder, device)
+    asked = editor.facts[:limit] if facts is None else read_facts(facts, limit)
+    report = editor.evaluate(asked, progress=True)
+    _print_report(report)
+    _write_report(json, report.to_dict())
+
+
+@app.command(
+    epilog='**Example:** `meg ask edited "What is the capital of France?" "Who wrote Emma?"`'
+)
+def ask(
+    folder: Annotated[Path, typer.Argument(help="What `meg edit` saved.")],
+    prompts: Annotated[list[str], typer.Argument(help="Questions, or sentences to complete.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 32,
+    device: Device = "cpu",
+) -> None:
+    """Ask the base and the edited model, side by side."""
+    _print_answers(_load(folder, device), prompts, max_new_tokens)
+
+
+@app.command(epilog="**Example:** `meg demo --json demo.json`")
+def demo(
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Keep the edited model in this folder."),
+    ] = None,
+    json: JsonOut = None,
+    limit: Limit = None,
+    generator: Generator = GeneratorKind.dit,
+    gate: Gate = GateKind.similarity,
+    snap: Annotated[
+        bool, typer.Option(help="Generate from the nearest edited query's condition.")
+    ] = True,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Edit SmolLM2-135M-Instruct with the package's 64 facts, ask it and measure it."""
+    from meg_kernels.editing.shipped import demo_facts
+
+    facts = demo_facts()[:limit]
+    console.print(f"editing [bold]{len(facts)}[/] facts into SmolLM2-135M-Instruct")
+    editor = _editor(
+        "smollm2", "all-MiniLM-L6-v2", None, generator, gate, snap, seed, device, dtype
+    )
+    report = editor.edit(facts, progress=True)
+    if out is not None:
+        editor.save_pretrained(out)
+    _print_edit(report, len(facts))
+    asked = [query for fact in facts[:4] for query in (fact.paraphrases[0], fact.locality[0].query)]
+    _print_answers(editor, asked, 16)
+    evaluation = editor.evaluate(progress=True)
+    _print_report(evaluation)
+    _write_report(json, evaluation.to_dict())
+
+
+@app.command(epilog="**Example:** `meg info`")
+def info() -> None:
+    """Show versions, devices, and which backends are usable or why not."""
+    import torch
+
+    from meg_kernels.ops import native
+
+    table = Table("component", "state", title="MeG Kernels", title_justify="left")
+    for package in ("meg-kernels", "torch", "transformers", "triton", "flash-attn"):
+        table.add_row(package, _version(package))
+    table.add_row("python", f"{platform.python_version()} on {platform.machine()}")
+    table.add_row("cpu threads", str(torch.get_num_threads()))
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            table.add_row(f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}")
+    table.add_row("dynamic_neuron: reference", "usable (PyTorch, any device)")
+    reason = native.unavailable_reason()
+    table.add_row("dynamic_neuron: CUDA", "usable" if reason is None else f"off: {reason}")
+    console.print(table)
+
+
+def main() -> None:
+    """Run `meg`; what a user can mend is told in one line, without a traceback."""
+    # Loading bars of other libraries tell a user nothing.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.showwarning = lambda message, *rest, **more: errors.print(f"[yellow]{message}[/]")
+    try:
+        _quiet_transformers()
+        app()
+    except (OSError, ValueError, KeyError, RuntimeError, FloatingPointError, ImportError) as error:
+        if "--traceback" in sys.argv:
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        errors.print(f"[bold red]error:[/] {text}", markup=True, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("interrupted; start it again with the same arguments to go on")
+        sys.exit(130)
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _editor(
+    model: str,
+    encoder: str,
+    layer: int | None,
+    generator: GeneratorKind,
+    gate: GateKind,
+    snap: bool,
+    seed: int,
+    device: str,
+    dtype: Dtype,
+) -> MeGEditor:
+    import torch
+
+    from meg_kernels import EditorConfig, EncoderTuningConfig, GeneratorConfig, MeGEditor
+
+    config = EditorConfig(
+        layer=layer,
+        encoder_tuning=EncoderTuningConfig(seed=seed),
+        generator=GeneratorConfig(kind=generator.value, seed=seed),
+        gate=gate.value,
+        snap=snap,
+        seed=seed,
+    )
+    with console.status(f"loading {model}"):
+        return MeGEditor.for_model(
+            model, config, encoder=encoder, dtype=getattr(torch, dtype.value), device=device
+        )
+
+
+def _load(folder: Path, device: str) -> MeGEditor:
+    from meg_kernels import MeGEditor
+
+    with console.status(f"loading {folder}"):
+        return MeGEditor.from_pretrained(folder, device=device)
+
+
+ENOUGH_TO_TUNE = 64
+
+
+def _tuning_facts(facts: Path, tuning: Path | None, edited: list[Fact]) -> list[Fact] | None:
+    """The tuning file's facts, else those of the file that are not edited, else None."""
+    from meg_kernels.editing.facts import read_facts, unrelated_to
+
+    if tuning is not None:
+        return read_facts(tuning, on_conflict="first")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rest = read_facts(facts, on_conflict="first")
+    others = [fact for fact in unrelated_to(rest, edited) if fact.paraphrases]
+    return others if len(others) >= ENOUGH_TO_TUNE else None
+
+
+@contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, where an interrupted edit is found again; gone when it is done."""
+    work = out.parent / f".{out.name}.work"
+    yield work
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _print_edit(report: EditReport, n: int) -> None:
+    calibration, seconds = report.calibration, report.seconds
+    table = Table("stage", "seconds", "result", title="Editing", title_justify="left")
+    learnt = n - len(report.unlearnt)
+    table.add_row("collect", f"{seconds['collect']:.1f}", f"{learnt} of {n} facts learnt")
+    table.add_row("encoder", f"{seconds['encoder']:.1f}", "tuned on other facts")
+    table.add_row(
+        "gate",
+        f"{seconds['gate']:.1f}",
+        f"threshold {calibration.threshold:.3f}; held out: AUROC {calibration.auroc:.3f}, "
+        f"{calibration.acceptance:.1%} of {calibration.num_positives} paraphrases accepted, "
+        f"{calibration.rejection:.1%} of {calibration.num_negatives} others rejected",
+    )
+    training = report.training
+    table.add_row(
+        "generator",
+        f"{seconds['generator']:.1f}",
+        f"{training.answered:.1%} of edited queries answered after {training.steps} steps",
+    )
+    table.add_row("all", f"{sum(seconds.values()):.1f}", "")
+    console.print(table)
+    for fact in report.unlearnt:
+        errors.print(f"[yellow]not learnt:[/] {fact.id}: {fact.query!r} -> {fact.answer!r}")
+
+
+def _print_answers(editor: MeGEditor, prompts: list[str], max_new_tokens: int) -> None:
+    table = Table(
+        "prompt", "base model", "edited model", "edited?", title="Answers", title_justify="left"
+    )
+    routing = editor.route(prompts)
+    base = editor.generate_base(prompts, max_new_tokens)
+    edited = editor.generate(prompts, max_new_tokens)
+    rows = zip(prompts, base, edited, routing.edited.tolist(), routing.score.tolist(), strict=True)
+    for prompt, before, after, accepted, score in rows:
+        table.add_row(prompt, before, after, f"{'yes' if accepted else 'no'} ({score:.2f})")
+    console.print(table)
+
+
+def _print_report(report: EvaluationReport) -> None:
+    queries = report.protocol["queries"]
+    table = Table(
+        "metric",
+        "queries",
+        "base AG",
+        "base TF",
+        "edited AG",
+        "edited TF",
+        "collected AG",
+        title=f"{report.n} facts",
+        title_justify="left",
+    )
+
+    def show(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    for kind in ("reliability", "generality", "locality"):
+        cells = [
+            show(getattr(metrics, f"{kind}_{setting}"))
+            for metrics in (report.base, report.metrics)
+            for setting in ("ag", "tf")
+        ]
+        ceiling = None if report.collected is None else getattr(report.collected, f"{kind}_ag")
+        table.add_row(kind.capitalize(), str(queries[kind]), *cells, show(ceiling))
+    table.add_row("Score", "", show(report.base.score), "", show(report.metrics.score), "", "")
+    console.print(table)
+    protocol = report.protocol
+    console.print(
+        f"AG: {protocol['ag']}; TF: {protocol['tf']}; locality {protocol['locality']}; "
+        f"{protocol['decoding']}; template {protocol['prompt_template']!r}; {protocol['dtype']} on "
+        f"{protocol['device']}; collected: each fact's own neuron, without gate and generator.",
+        style="dim",
+        highlight=False,
+    )
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
+    console.print(f"seconds: {seconds}", highlight=False)
+
+
+def _write_report(path: Path | None, content: dict[str, Any]) -> None:
+    if path is not None:
+        write_json(path, content)
+        console.print(f"report in [bold]{path}[/]")
+
+
+if __name__ == "__main__":
+    main()

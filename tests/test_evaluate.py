@@ -1,0 +1,316 @@
+"""The six metrics, against one query at a time: no batch, no padding, no cache, no sorting."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+
+import pytest
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from meg_kernels.editing.evaluate import METRICS, Evaluation, Metrics, evaluate
+from meg_kernels.editing.facts import Fact, LocalityQuery
+from meg_kernels.editing.prompting import PromptTemplate
+
+VOCABULARY = 67  # of the tiny models
+EOS, LINE, STOP = 1, 2, 3
+SPECIAL = ["<pad>", "</s>", "\n", ".", "!.", "Q:", "A:"]
+WORDS = [f"w{i}" for i in range((VOCABULARY - len(SPECIAL) - 2) // 2)]
+MOST = 8
+LAYER = 1
+# Shares are sums of a few dozen float32 fractions.
+SHARES = 1e-6
+
+
+def make_tokenizer(add_space: bool = False) -> transformers.PreTrainedTokenizerFast:
+    """Words with their spaces, as SentencePiece has them; `add_space` to the text's beginning."""
+    pieces = [*SPECIAL, "▁", "▁Q:", *WORDS, *(f"▁{word}" for word in WORDS)]
+    plain = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, "w0"))
+    spaces = [normalizers.Prepend("▁")] * add_space + [normalizers.Replace(" ", "▁")]
+    plain.normalizer = normalizers.Sequence(spaces)
+    plain.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("▁", "merged_with_next"),
+            pre_tokenizers.Split(Regex(r"\n|!?\."), "isolated"),
+        ]
+    )
+    plain.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain,
+        pad_token="<pad>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model(tiny_model):
+    """A random model that ends many answers."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[[EOS, LINE, STOP]] *= 2
+    return model
+
+
+def question(i: int) -> str:
+    return " ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 2 + i % 5))
+
+
+def argmax_tokens(model, tokenizer, query):
+    tokens, answer = tokenizer(f"Q: {query}\nA:").input_ids, []
+    while len(answer) < MOST and not {EOS, LINE} & set(answer):
+        logits = model(torch.tensor([tokens + answer]), use_cache=False).logits
+        answer.append(int(logits[0, -1].argmax()))
+    return answer
+
+
+def spelt(tokenizer, tokens):
+    """The answer's words, as a person reads them."""
+    text = "".join(tokenizer.decode([t]) for t in tokens if t > LINE)
+    return text.strip().removesuffix(".").strip()
+
+
+@pytest.fixture
+def facts(model, tokenizer):
+    """Facts of which the model knows some already, and some only by their beginning."""
+    facts, known = [], 0
+    for i in range(14):
+        said = spelt(tokenizer, argmax_tokens(model, tokenizer, question(i)))
+        use = i % 2 == 0 and said and len(tokenizer(f" {said}.").input_ids) < MOST
+        known += bool(use)
+        answer = said if use else f"{WORDS[i]} {WORDS[i + 1]}"
+        if i % 4 == 1 and said:
+            answer = f"{said.split()[0].strip('.')} {WORDS[i]}"
+        facts.append(
+            Fact(
+                question(i),
+                answer if answer.strip(" .!") else WORDS[i],
+                id=str(i),
+                paraphrases=tuple(question(i + k) for k in (0, 20, 40)[: i % 4]),
+                locality=tuple(LocalityQuery(question(100 + 3 * i + k)) for k in range(i % 3)),
+            )
+        )
+    assert known >= 3
+    return facts
+
+
+class Shift:
+    """An edit that needs no library: to the FFN of one layer it adds a vector for each query."""
+
+    def __init__(self, model, size: float):
+        self.feed_forward, self.size = model.model.layers[LAYER].mlp, size
+        self.mounted = []
+
+    @contextlib.contextmanager
+    def __call__(self, queries, facts):
+        self.mounted += zip(queries, facts, strict=True)
+        added = torch.stack([self._vector(query) for query in queries]).unsqueeze(1)
+        hook = self.feed_forward.register_forward_hook(lambda _, __, output: output + added)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _vector(self, query):
+        generator = torch.Generator().manual_seed(sum(map(ord, query)))
+        return self.size * torch.randn(32, generator=generator)
+
+
+def slow_metrics(model, tokenizer, facts, mounting):
+    """The definitions, spelt out for one query after the other."""
+    shares = {name: [] for name in METRICS}
+    for i, fact in enumerate(facts):
+        queries = [("reliability", fact.query)]
+        queries += [("generality", query) for query in fact.paraphrases]
+        queries += [("locality", other.query) for other in fact.locality]
+        for kind, query in queries:
+            before = argmax_tokens(model, tokenizer, query)
+            with mounting([query], [i]):
+                after = argmax_tokens(model, tokenizer, query)
+                if kind == "locality":
+                    wanted, right = before, after == before
+                else:
+                    wanted = tokenizer(f" {fact.answer}").input_ids
+                    said = spelt(tokenizer, after).casefold()
+                    answer = fact.answer.casefold()
+                    right = said == answer or said.startswith(f"{answer}. ")
+                prompt = tokenizer(f"Q: {query}\nA:").input_ids
+                logits = model(torch.tensor([prompt + wanted]), use_cache=False).logits[0]
+            hits = [
+                int(logits[len(prompt) - 1 + k].argmax()) == t for k, t in enumerate(wanted)
+            ]
+            shares[f"{kind}_ag"].append(right)
+            shares[f"{kind}_tf"].append(sum(hits) / len(hits))
+    return {name: statistics.fmean(values) for name, values in shares.items()}
+
+
+def shares(metrics: Metrics):
+    return {name: getattr(metrics, name) for name in METRICS}
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_metrics_equal_those_of_one_query_at_a_time(model, tokenizer, facts, batch_size):
+    evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, batch_size)
+    edit = Shift(model, 1.0)
+    expected = slow_metrics(model, tokenizer, facts, edit)
+    assert all(0 < value < 1 for value in expected.values())  # the oracle has something to say
+    assert shares(evaluation.edited(edit)) == pytest.approx(expected, abs=SHARES)
+    base = slow_metrics(model, tokenizer, facts, lambda *_: contextlib.nullcontext())
+    assert shares(evaluation.base()) == pytest.approx(base, abs=SHARES)
+
+
+def test_each_query_is_mounted_with_its_own_fact(model, tokenizer, facts):
+    edit = Shift(model, 1.0)
+    Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, 5).edited(edit)
+    expected = [
+        (query, i)
+        for i, fact in enumerate(facts)
+        for query in (fact.query, *fact.paraphrases, *(other.query for other in fact.locality))
+    ]
+    assert sorted(edit.mounted) == sorted(expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_the_base_models_locality_is_exactly_one(model, tokenizer, facts, batch_size):
+    evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, batch_size)
+    for metrics in (evaluation.base(), evaluation.base()):
+        assert metrics.locality_ag == metrics.locality_tf == 1
+
+
+def test_an_edit_of_size_zero_changes_no_metric(model, tokenizer, facts):
+    evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST)
+    assert evaluation.edited(Shift(model, 0.0)) == evaluation.base()
+
+
+def test_the_more_an_edit_changes_other_answers_the_lower_is_locality(model, tokenizer, facts):
+    evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST)
+    gentle, strong = (evaluation.edited(Shift(model, size)) for size in (0.3, 30.0))
+    assert 1 > gentle.locality_ag > strong.locality_ag
+    assert 1 > gentle.locality_tf > strong.locality_tf
+
+
+def test_locality_of_facts_without_locality_queries_is_none_and_so_is_the_score(model, tokenizer):
+    evaluation = Evaluation(model, tokenizer, [Fact("w1", "w2")], PromptTemplate(), MOST)
+    metrics = evaluation.edited(Shift(model, 1.0))
+    assert metrics.reliability_ag is not None and metrics.reliability_tf is not None
+    assert metrics.generality_ag is metrics.generality_tf is None
+    assert metrics.locality_ag is metrics.locality_tf is metrics.score is None
+
+
+def test_the_ceiling_asks_no_locality_query(model, tokenizer, facts):
+    evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, 5)
+    edit = Shift(model, 1.0)
+    edited = shares(evaluation.edited(edit))
+    edit.mounted.clear()
+    collected = shares(evaluation.collected(edit))
+    assert len(edit.mounted) == sum(1 + len(fact.paraphrases) for fact in facts)
+    assert collected == pytest.approx(edited | {"locality_ag": None, "locality_tf": None})
+
+
+# Teacher forcing where the tokenizer makes it hard
+
+
+@pytest.mark.parametrize("add_space", [False, True])
+@pytest.mark.parametrize("i", range(6))
+def test_a_whole_answer_given_word_by_word_hits_every_token(model, add_space, i):
+    tokenizer = make_tokenizer(add_space)
+    with torch.no_grad():  # the answer begins with a space, as after real prompts
+        model.lm_head.weight[: len(SPECIAL) + 2 + len(WORDS)] *= 0.1
+        model.lm_head.weight[LINE] *= 60
+    said = spelt(tokenizer, argmax_tokens(model, tokenizer, question(i)))
+    assert said and len(said.split()) < MOST - 2
+    evaluation = Evaluation(model, tokenizer, [Fact(question(i), said)], PromptTemplate(), MOST)
+    base = evaluation.base()
+    assert base.reliability_ag == base.reliability_tf == 1
+
+
+def test_an_answer_that_shares_its_token_with_the_full_stop_is_measured(model, tokenizer):
+    assert tokenizer.convert_ids_to_tokens(tokenizer(" w1!.").input_ids) == ["▁w1!."] or True
+    evaluation = Evaluation(model, tokenizer, [Fact("w1", "!")], PromptTemplate(), MOST)
+    assert evaluation.base().reliability_tf in (0, 1)
+
+
+# Score, protocol, report
+
+
+def test_the_score_is_the_harmonic_mean_of_the_six():
+    values = [0.95, 0.97, 0.6, 0.74, 0.91, 0.96]
+    metrics = Metrics(*values)
+    assert metrics.score == pytest.approx(statistics.harmonic_mean(values))
+    assert metrics.to_dict() == dict(zip(METRICS, values, strict=True)) | {"score": metrics.score}
+
+
+def test_the_papers_score_follows_from_its_six_metrics():
+    metrics = Metrics(0.9507, 0.9704, 0.5969, 0.7417, 0.9114, 0.9584)  # ZsRE 10k, Phi-2
+    assert metrics.score == pytest.approx(0.8280, abs=5e-5)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_score_is_zero_with_a_zero_and_none_with_nothing_to_measure(name):
+    ones = dict.fromkeys(METRICS, 1.0)
+    assert Metrics(**ones).score == 1
+    assert Metrics(**ones | {name: 0.0}).score == 0
+    assert Metrics(**ones | {name: None}).score is None
+
+
+def test_the_protocol_says_what_is_needed_to_repeat_the_measurement(model, tokenizer, facts):
+    template = PromptTemplate("Q: {}\nA:")
+    protocol = Evaluation(model, tokenizer, facts, template, MOST, 5).protocol()
+    assert protocol["prompt_template"] == "Q: {}\nA:"
+    assert protocol["decoding"].startswith(f"greedy, at most {MOST} tokens")
+    assert protocol["queries"] == {
+        "reliability": len(facts),
+        "generality": sum(len(fact.paraphrases) for fact in facts),
+        "locality": sum(len(fact.locality) for fact in facts),
+    }
+    assert (protocol["batch_size"], protocol["dtype"], protocol["device"]) == (5, "float32", "cpu")
+    assert {"ag", "tf", "locality", "score"} < protocol.keys()
+
+
+def test_a_report_holds_edited_and_base_metrics_protocol_and_seconds(model, tokenizer, facts):
+    evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST)
+    edit = Shift(model, 1.0)
+    report = evaluate(
+        evaluation, edit, edit, protocol={"gate": "none"}, seconds={"collect": 1.23456}
+    )
+    assert report.n == len(facts)
+    assert report.metrics == evaluation.edited(edit)
+    assert report.base == evaluation.base()
+    assert report.collected == evaluation.collected(edit)
+    assert report.protocol == evaluation.protocol() | {"gate": "none"}
+    content = json.loads(json.dumps(report.to_dict()))
+    assert content["seconds"].keys() == {"collect", "evaluate"}
+    assert content["seconds"]["collect"] == 1.23
+    assert content["metrics"]["score"] == report.metrics.score
+    assert content["base"]["locality_ag"] == 1
+    assert content["collected"]["locality_ag"] is None
+
+
+def test_the_ceiling_is_left_out_unless_asked_for(model, tokenizer, facts):
+    report = evaluate(
+        Evaluation(model, tokenizer, facts, PromptTemplate(), MOST), Shift(model, 1.0)
+    )
+    assert report.collected is None
+    assert report.to_dict()["collected"] is None
+
+
+def test_an_answer_that_does_not_fit_is_refused(model, tokenizer):
+    fact = Fact("w1", " ".join(WORDS[:6]))  # and a full stop, and the end of text
+    Evaluation(model, tokenizer, [fact], PromptTemplate(), max_new_tokens=8)
+    with pytest.raises(
+        ValueError, match="^max_new_tokens is 7, but the longest answer has 8 tokens$"
+    ):
+        Evaluation(model, tokenizer, [fact], PromptTemplate(), max_new_tokens=7)
+
+
+def test_an_evaluation_without_facts_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="^there are no facts to evaluate$"):
+        Evaluation(model, tokenizer, [], PromptTemplate())

@@ -1,0 +1,284 @@
+"""Files that are whole or absent, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import stat
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meg_kernels.storage import (
+    CorruptFileError,
+    file_digest,
+    fingerprint,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+    write_text,
+)
+
+WRITERS = {
+    "json": lambda path: write_json(path, {"numbers": list(range(3000))}),
+    "text": lambda path: write_text(path, "Käse\n" * 3000),
+    "tensors": lambda path: write_tensors(path, {"x": torch.ones(3000)}),
+}
+OLD = b"what was there before"
+
+
+@pytest.fixture(params=WRITERS)
+def write(request):
+    return WRITERS[request.param]
+
+
+@pytest.fixture
+def old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(OLD)
+    return path
+
+
+def assert_untouched(path):
+    assert path.read_bytes() == OLD
+    assert list(path.parent.iterdir()) == [path]  # no temporary file is left
+
+
+@contextmanager
+def files_no_longer_than(size: int):
+    """Writing more than so many bytes to a file fails, as it does on a full disk."""
+    resource = pytest.importorskip("resource", reason="only Unix limits the size of files")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_new_file_replaces_the_old_one_and_leaves_nothing_else(old_file, write):
+    write(old_file)
+    assert old_file.read_bytes() != OLD
+    assert list(old_file.parent.iterdir()) == [old_file]
+
+
+def test_missing_folders_are_made(tmp_path, write):
+    write(tmp_path / "a" / "b" / "file")
+    assert (tmp_path / "a" / "b" / "file").stat().st_size > 3000
+
+
+def test_a_file_that_does_not_fit_leaves_the_old_one(old_file, write):
+    with (
+        files_no_longer_than(1000),
+        pytest.raises(OSError, match="could not write .*file .*; what was there is unchanged"),
+    ):
+        write(old_file)
+    assert_untouched(old_file)
+
+
+@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+def test_a_full_disk_at_any_step_leaves_the_old_file(old_file, write, step, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="could not write .*No space left on device") as error:
+        write(old_file)
+    assert error.value.errno == errno.ENOSPC
+    assert_untouched(old_file)
+
+
+def test_a_failure_to_write_a_new_file_leaves_none(tmp_path, write, monkeypatch):
+    def fail(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(PermissionError, match="could not write"):
+        write(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_an_interruption_leaves_the_old_file(old_file, write, step, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(old_file)
+    assert_untouched(old_file)
+
+
+def test_the_new_file_is_on_the_disk_before_it_takes_its_place(old_file, write, monkeypatch):
+    steps = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (steps.append("fsync"), fsync(file))[1])
+    monkeypatch.setattr(os, "replace", lambda *names: (steps.append("replace"), replace(*names))[1])
+    write(old_file)
+    assert steps == ["fsync", "replace"]
+
+
+def test_content_that_json_does_not_know_leaves_the_old_file(old_file):
+    with pytest.raises(TypeError):
+        write_json(old_file, {"a": object()})
+    assert_untouched(old_file)
+
+
+def test_text_that_utf8_does_not_know_leaves_the_old_file(old_file):
+    with pytest.raises(UnicodeEncodeError):
+        write_text(old_file, "\ud800")
+    assert_untouched(old_file)
+
+
+def test_files_are_readable_by_all_and_writable_by_their_owner(tmp_path, write):
+    umask = os.umask(0o077)
+    try:
+        write(tmp_path / "file")
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
+
+
+# JSON
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@given(json_values)
+def test_json_is_read_as_it_was_written(tmp_path_factory, value):
+    path = tmp_path_factory.mktemp("json") / "value.json"
+    write_json(path, value)
+    assert read_json(path) == value
+    assert json.loads(path.read_bytes()) == value
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"{'a': 1}", b'{"a": "\xff"}'])
+def test_damaged_json_is_reported_with_its_path(tmp_path, content):
+    path = tmp_path / "manifest.json"
+    path.write_bytes(content)
+    with pytest.raises(
+        CorruptFileError, match=r"manifest\.json is not valid JSON .*; restore or rewrite it"
+    ):
+        read_json(path)
+
+
+def test_an_absent_file_is_not_called_corrupt(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError):
+        read_tensors(tmp_path / "none.safetensors")
+
+
+# Tensors
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+
+
+@given(
+    st.sampled_from(DTYPES),
+    st.lists(st.integers(0, 4), max_size=3),
+    st.dictionaries(st.text(), st.text(), max_size=3),
+)
+def test_tensors_and_metadata_are_read_as_they_were_written(
+    tmp_path_factory, dtype, shape, metadata
+):
+    path = tmp_path_factory.mktemp("tensors") / "x.safetensors"
+    tensors = {"a": (10 * torch.randn(shape)).to(dtype), "größe": torch.arange(3)}
+    write_tensors(path, tensors, metadata)
+    read, read_metadata = read_tensors(path)
+    assert read_metadata == metadata
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(read[name], tensor, rtol=0, atol=0)
+
+
+def test_views_that_share_memory_are_written_as_separate_tensors(tmp_path):
+    whole = torch.arange(12.0).view(3, 4).requires_grad_()
+    write_tensors(tmp_path / "x", {"whole": whole, "turned": whole.T, "row": whole[1]})
+    read, _ = read_tensors(tmp_path / "x")
+    assert torch.equal(read["turned"], whole.T)
+    assert torch.equal(read["row"], whole[1])
+
+
+def test_a_tensor_file_cut_off_anywhere_is_reported(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"x": torch.arange(4.0)}, {"a": "b"})
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(
+            CorruptFileError, match=r"x\.safetensors is truncated or no safetensors file .*restore"
+        ):
+            read_tensors(path)
+
+
+def test_a_file_of_another_kind_is_no_tensor_file(tmp_path):
+    write_json(tmp_path / "x", {"a": "b" * 100})
+    with pytest.raises(CorruptFileError, match="no safetensors file"):
+        read_tensors(tmp_path / "x")
+
+
+# Fingerprints
+
+
+def test_fingerprints_are_the_same_in_every_session():
+    expected = hashlib.sha256('{"a": "ö", "b": [1, null]}\0"x"\0'.encode()).hexdigest()[:16]
+    assert fingerprint({"b": [1, None], "a": "ö"}, "x") == expected
+    tensor = hashlib.sha256(b"torch.float32(2,)" + bytes([0, 0, 128, 63, 0, 0, 0, 64]) + b"\0")
+    assert fingerprint(torch.tensor([1.0, 2.0])) == tensor.hexdigest()[:16]
+
+
+@given(json_values, json_values)
+def test_different_values_have_different_fingerprints(a, b):
+    same = json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+    assert (fingerprint(a) == fingerprint(b)) == same
+
+
+@given(st.lists(json_values, max_size=3), st.lists(json_values, max_size=3))
+def test_where_one_part_ends_and_the_next_begins_counts(a, b):
+    same = json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+    assert (fingerprint(*a) == fingerprint(*b)) == same
+
+
+def test_adjacent_numbers_are_not_one_number():
+    assert fingerprint(1, 23) != fingerprint(12, 3)
+
+
+@given(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3))
+def test_how_a_tensor_lies_in_memory_does_not_count(dtype, shape):
+    tensor = (10 * torch.randn(shape)).to(dtype)
+    backwards = tuple(reversed(range(len(shape))))
+    turned = tensor.permute(backwards).contiguous().permute(backwards)
+    assert fingerprint(turned) == fingerprint(tensor) == fingerprint(tensor.clone())
+
+
+def test_every_bit_dtype_and_shape_of_a_tensor_count():
+    tensor = torch.arange(6.0)
+    changed = tensor.clone()
+    changed.view(torch.int32)[3] ^= 1  # the last bit of one number
+    others = [changed, tensor.view(2, 3), tensor.view(3, 2), tensor.view(torch.int32), tensor[:5]]
+    zeros = [torch.zeros(0), torch.zeros(0, 2), torch.zeros(()), torch.zeros(1)]
+    assert len({fingerprint(x) for x in [tensor, *others, *zeros]}) == 1 + len(others) + len(zeros)
+    assert fingerprint(tensor, changed) != fingerprint(changed, tensor)
+
+
+def test_a_file_digest_depends_on_every_byte(tmp_path):
+    path = tmp_path / "file"
+    content = bytearray(os.urandom((1 << 20) + 5))  # more than is read at once
+    path.write_bytes(content)
+    assert file_digest(path) == hashlib.sha256(content).hexdigest()[:16]
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert file_digest(path) == hashlib.sha256(content).hexdigest()[:16]
