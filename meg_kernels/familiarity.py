@@ -46,12 +46,13 @@ class Calibration:
     num_negatives: int
 
 
-def calibrate(positive: Tensor, negative: Tensor) -> Calibration:
-    """The threshold with the best acceptance + rejection.
+def calibrate(positive: Tensor, negative: Tensor, rejection_weight: float = 1.0) -> Calibration:
+    """The threshold with the best acceptance + rejection_weight * rejection.
 
     Args:
         positive: [P] scores of queries that the gate should accept.
         negative: [Q] scores of queries that it should reject.
+        rejection_weight: how much worse it is to accept one too many than one too few.
 
     Raises:
         ValueError: one of them is empty or not finite.
@@ -68,7 +69,7 @@ def calibrate(positive: Tensor, negative: Tensor) -> Calibration:
     candidates = torch.cat([scores[:1] - 1e-6, (scores[:-1] + scores[1:]) / 2, scores[-1:]])
     acceptance = (positive.unsqueeze(1) > candidates).double().mean(0)
     rejection = (negative.unsqueeze(1) <= candidates).double().mean(0)
-    best = int((acceptance + rejection).argmax())
+    best = int((acceptance + rejection_weight * rejection).argmax())
     wins = (positive.unsqueeze(1) > negative).double() + 0.5 * (positive.unsqueeze(1) == negative)
     return Calibration(
         float(candidates[best]),

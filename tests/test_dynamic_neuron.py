@@ -165,6 +165,14 @@ def test_float64_y_keeps_its_precision_beside_float32_neurons():
     assert result.tolist() == [[4 + 2.0**-40], [1 + 2.0**-40]]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_autocast_does_not_lower_the_precision_of_the_sums(dtype):
+    call = random_call(4, 3, 64, 7, [1, -1, 0, 1], dtype=dtype)
+    expected = call.of(dynamic_neuron)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call.of(dynamic_neuron), expected)
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
 @pytest.mark.parametrize("tokens", [None, 3])

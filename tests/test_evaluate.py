@@ -53,10 +53,13 @@ def tokenizer():
 
 @pytest.fixture
 def model(tiny_model):
-    """A random model that ends many answers."""
+    """A random model that says words with their spaces, full stops and ends."""
     model = tiny_model("llama")
+    weight = torch.zeros(VOCABULARY, 1)
+    weight[-len(WORDS) :] = 1
+    weight[[EOS, LINE, STOP]] = torch.tensor([[1.5], [1.5], [0.8]])
     with torch.no_grad():
-        model.lm_head.weight[[EOS, LINE, STOP]] *= 2
+        model.lm_head.weight *= weight
     return model
 
 
@@ -80,25 +83,20 @@ def spelt(tokenizer, tokens):
 
 @pytest.fixture
 def facts(model, tokenizer):
-    """Facts of which the model knows some already, and some only by their beginning."""
-    facts, known = [], 0
-    for i in range(14):
-        said = spelt(tokenizer, argmax_tokens(model, tokenizer, question(i)))
-        use = i % 2 == 0 and said and len(tokenizer(f" {said}.").input_ids) < MOST
-        known += bool(use)
-        answer = said if use else f"{WORDS[i]} {WORDS[i + 1]}"
-        if i % 4 == 1 and said:
-            answer = f"{said.split()[0].strip('.')} {WORDS[i]}"
+    """Facts of which the model knows some, some only by the answer's first word, and some not."""
+    facts = []
+    for i in range(12):
+        words = spelt(tokenizer, argmax_tokens(model, tokenizer, question(i))).split(".")[0].split()
+        answer = " ".join([words, [*words[:1], WORDS[i]], [WORDS[i], WORDS[i + 1]]][i % 3][:5])
         facts.append(
             Fact(
                 question(i),
-                answer if answer.strip(" .!") else WORDS[i],
+                answer or WORDS[i],
                 id=str(i),
-                paraphrases=tuple(question(i + k) for k in (0, 20, 40)[: i % 4]),
+                paraphrases=(question(i), question(i + 29))[: i % 4],
                 locality=tuple(LocalityQuery(question(100 + 3 * i + k)) for k in range(i % 3)),
             )
         )
-    assert known >= 3
     return facts
 
 
@@ -144,9 +142,7 @@ def slow_metrics(model, tokenizer, facts, mounting):
                     right = said == answer or said.startswith(f"{answer}. ")
                 prompt = tokenizer(f"Q: {query}\nA:").input_ids
                 logits = model(torch.tensor([prompt + wanted]), use_cache=False).logits[0]
-            hits = [
-                int(logits[len(prompt) - 1 + k].argmax()) == t for k, t in enumerate(wanted)
-            ]
+            hits = [int(logits[len(prompt) - 1 + k].argmax()) == t for k, t in enumerate(wanted)]
             shares[f"{kind}_ag"].append(right)
             shares[f"{kind}_tf"].append(sum(hits) / len(hits))
     return {name: statistics.fmean(values) for name, values in shares.items()}
@@ -156,19 +152,19 @@ def shares(metrics: Metrics):
     return {name: getattr(metrics, name) for name in METRICS}
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_metrics_equal_those_of_one_query_at_a_time(model, tokenizer, facts, batch_size):
-    evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, batch_size)
-    edit = Shift(model, 1.0)
+def test_metrics_equal_those_of_one_query_at_a_time(model, tokenizer, facts):
+    edit = Shift(model, 0.2)
     expected = slow_metrics(model, tokenizer, facts, edit)
     assert all(0 < value < 1 for value in expected.values())  # the oracle has something to say
-    assert shares(evaluation.edited(edit)) == pytest.approx(expected, abs=SHARES)
     base = slow_metrics(model, tokenizer, facts, lambda *_: contextlib.nullcontext())
-    assert shares(evaluation.base()) == pytest.approx(base, abs=SHARES)
+    for batch_size in (1, 5, 64):
+        evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, batch_size)
+        assert shares(evaluation.edited(edit)) == pytest.approx(expected, abs=SHARES)
+        assert shares(evaluation.base()) == pytest.approx(base, abs=SHARES)
 
 
 def test_each_query_is_mounted_with_its_own_fact(model, tokenizer, facts):
-    edit = Shift(model, 1.0)
+    edit = Shift(model, 0.2)
     Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, 5).edited(edit)
     expected = [
         (query, i)
@@ -178,7 +174,7 @@ def test_each_query_is_mounted_with_its_own_fact(model, tokenizer, facts):
     assert sorted(edit.mounted) == sorted(expected)
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 64])
+@pytest.mark.parametrize("batch_size", [5, 64])
 def test_the_base_models_locality_is_exactly_one(model, tokenizer, facts, batch_size):
     evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, batch_size)
     for metrics in (evaluation.base(), evaluation.base()):
@@ -192,14 +188,14 @@ def test_an_edit_of_size_zero_changes_no_metric(model, tokenizer, facts):
 
 def test_the_more_an_edit_changes_other_answers_the_lower_is_locality(model, tokenizer, facts):
     evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST)
-    gentle, strong = (evaluation.edited(Shift(model, size)) for size in (0.3, 30.0))
+    gentle, strong = (evaluation.edited(Shift(model, size)) for size in (0.1, 30.0))
     assert 1 > gentle.locality_ag > strong.locality_ag
     assert 1 > gentle.locality_tf > strong.locality_tf
 
 
 def test_locality_of_facts_without_locality_queries_is_none_and_so_is_the_score(model, tokenizer):
     evaluation = Evaluation(model, tokenizer, [Fact("w1", "w2")], PromptTemplate(), MOST)
-    metrics = evaluation.edited(Shift(model, 1.0))
+    metrics = evaluation.edited(Shift(model, 0.2))
     assert metrics.reliability_ag is not None and metrics.reliability_tf is not None
     assert metrics.generality_ag is metrics.generality_tf is None
     assert metrics.locality_ag is metrics.locality_tf is metrics.score is None
@@ -207,7 +203,7 @@ def test_locality_of_facts_without_locality_queries_is_none_and_so_is_the_score(
 
 def test_the_ceiling_asks_no_locality_query(model, tokenizer, facts):
     evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, 5)
-    edit = Shift(model, 1.0)
+    edit = Shift(model, 0.2)
     edited = shares(evaluation.edited(edit))
     edit.mounted.clear()
     collected = shares(evaluation.collected(edit))
@@ -219,23 +215,25 @@ def test_the_ceiling_asks_no_locality_query(model, tokenizer, facts):
 
 
 @pytest.mark.parametrize("add_space", [False, True])
-@pytest.mark.parametrize("i", range(6))
-def test_a_whole_answer_given_word_by_word_hits_every_token(model, add_space, i):
+def test_answers_that_the_model_gives_anyway_are_all_hits(model, add_space):
     tokenizer = make_tokenizer(add_space)
-    with torch.no_grad():  # the answer begins with a space, as after real prompts
-        model.lm_head.weight[: len(SPECIAL) + 2 + len(WORDS)] *= 0.1
-        model.lm_head.weight[LINE] *= 60
-    said = spelt(tokenizer, argmax_tokens(model, tokenizer, question(i)))
-    assert said and len(said.split()) < MOST - 2
-    evaluation = Evaluation(model, tokenizer, [Fact(question(i), said)], PromptTemplate(), MOST)
-    base = evaluation.base()
+    facts = []
+    for i in range(40):
+        said = spelt(tokenizer, argmax_tokens(model, tokenizer, question(i)))
+        if said and "." not in said and len(said.split()) < MOST - 2:
+            facts.append(Fact(question(i), said))
+    assert len(facts) >= 5
+    base = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST).base()
     assert base.reliability_ag == base.reliability_tf == 1
 
 
-def test_an_answer_that_shares_its_token_with_the_full_stop_is_measured(model, tokenizer):
-    assert tokenizer.convert_ids_to_tokens(tokenizer(" w1!.").input_ids) == ["▁w1!."] or True
-    evaluation = Evaluation(model, tokenizer, [Fact("w1", "!")], PromptTemplate(), MOST)
-    assert evaluation.base().reliability_tf in (0, 1)
+def test_the_end_of_an_answer_counts_where_it_shares_its_token_with_the_full_stop(model, tokenizer):
+    word, following, *_ = spelt(tokenizer, argmax_tokens(model, tokenizer, question(0))).split()
+    target = tokenizer(f" {word}!.").input_ids
+    assert tokenizer.convert_ids_to_tokens(target) == [f"▁{word}", "!."] and following != "!."
+    fact = Fact(question(0), f"{word}!")
+    base = Evaluation(model, tokenizer, [fact], PromptTemplate(), MOST).base()
+    assert base.reliability_tf == 1 / 2
 
 
 # Score, protocol, report
@@ -277,7 +275,7 @@ def test_the_protocol_says_what_is_needed_to_repeat_the_measurement(model, token
 
 def test_a_report_holds_edited_and_base_metrics_protocol_and_seconds(model, tokenizer, facts):
     evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST)
-    edit = Shift(model, 1.0)
+    edit = Shift(model, 0.2)
     report = evaluate(
         evaluation, edit, edit, protocol={"gate": "none"}, seconds={"collect": 1.23456}
     )
@@ -296,7 +294,7 @@ def test_a_report_holds_edited_and_base_metrics_protocol_and_seconds(model, toke
 
 def test_the_ceiling_is_left_out_unless_asked_for(model, tokenizer, facts):
     report = evaluate(
-        Evaluation(model, tokenizer, facts, PromptTemplate(), MOST), Shift(model, 1.0)
+        Evaluation(model, tokenizer, facts, PromptTemplate(), MOST), Shift(model, 0.2)
     )
     assert report.collected is None
     assert report.to_dict()["collected"] is None
@@ -306,11 +304,11 @@ def test_an_answer_that_does_not_fit_is_refused(model, tokenizer):
     fact = Fact("w1", " ".join(WORDS[:6]))  # and a full stop, and the end of text
     Evaluation(model, tokenizer, [fact], PromptTemplate(), max_new_tokens=8)
     with pytest.raises(
-        ValueError, match="^max_new_tokens is 7, but the longest answer has 8 tokens$"
+        ValueError, match=r"^max_new_tokens is 7, but the longest answer has 8 tokens$"
     ):
         Evaluation(model, tokenizer, [fact], PromptTemplate(), max_new_tokens=7)
 
 
 def test_an_evaluation_without_facts_is_refused(model, tokenizer):
-    with pytest.raises(ValueError, match="^there are no facts to evaluate$"):
+    with pytest.raises(ValueError, match=r"^there are no facts to evaluate$"):
         Evaluation(model, tokenizer, [], PromptTemplate())

@@ -285,7 +285,8 @@ def test_formats_may_be_mixed_in_one_file(file, array):
 
 
 @pytest.mark.parametrize(
-    "layout", ["\ufeff{}\n{}", "{}\r\n{}\r\n", "\n\n{}\n\n{}", "\ufeff[{},{}]", " [\n{}\n,\n{} ]\n\n"]
+    "layout",
+    ["\ufeff{}\n{}", "{}\r\n{}\r\n", "\n\n{}\n\n{}", "\ufeff[{},{}]", " [\n{}\n,\n{} ]\n\n"],
 )
 def test_byte_order_marks_blank_lines_and_line_ends_do_not_matter(file, layout):
     path = file(layout.format(json.dumps(CAPITAL), json.dumps(RIVER)))
@@ -355,7 +356,9 @@ def test_a_file_cut_off_anywhere_never_loses_part_of_a_record_silently(file, arr
 
 def test_a_record_cut_off_is_named_by_line_and_number(file):
     whole = file([CAPITAL, RIVER, MOON]).read_text()
-    with pytest.raises(FactsError, match=r"line 3 \(record 3\): no valid JSON: .* line 3; is the f"):
+    with pytest.raises(
+        FactsError, match=r"line 3 \(record 3\): no valid JSON: .* line 3; is the f"
+    ):
         read_facts(file(whole[:-10]))
 
 
@@ -399,7 +402,10 @@ def rewrite(**changes):
         ({**CAPITAL, "locality": [{"query": "x", "to": 3}]}, "field 'locality[0].to' is unknown"),
         ({**CAPITAL, "anwser": "Lyon"}, "field 'anwser' is unknown; known: answer, id, locality"),
         ({"requested_rewrite": "text"}, "field 'requested_rewrite.prompt' is missing"),
-        (rewrite(prompt="no place"), "field 'requested_rewrite.prompt' is 'no place'; it must hold"),
+        (
+            rewrite(prompt="no place"),
+            "field 'requested_rewrite.prompt' is 'no place'; it must hold",
+        ),
         (rewrite(prompt="{} and {}"), "field 'requested_rewrite.prompt' is '{} and {}'; it must"),
         (rewrite(subject=None), "field 'requested_rewrite.subject' is missing"),
         (rewrite(target_new={}), "field 'requested_rewrite.target_new.str' is missing"),

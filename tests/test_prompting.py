@@ -118,7 +118,7 @@ def test_a_template_puts_the_query_in_its_place_once():
 
 @pytest.mark.parametrize("text", ["Q: A:", "{} and {}", ""])
 def test_a_template_without_one_place_for_the_query_is_refused(text):
-    with pytest.raises(ValueError, match="the template is .*; it must hold one {}"):
+    with pytest.raises(ValueError, match=r"the template is .*; it must hold one \{\}"):
         PromptTemplate(text)
 
 
@@ -296,7 +296,7 @@ def greedy_one_by_one(model, tokenizer, prompt, most):
 def eager_to_end(model):
     """The same model, saying the tokens that end an answer every now and then."""
     with torch.no_grad():
-        model.lm_head.weight[[EOS, LINE]] *= 3
+        model.lm_head.weight[[EOS, LINE]] *= 2
     return model
 
 
@@ -305,14 +305,14 @@ def test_greedy_answers_equal_an_argmax_loop_over_one_prompt_at_a_time(
     tiny_model, tokenizer, family
 ):
     model = eager_to_end(tiny_model(family))
-    prompts = [
-        f"Q: {' '.join(f'w{(i * k) % 59}' for k in range(1, 2 + i % 6))}\nA:" for i in range(24)
-    ]
+    prompts = [" ".join(f"w{(i * k) % 59}" for k in range(1, 2 + i % 6)) for i in range(1, 25)]
     answers = greedy_answers(model, tokenizer, prompts, 6)
     assert answers == [greedy_one_by_one(model, tokenizer, prompt, 6) for prompt in prompts]
     ends = {answer[-1] for answer in answers}
     assert {EOS, LINE} < ends  # both ways to end
-    assert any(len(answer) == 6 and answer[-1] not in (EOS, LINE) for answer in answers)  # the third
+    assert any(
+        len(answer) == 6 and answer[-1] not in (EOS, LINE) for answer in answers
+    )  # the third
 
 
 def test_generation_options_reach_the_model(tiny_model, tokenizer):

@@ -79,7 +79,7 @@ def test_missing_folders_are_made(tmp_path, write):
 def test_a_file_that_does_not_fit_leaves_the_old_one(old_file, write):
     with (
         files_no_longer_than(1000),
-        pytest.raises(OSError, match="could not write .*file .*; what was there is unchanged"),
+        pytest.raises(OSError, match=r"could not write .*file .*; what was there is unchanged"),
     ):
         write(old_file)
     assert_untouched(old_file)
@@ -91,7 +91,7 @@ def test_a_full_disk_at_any_step_leaves_the_old_file(old_file, write, step, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, step, fail)
-    with pytest.raises(OSError, match="could not write .*No space left on device") as error:
+    with pytest.raises(OSError, match=r"could not write .*No space left on device") as error:
         write(old_file)
     assert error.value.errno == errno.ENOSPC
     assert_untouched(old_file)

@@ -8,7 +8,7 @@ still work for other wordings, and when a generator misses their weights a littl
   solutions stay close together, and plain SGD ends in flat minima near it;
 - each fact is fitted in several framings of its query (never in its paraphrases, which Generality
   is measured on);
-- the fitted value is lengthened a little, for a margin.
+- the fitted value is lengthened a little, for a margin, where the fact survives it.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class CollectionConfig:
 
     Args:
         learning_rate: of plain SGD.
-        max_steps: after this many steps a fact counts as not learnt.
-        target_loss: a fact is learnt when in every framing its target tokens are the model's
+        max_steps: after this many steps a fact is left as it is.
+        target_loss: a fact is fitted until in every framing its target tokens are the model's
             argmax and their mean cross-entropy is below this, in nats.
-        overshoot: the fitted value is multiplied by this.
+        overshoot: the fitted value is multiplied by this, unless the fact is lost by it.
         question_framings, cloze_framings: the wordings in which a query is fitted, by whether it
             ends with '?'.
         initial_response: x . key of the initial neuron at the end of a prompt.
@@ -96,7 +96,7 @@ class Collection:
 
     Args:
         neurons: N neurons, float32, on the CPU.
-        learnt: [N] bool: whether the model answers the fact with its neuron.
+        learnt: [N] bool: whether the model answers the fact with its neuron, in every framing.
         steps: [N] int: SGD steps taken.
         initial: the neuron that all started from.
     """
@@ -114,8 +114,8 @@ class Collection:
 class _Fit:
     """Neurons of one batch of facts, being fitted by SGD.
 
-    Each step looks at one framing of every fact, in turn; a fact is learnt when all its framings,
-    one after the other, needed no update.
+    Each step looks at one framing of every fact, in turn; a fact is fitted when all its framings,
+    one after the other, needed no update, and learnt when its final neuron answers them all.
 
     Args:
         batch: [R] prompts with their targets.
@@ -143,29 +143,40 @@ class _Fit:
     def run(self, config: CollectionConfig) -> None:
         active = torch.arange(len(self.flat), device=self.flat.device)
         passed = torch.zeros_like(self.framings)  # framings in a row that needed no update
-        # The last rounds only look: a fact may be right without having reached the target loss.
-        looks = int(self.framings.max())
-        for step in range(config.max_steps + looks):
-            looking = step >= config.max_steps
-            flat = self.flat[active].requires_grad_(not looking)
-            with torch.set_grad_enabled(not looking):
-                scores = self._evaluate(active, flat, step)
-            good = (
-                scores.right
-                if looking
-                else (scores.right & (scores.losses.detach() < config.target_loss))
-            )
-            if step == config.max_steps:
-                passed.zero_()
-            passed[active] = torch.where(good, passed[active] + 1, 0)
-            if not looking and not bool(good.all()):
+        for step in range(config.max_steps):
+            flat = self.flat[active].requires_grad_()
+            scores = self._evaluate(active, flat, step)
+            good = scores.right & (scores.losses.detach() < config.target_loss)
+            if not bool(good.all()):
                 (gradient,) = torch.autograd.grad(scores.losses.sum(), flat)
                 self.flat[active] -= config.learning_rate * gradient * ~good.unsqueeze(1)
                 self.steps[active] += ~good
-            self.learnt[active] = passed[active] >= self.framings[active]
-            active = active[~self.learnt[active]]
+            passed[active] = torch.where(good, passed[active] + 1, 0)
+            active = active[passed[active] < self.framings[active]]
             if not len(active):
                 break
+
+    def lengthen(self, overshoot: float) -> None:
+        """Multiply the values, but for facts that only the fitted one answers; note the learnt."""
+        facts = torch.arange(len(self.flat), device=self.flat.device)
+        fitted = self.attached.layout.unpack(self.flat)
+        longer = dataclasses.replace(fitted, value=fitted.value * overshoot)
+        flat = self.attached.layout.pack(longer)
+        self.learnt = self._answered(facts, flat)
+        failed = facts[~self.learnt]
+        if len(failed):
+            recovered = failed[self._answered(failed, self.flat[failed])]
+            flat[recovered] = self.flat[recovered]
+            self.learnt[recovered] = True
+        self.flat = flat
+
+    @torch.no_grad()
+    def _answered(self, facts: Tensor, flat: Tensor) -> Tensor:
+        """[F] bool: which of these facts the model answers in all their framings."""
+        right = torch.ones_like(facts, dtype=torch.bool)
+        for turn in range(int(self.framings[facts].max())):
+            right &= self._evaluate(facts, flat, turn).right
+        return right
 
     def _evaluate(self, active: Tensor, flat: Tensor, step: int) -> TargetScores:
         """The scores of one framing of each active fact."""
@@ -257,10 +268,11 @@ def collect(
     def fit(rows: Sequence[int]) -> dict[str, Tensor]:
         batch = target_batch(model, tokenizer, [pair for i in rows for pair in targets[i]])
         owner = [place for place, i in enumerate(rows) for _ in targets[i]]
+        fitted = _Fit(attached, lower, batch, torch.tensor(owner, device=model.device), initial)
         # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
         with fast_products(model.device):
-            fitted = _Fit(attached, lower, batch, torch.tensor(owner, device=model.device), initial)
             fitted.run(config)
+        fitted.lengthen(config.overshoot)
         return {"flat": fitted.flat, "steps": fitted.steps, "learnt": fitted.learnt}
 
     identity = fingerprint(
@@ -285,9 +297,7 @@ def collect(
         raise FloatingPointError(
             f"the fit diverged at learning_rate={config.learning_rate}; try a smaller one"
         )
-    fitted = attached.layout.unpack(flat)
-    neurons = dataclasses.replace(fitted, value=fitted.value * config.overshoot)
-    return Collection(neurons, learnt, steps, initial)
+    return Collection(attached.layout.unpack(flat), learnt, steps, initial)
 
 
 def _once(path: Path | None, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

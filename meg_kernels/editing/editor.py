@@ -75,7 +75,9 @@ class EditorConfig:
             instead of the query's own.
         calibration_share: share of the tuning facts kept from tuning, for the gate's threshold.
         most_tuning_facts: so many of the tuning facts are used.
-        seed: of their choice.
+        rejection_weight: how much worse it is that the gate accepts a query too many, which changes
+            an answer that nobody asked to change, than one too few.
+        seed: of their choice, and of the gate.
     """
 
     layer: int | None = None
@@ -87,6 +89,7 @@ class EditorConfig:
     snap: bool = True
     calibration_share: float = 0.25
     most_tuning_facts: int = 512
+    rejection_weight: float = 2.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -596,7 +599,8 @@ class MeGEditor:
                 order = torch.randperm(len(negative), generator=generator)
                 taught, negative = negative[order].chunk(2)
                 gate.fit(queries, taught, seed=self.config.seed, progress=progress)
-        calibration = calibrate(gate.score(positive), gate.score(negative))
+        weight = self.config.rejection_weight
+        calibration = calibrate(gate.score(positive), gate.score(negative), weight)
         gate.threshold = calibration.threshold
         return gate, calibration
 

@@ -215,14 +215,13 @@ class Evaluation:
             batch = [question for question in asked if question.kind != skip]
             if not batch:
                 continue
-            queries, facts = [q.query for q in batch], [q.fact for q in batch]
-            with mounting(queries, facts):
+            with mounting([q.query for q in batch], [q.fact for q in batch]):
                 said = greedy_answers(
                     self.model, self.tokenizer, [q.prompt for q in batch], self.max_new_tokens
                 )
-                answers.update(zip(batch, said, strict=True))
-                wanted = self._wanted(batch, answers)
-                hits = self._hits(batch, wanted)
+            answers.update(zip(batch, said, strict=True))
+            wanted = self._wanted(batch, answers)
+            hits = self._hits(batch, said, wanted, mounting)
             for question, tokens, target, hit in zip(batch, said, wanted, hits, strict=True):
                 if question.kind == "locality":
                     right = tokens == target
@@ -252,18 +251,31 @@ class Evaluation:
         """The target without its end; a full stop that shares a token with the answer stays."""
         answer = self.facts[question.fact].answer
         target = target_tokens(self.tokenizer, question.prompt, answer)[1][:-1]
-        return target[:-1] if self.tokenizer.decode(target[-1:]).strip() == "." else target
+        return target[:-1] if str(self.tokenizer.decode(target[-1:])).strip() == "." else target
 
-    def _hits(self, batch: list[_Question], wanted: list[list[int]]) -> list[float]:
+    def _hits(
+        self,
+        batch: list[_Question],
+        said: list[list[int]],
+        wanted: list[list[int]],
+        mounting: Mounting,
+    ) -> list[float]:
         """For each question, the share of wanted tokens that the argmax hits."""
-        pairs = [
-            (self.tokenizer(question.prompt).input_ids, tokens)
-            for question, tokens in zip(batch, wanted, strict=True)
-        ]
+        # An answer that greedy decoding gave token by token has all its tokens hit: only for the
+        # others does the model have to be asked again.
+        missed = [i for i, tokens in enumerate(wanted) if said[i][: len(tokens)] != tokens]
+        hits = [1.0] * len(batch)
+        if not missed:
+            return hits
+        questions = [batch[i] for i in missed]
+        pairs = [(self.tokenizer(batch[i].prompt).input_ids, wanted[i]) for i in missed]
         targets = target_batch(self.model, self.tokenizer, pairs)
         counted = targets.labels != IGNORED
-        hits = score_targets(self.model, targets).hits & counted
-        return (hits.sum(1) / counted.sum(1)).tolist()
+        with mounting([q.query for q in questions], [q.fact for q in questions]):
+            shares = (score_targets(self.model, targets).hits & counted).sum(1) / counted.sum(1)
+        for i, share in zip(missed, shares.tolist(), strict=True):
+            hits[i] = share
+        return hits
 
 
 def evaluate(

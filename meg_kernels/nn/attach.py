@@ -99,7 +99,6 @@ class Attached:
         """Put the model's own modules back. Calling it twice is harmless."""
         for hook in self._hooks:
             hook.remove()
-        self._carrier.unmount()
         if self.ffn.output_projection is self._carrier:  # and not a later attachment's
             self.ffn.output_projection = self._original
 
