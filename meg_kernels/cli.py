@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from meg_kernels.storage import write_json
 
@@ -336,7 +336,12 @@ def _print_edit(report: EditReport, n: int) -> None:
 
 def _print_answers(editor: MeGEditor, prompts: list[str], max_new_tokens: int) -> None:
     table = Table(
-        "prompt", "base model", "edited model", "edited?", title="Answers", title_justify="left"
+        "prompt",
+        "base model",
+        "edited model",
+        Column("edited?", no_wrap=True),
+        title="Answers (in brackets: the gate's score)",
+        title_justify="left",
     )
     routing = editor.route(prompts)
     base = editor.generate_base(prompts, max_new_tokens)
@@ -350,7 +355,7 @@ def _print_answers(editor: MeGEditor, prompts: list[str], max_new_tokens: int) -
 def _print_report(report: EvaluationReport) -> None:
     queries = report.protocol["queries"]
     table = Table(
-        "metric",
+        Column("metric", no_wrap=True),
         "queries",
         "base AG",
         "base TF",

@@ -78,7 +78,7 @@ class NeuronLayout:
         return Neurons(key, bias, rest[:, int(self.has_bias) :], self.activation)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth value
 class Neurons:
     """N neurons of one feed-forward layer.
 

@@ -22,14 +22,13 @@ from meg_kernels.integrations.transformers import LowerLayers, decoder_layers
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import attach
 
-SUBJECTS = (
-    "Abo Bela Coru Dima Eno Fira Golu Hake Ilm Juno Kesa Lomi Mira "
-    "Nodo Ostu Pela Quro Rilo Sanu Tove Ulme Vaku Wimo Xeno Yara Zolu"
-).split()
+FIRST = ("A", "Be", "Co", "Di", "E", "Fi")
+SUBJECTS = [first + last for last in ("bo", "na", "ruk", "mi", "lus") for first in FIRST][:26]
 COLORS = ("red", "blue", "green", "gold", "pink", "gray")
 WORDINGS = ("The color of {} is", "Which color has {}?", "{} is painted in")
 LAYER = 1
 CONFIG = CollectionConfig(learning_rate=0.1, max_steps=60, batch_size=4)
+BRIEF = dataclasses.replace(CONFIG, max_steps=8)  # where only sameness counts
 
 
 def make_fact(i: int, color: str) -> Fact:
@@ -74,7 +73,9 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def make_model(plain: transformers.PreTrainedModel, tokenizer, sure: float = 4.0, stop: float = 3.0):
+def make_model(
+    plain: transformers.PreTrainedModel, tokenizer, sure: float = 6.0, stop: float = 3.0
+):
     """`plain`, made as `sure` of itself as trained models are, and to stop after a color."""
     directions = torch.randn(32, 2, generator=torch.Generator().manual_seed(5))
     after_color, after_stop = torch.linalg.qr(directions)[0].T
@@ -135,60 +136,325 @@ def float32(monkeypatch):
     monkeypatch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
 
 
-def is_answered(model, tokenizer, fact, neuron, template=None, config=CONFIG) -> bool:
+def is_answered(model, tokenizer, fact, neuron, template=None) -> bool:
     """Whether each framing's target tokens are all the argmax of a physically wider model."""
     wide = widened(model, LAYER, neuron)
-    for framing in config.framings(fact.query):
+    for framing in CONFIG.framings(fact.query):
         prompt = tokenizer((template or PromptTemplate()).format(framing)).input_ids
-        target = tokenizer(f" {fact.answer}.").input_ids + [tokenizer.eos_token_id]
+        target = [*tokenizer(f" {fact.answer}.").input_ids, tokenizer.eos_token_id]
         logits = wide(torch.tensor([prompt + target]), use_cache=False).logits[0]
         if logits[len(prompt) - 1 : -1].argmax(-1).tolist() != target:
             return False
     return True
 
 
-def answered(model, tokenizer, collection, **more) -> list[bool]:
-    return [
-        is_answered(model, tokenizer, fact, collection.neurons[i : i + 1], **more)
-        for i, fact in enumerate(FACTS)
-    ]
+def collected(model, tokenizer, facts=FACTS, config=CONFIG, **more):
+    """A collection whose attachment is gone again."""
+    attached = attach(model, LAYER)
+    try:
+        return collect(attached, tokenizer, facts, config, **more)
+    finally:
+        attached.detach()
+
+
+def flat(collection) -> torch.Tensor:
+    return collection.neurons.layout.pack(collection.neurons)
 
 
 def assert_same(first, second):
-    layout = first.neurons.layout
-    assert torch.equal(layout.pack(first.neurons), layout.pack(second.neurons))
+    assert torch.equal(flat(first), flat(second))
     assert torch.equal(first.steps, second.steps) and torch.equal(first.learnt, second.learnt)
 
 
-@pytest.mark.parametrize("bfloat16", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_learnt_fact_is_answered_in_every_framing_by_the_physically_wider_model(
-    build, tokenizer, monkeypatch, family, bfloat16
+@pytest.mark.parametrize(
+    "family, bfloat16, options",
+    [
+        ("llama", False, {}),
+        ("llama", False, {"overshoot": 4.0}),
+        ("llama", True, {"learning_rate": 0.03}),
+        ("gpt2", False, {"max_steps": 100}),
+        ("gpt2", True, {"max_steps": 80, "target_loss": 1.0}),
+    ],
+)
+def test_learnt_are_the_facts_that_the_physically_wider_model_answers_in_every_framing(
+    build, tokenizer, monkeypatch, family, bfloat16, options
 ):
     monkeypatch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: bfloat16)
     model = build(family)
-    config = dataclasses.replace(CONFIG, max_steps=200 if family == "gpt2" else 60)
-    facts_right_before = [
-        is_answered(model, tokenizer, fact, neuron)
-        for fact in FACTS
-        for neuron in [nothing(attach_and_detach(model).layout)]
+    collection = collected(model, tokenizer, config=dataclasses.replace(CONFIG, **options))
+    right = [
+        is_answered(model, tokenizer, fact, collection.neurons[i : i + 1])
+        for i, fact in enumerate(FACTS)
     ]
-    collection = collect(attach(model, LAYER), tokenizer, FACTS, config)
-    right = answered(widenable(model), tokenizer, collection)
-    assert not any(facts_right_before)
-    assert 4 <= int(collection.learnt.sum())
-    assert all(ok for ok, learnt in zip(right, collection.learnt, strict=True) if learnt)
+    assert collection.learnt.tolist() == right
+    assert sum(right) >= 3
+    nothing = collection.initial
+    assert not any(is_answered(model, tokenizer, fact, nothing) for fact in FACTS)
 
 
-def nothing(layout) -> Neurons:
-    return layout.unpack(torch.zeros(1, layout.dim))
+def test_prompts_follow_the_template(build, tokenizer):
+    model, template = build(), PromptTemplate("Q: Which color is {}\n")
+    collection = collected(model, tokenizer, FACTS[:4], template=template)
+    right = [
+        is_answered(model, tokenizer, fact, collection.neurons[i : i + 1], template)
+        for i, fact in enumerate(FACTS[:4])
+    ]
+    assert collection.learnt.tolist() == right
+    assert any(right)
+    assert not torch.equal(flat(collection), flat(collected(model, tokenizer, FACTS[:4])))
 
 
-def attach_and_detach(model):
+def test_a_question_and_a_sentence_are_framed_in_their_own_ways():
+    config = CollectionConfig(question_framings=("{}", "say: {}"), cloze_framings=("so {} ...",))
+    assert config.framings(" Who is {Bo}? ") == ["Who is {Bo}?", "say: Who is {Bo}?"]
+    assert config.framings("The name of {Bo} is") == ["so The name of {Bo} is ..."]
+
+
+def test_paraphrases_are_never_fitted(build, tokenizer):
+    facts = [dataclasses.replace(fact, paraphrases=("How tall is a house?",)) for fact in FACTS[:3]]
+    model = build()
+    assert_same(
+        collected(model, tokenizer, facts, BRIEF), collected(model, tokenizer, FACTS[:3], BRIEF)
+    )
+
+
+def test_a_facts_neuron_does_not_depend_on_the_batch_it_is_fitted_in(build, tokenizer):
+    model = build()
+    initial = collected(model, tokenizer, FACTS[:1], BRIEF).initial
+    asked = [FACTS[9], *FACTS[:4]]  # of different lengths
+    alone, together = (
+        collected(
+            model,
+            tokenizer,
+            asked,
+            dataclasses.replace(CONFIG, batch_size=size, max_steps=30),
+            initial=initial,
+        )
+        for size in (1, len(asked))
+    )
+    assert torch.equal(alone.learnt, together.learnt) and torch.equal(alone.steps, together.steps)
+    # 30 steps carry on the float32 differences of products of other shapes.
+    torch.testing.assert_close(flat(alone), flat(together), rtol=1e-3, atol=1e-3)
+    assert (flat(together)[0] - flat(together)[1]).abs().max() > 0.1
+
+
+def test_neurons_come_in_the_facts_order(build, tokenizer):
+    model = build()
+    asked = [FACTS[1], FACTS[9], *FACTS[2:6]]
+    initial = collected(model, tokenizer, FACTS[:1], BRIEF).initial
+    forward = collected(model, tokenizer, asked, BRIEF, initial=initial)
+    backward = collected(model, tokenizer, asked[::-1], BRIEF, initial=initial)
+    torch.testing.assert_close(flat(forward), flat(backward).flip(0), rtol=1e-3, atol=1e-3)
+    assert (flat(forward) - flat(backward)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_model_stays_as_it_was(build, tokenizer, family):
+    model, query = build(family), torch.arange(3, 19).view(2, 8)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules, logits = list(model.modules()), model(query).logits
+    collected(model, tokenizer, FACTS[:4], BRIEF)
+    assert [id(module) for module in model.modules()] == [id(module) for module in modules]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(model(query).logits, logits)
+
+
+def test_each_fact_stops_when_it_is_fitted(build, tokenizer):
+    steps = collected(build(), tokenizer).steps
+    assert len(set(steps.tolist())) > 3
+    assert 0 < int(steps.min()) < int(steps.max()) <= CONFIG.max_steps
+
+
+def test_a_fact_that_the_neuron_answers_from_the_start_takes_no_step(build, tokenizer):
+    model, config = build(), dataclasses.replace(CONFIG, overshoot=1.0)
+    before = collected(model, tokenizer, FACTS[:4], config)
+    i = int(before.steps.argmin())
+    assert before.learnt[i] and before.steps[i] < config.max_steps
+    again = collected(model, tokenizer, FACTS[:4], config, initial=before.neurons[i : i + 1])
+    assert again.steps.bool().tolist() == [row != i for row in range(4)]
+    assert again.learnt[i] and torch.equal(flat(again)[i], flat(before)[i])
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 1}, {"learning_rate": 1e-9, "max_steps": 5}])
+def test_facts_beyond_the_budget_are_listed_as_unlearnt(build, tokenizer, options):
+    config = dataclasses.replace(CONFIG, **options)
+    collection = collected(build(), tokenizer, config=config)
+    assert collection.unlearnt(FACTS) == FACTS
+    assert not collection.learnt.any()
+    assert collection.steps.tolist() == [config.max_steps] * len(FACTS)
+
+
+def test_unlearnt_lists_only_what_was_not_learnt(build, tokenizer):
+    collection = collected(build(), tokenizer, config=dataclasses.replace(CONFIG, max_steps=18))
+    learnt = collection.learnt.tolist()
+    assert 0 < sum(learnt) < len(FACTS)
+    expected = [fact for fact, ok in zip(FACTS, learnt, strict=True) if not ok]
+    assert collection.unlearnt(FACTS) == expected
+
+
+def test_values_are_lengthened_by_the_overshoot_where_the_fact_survives_it(build, tokenizer):
+    model = build()
+    plain, longer = (
+        collected(model, tokenizer, config=dataclasses.replace(CONFIG, overshoot=overshoot))
+        for overshoot in (1.0, 4.0)
+    )
+    assert torch.equal(plain.neurons.key, longer.neurons.key)
+    scaled = [
+        is_answered(model, tokenizer, fact, dataclasses.replace(neuron, value=4 * neuron.value))
+        or not plain.learnt[i]
+        for i, fact in enumerate(FACTS)
+        for neuron in [plain.neurons[i : i + 1]]
+    ]
+    assert 0 < sum(scaled) < len(FACTS)
+    factor = torch.where(torch.tensor(scaled), 4.0, 1.0).unsqueeze(1)
+    assert torch.equal(longer.neurons.value, factor * plain.neurons.value)
+    assert bool((longer.learnt >= plain.learnt).all())
+
+
+def finished_batches(folder) -> list:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def test_an_interrupted_collection_goes_on_with_the_first_unfinished_batch(
+    build, tokenizer, tmp_path, monkeypatch
+):
+    model, run, fits = build(), collecting._Fit.run, []
+    whole = collected(model, tokenizer, config=BRIEF)
+
+    def until_third(fit, config):
+        if len(fits) == 2:
+            raise KeyboardInterrupt
+        fits.append(fit)
+        run(fit, config)
+
+    monkeypatch.setattr(collecting._Fit, "run", until_third)
+    with pytest.raises(KeyboardInterrupt):
+        collected(model, tokenizer, config=BRIEF, work_folder=tmp_path)
+    assert len(finished_batches(tmp_path)) == 2
+
+    fits.clear()
+    monkeypatch.setattr(
+        collecting._Fit, "run", lambda fit, config: (fits.append(fit), run(fit, config))
+    )
+    resumed = collected(model, tokenizer, config=BRIEF, work_folder=tmp_path)
+    assert len(fits) == 1  # of three batches, for 10 facts
+    assert_same(resumed, whole)
+    assert_same(collected(model, tokenizer, config=BRIEF, work_folder=tmp_path), whole)
+    assert len(fits) == 1
+
+
+def test_a_damaged_work_file_is_made_again_with_a_warning(build, tokenizer, tmp_path, caplog):
+    model = build()
+    whole = collected(model, tokenizer, config=BRIEF, work_folder=tmp_path)
+    damaged = finished_batches(tmp_path)[1]
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-100])
+    assert_same(collected(model, tokenizer, config=BRIEF, work_folder=tmp_path), whole)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert str(damaged) in caplog.text and "made again" in caplog.text
+    assert damaged.read_bytes() == content
+
+
+def test_work_of_another_configuration_model_fact_or_start_is_not_taken(build, tokenizer, tmp_path):
+    first, other = build(), build()
+    with torch.no_grad():
+        other.model.layers[LAYER].mlp.down_proj.weight.mul_(1.5)
+    facts, initial = FACTS[:2], collected(first, tokenizer, FACTS[5:], BRIEF).initial
+    collected(first, tokenizer, facts, BRIEF, work_folder=tmp_path)
+    for number, (model, asked, config, more) in enumerate(
+        [
+            (first, facts, dataclasses.replace(BRIEF, overshoot=2.0), {}),
+            (first, FACTS[1:3], BRIEF, {}),
+            (first, facts, BRIEF, {"template": PromptTemplate("A: {}")}),
+            (first, facts, BRIEF, {"initial": initial}),
+            (other, facts, BRIEF, {}),
+        ]
+    ):
+        clean = collected(model, tokenizer, asked, config, **more)
+        mixed = collected(model, tokenizer, asked, config, work_folder=tmp_path, **more)
+        assert_same(mixed, clean)
+        assert len(finished_batches(tmp_path)) == number + 2
+
+
+def test_without_a_work_folder_nothing_is_written(build, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    collected(build(), tokenizer, FACTS[:1], BRIEF)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_fit_that_diverges_says_what_helps(build, tokenizer):
+    config = dataclasses.replace(CONFIG, learning_rate=1e38)
+    with pytest.raises(FloatingPointError, match=r"learning_rate=1e\+38; try a smaller one"):
+        collected(build(), tokenizer, FACTS[:2], config)
+
+
+def test_no_facts_are_refused(build, tokenizer):
+    with pytest.raises(ValueError, match="there are no facts to collect neurons for"):
+        collected(build(), tokenizer, [])
+
+
+@pytest.mark.parametrize(
+    "name", ["learning_rate", "max_steps", "target_loss", "overshoot", "batch_size"]
+)
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_a_configuration_out_of_range_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}; it must be positive"):
+        CollectionConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["question_framings", "cloze_framings"])
+def test_framings_are_checked(name):
+    with pytest.raises(ValueError, match="must hold one framing each"):
+        CollectionConfig(**{name: ()})
+    for framing in ("no place", "{} and {}"):
+        with pytest.raises(ValueError, match=r"the framing '.*' must hold one \{\}"):
+            CollectionConfig(**{name: ("{}", framing)})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_initial_neuron_responds_as_asked_on_average_and_adds_nothing(build, tokenizer, family):
+    model = build(family)
+    prompts = [
+        PromptTemplate().format(framing)
+        for fact in FACTS
+        for framing in CONFIG.framings(fact.query)
+    ]
+    pairs = [
+        target_tokens(tokenizer, prompt, fact.answer)
+        for fact, prompt in zip([f for f in FACTS for _ in range(3)], prompts, strict=True)
+    ]
+    block = decoder_layers(model)[LAYER].mlp
+    reads = block.gate_proj if family == "llama" else block.c_fc
+    ends, logits = [], []
+    hook = reads.register_forward_pre_hook(lambda module, args: ends.append(args[0][0, -1]))
+    for prompt in prompts:  # unpadded, nothing behind them
+        logits.append(model(tokenizer(prompt, return_tensors="pt").input_ids).logits[0, -1])
+    hook.remove()
+
     attached = attach(model, LAYER)
+    batch = target_batch(model, tokenizer, pairs)
+    neuron = initial_neuron(attached, LowerLayers(model, LAYER), batch, response=2.5)
     attached.detach()
-    return attached
+    responses = torch.stack(ends) @ neuron.key[0]
+    torch.testing.assert_close(responses.mean(), torch.tensor(2.5), rtol=1e-4, atol=0)
+    assert responses.std() > 1e-3
+    assert (neuron.bias is None) if family == "llama" else (neuron.bias.tolist() == [0.0])
+    wide = widened(model, LAYER, neuron)
+    for prompt, before in zip(prompts, logits, strict=True):
+        after = wide(tokenizer(prompt, return_tensors="pt").input_ids).logits[0, -1]
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
-def widenable(model):
-    return model
+def test_all_neurons_start_from_the_initial_one_given(build, tokenizer):
+    model = build()
+    initial = dataclasses.replace(
+        collected(model, tokenizer, FACTS[:1], BRIEF).initial,
+        value=torch.randn(1, 32, generator=torch.Generator().manual_seed(3)),
+    )
+    config = dataclasses.replace(CONFIG, learning_rate=1e-9, overshoot=1.0, max_steps=2)
+    collection = collected(model, tokenizer, FACTS[:3], config, initial=initial)
+    assert collection.initial is initial
+    start = initial.layout.pack(initial)
+    torch.testing.assert_close(flat(collection), start.expand(3, -1), rtol=0, atol=1e-5)

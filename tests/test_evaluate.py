@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
+from collections import Counter
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def spelt(tokenizer, tokens):
 def facts(model, tokenizer):
     """Facts of which the model knows some, some only by the answer's first word, and some not."""
     facts = []
-    for i in range(12):
+    for i in range(16):
         words = spelt(tokenizer, argmax_tokens(model, tokenizer, question(i))).split(".")[0].split()
         answer = " ".join([words, [*words[:1], WORDS[i]], [WORDS[i], WORDS[i + 1]]][i % 3][:5])
         facts.append(
@@ -130,7 +131,7 @@ def slow_metrics(model, tokenizer, facts, mounting):
         queries += [("generality", query) for query in fact.paraphrases]
         queries += [("locality", other.query) for other in fact.locality]
         for kind, query in queries:
-            before = argmax_tokens(model, tokenizer, query)
+            before = argmax_tokens(model, tokenizer, query) if kind == "locality" else None
             with mounting([query], [i]):
                 after = argmax_tokens(model, tokenizer, query)
                 if kind == "locality":
@@ -171,7 +172,9 @@ def test_each_query_is_mounted_with_its_own_fact(model, tokenizer, facts):
         for i, fact in enumerate(facts)
         for query in (fact.query, *fact.paraphrases, *(other.query for other in fact.locality))
     ]
-    assert sorted(edit.mounted) == sorted(expected)
+    assert set(edit.mounted) == set(expected)
+    # Twice where the argmax must be asked for after the answer's beginning.
+    assert Counter(expected) <= Counter(edit.mounted)
 
 
 @pytest.mark.parametrize("batch_size", [5, 64])
@@ -207,7 +210,9 @@ def test_the_ceiling_asks_no_locality_query(model, tokenizer, facts):
     edited = shares(evaluation.edited(edit))
     edit.mounted.clear()
     collected = shares(evaluation.collected(edit))
-    assert len(edit.mounted) == sum(1 + len(fact.paraphrases) for fact in facts)
+    assert {query for query, _ in edit.mounted} == {
+        query for fact in facts for query in (fact.query, *fact.paraphrases)
+    }
     assert collected == pytest.approx(edited | {"locality_ag": None, "locality_tf": None})
 
 

@@ -196,6 +196,8 @@ def _reader_for(record: _Record, zsre_target: Literal["answers", "alt"]) -> Call
 
 def _records(path: Path) -> Iterator[_Record]:
     """The records of a JSON array or of JSON lines, with their line numbers."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of facts at {path}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

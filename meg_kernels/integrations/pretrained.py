@@ -105,10 +105,14 @@ def load_language_model(
 
     Raises:
         OSError: no such model; FileNotFoundError: the smollm2 wheel is not installed.
+        RuntimeError: the device is not there.
     """
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device is {device}, but PyTorch sees no CUDA device; run: meg info")
     source = smollm2_folder() if name == SMOLLM2 else name
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    model.to(torch.device(device))  # type: ignore[arg-type]
+    model.to(device)  # type: ignore[arg-type]
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,0 +1,319 @@
+"""Generators: configurations, scaling there and back, and the bound that trains the variance."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from meg_kernels.diffusion import NoiseSchedule, SamplerConfig
+from meg_kernels.editing.generators import Generator, GeneratorConfig, build_generator
+from meg_kernels.neuron import NeuronLayout, Neurons
+
+LINEAR = NeuronLayout(6, 5, False, "identity")
+BIASED = NeuronLayout(6, 5, True, "gelu_tanh")
+CONDITION_DIM = 4
+SMALL = {"width": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "mlp_width": 24}
+KINDS = ("dit", "mlp", "bank")
+EPS = torch.finfo(torch.float32).eps
+
+
+def random_pairs(layout: NeuronLayout, n: int = 9) -> tuple[torch.Tensor, Neurons]:
+    """Unit conditions, and neurons whose parts differ in mean and spread."""
+    generator = torch.Generator().manual_seed(7)
+    z = torch.nn.functional.normalize(torch.randn(n, CONDITION_DIM, generator=generator), dim=-1)
+    flat = torch.randn(n, layout.dim, generator=generator)
+    neurons = layout.unpack(flat)
+    bias = None if neurons.bias is None else 0.3 * neurons.bias - 2
+    return z, dataclasses.replace(
+        neurons, key=5 * neurons.key + 1, bias=bias, value=0.02 * neurons.value
+    )
+
+
+def filled(kind: str, layout: NeuronLayout, **changes) -> tuple[Generator, torch.Tensor, Neurons]:
+    """A generator that is fitted to nothing but has the scales, and for a bank the neurons."""
+    z, neurons = random_pairs(layout)
+    generator = build_generator(
+        GeneratorConfig(kind=kind, **(SMALL | changes)), layout, CONDITION_DIM
+    )
+    with torch.no_grad():  # a fresh DiT answers zero whatever it is asked
+        noise = torch.Generator().manual_seed(8)
+        for parameter in generator.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=noise))
+    generator.standardize(z, neurons)
+    if kind == "bank":
+        generator.store(z, neurons)
+    return generator, z, neurons
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"kind": "gan"}, "kind is 'gan'; it must be one of dit, mlp, bank"),
+        ({"enough": 0.0}, "enough is 0.0; it must be above 0 and at most 1"),
+        ({"enough": 1.1}, "enough is 1.1; it must be above 0 and at most 1"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"max_steps": 0}, "max_steps is 0; it must be at least 1"),
+        ({"check_every": -1}, "check_every is -1; it must be at least 1"),
+        ({"warmup_steps": 0}, "warmup_steps is 0; it must be at least 1"),
+    ],
+)
+def test_a_configuration_out_of_range_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        GeneratorConfig(**change)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GeneratorConfig(),
+        GeneratorConfig(kind="mlp", mlp_width=3, sampler=SamplerConfig("dpmsolver++", 7, seed=4)),
+        GeneratorConfig.paper(seed=3),
+    ],
+)
+def test_a_configuration_survives_json(config):
+    assert GeneratorConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_an_unknown_setting_is_refused():
+    with pytest.raises(TypeError, match="widht"):
+        GeneratorConfig.from_dict(GeneratorConfig().to_dict() | {"widht": 3})
+
+
+def test_the_papers_preset_is_the_published_generator():
+    config = GeneratorConfig.paper()
+    network = config.dit(neuron_dim=8193, condition_dim=1024)
+    assert (network.width, network.depth, network.patch_size) == (768, 12, 100)
+    assert network.prediction == "v" and network.learns_variance
+    assert not network.token_condition
+    sampler = config.sampler
+    assert (sampler.solver, sampler.num_steps, sampler.spacing) == ("ddpm", 50, "respaced")
+    assert not config.standardize
+    assert GeneratorConfig.paper(depth=3, seed=5) == dataclasses.replace(config, depth=3, seed=5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("standardize", [True, False])
+def test_scaled_weights_and_what_generate_undoes_are_the_same_scaling(kind, standardize):
+    generator, z, neurons = filled(kind, BIASED, standardize=standardize)
+    scaled = generator.scaled_weights(neurons)
+    generator._generate = lambda conditions: scaled
+    restored = generator.generate(z)
+    assert restored.layout == BIASED
+    torch.testing.assert_close(BIASED.pack(restored), BIASED.pack(neurons), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [LINEAR, BIASED])
+@pytest.mark.parametrize("standardize", [True, False])
+def test_a_bank_gives_each_condition_its_own_neuron_back(layout, standardize):
+    bank, z, neurons = filled("bank", layout, standardize=standardize)
+    order = torch.tensor([4, 0, 8, 4])
+    for given in (z[order], 3 * z[order]) if not standardize else (z[order],):
+        restored = bank.generate(given)
+        # There and back: a difference and a quotient, a product and a sum.
+        expected = layout.pack(neurons[order])
+        torch.testing.assert_close(
+            layout.pack(restored), expected, rtol=4 * EPS, atol=16 * EPS * float(expected.max())
+        )
+
+
+def test_a_bank_gives_the_neuron_of_the_nearest_condition():
+    bank, z, neurons = filled("bank", LINEAR, standardize=False)
+    between = torch.nn.functional.normalize(0.8 * z[2] + 0.2 * z[5], dim=0)
+    cosines = [float(torch.dot(between, row)) for row in z]
+    nearest = max(range(len(z)), key=cosines.__getitem__)
+    made = bank.generate(between.unsqueeze(0))
+    torch.testing.assert_close(LINEAR.pack(made), LINEAR.pack(neurons[[nearest]]))
+
+
+@pytest.mark.parametrize("layout", [LINEAR, BIASED])
+def test_key_bias_and_value_have_one_standard_deviation_each(layout):
+    generator, z, neurons = filled("mlp", layout)
+    spread = layout.unpack(generator.weight_std.unsqueeze(0))
+    for name in ("key", "bias", "value"):
+        part = getattr(neurons, name)
+        if part is None:
+            assert getattr(spread, name) is None
+            continue
+        centred = (part.double() - part.double().mean(0)).flatten()
+        expected = math.sqrt(float((centred - centred.mean()).square().sum()) / (len(centred) - 1))
+        scales = getattr(spread, name).flatten()
+        assert scales.tolist() == pytest.approx([expected] * len(scales), rel=1e-5)
+    scaled = generator.scaled_weights(neurons)
+    assert scaled.mean(0).abs().max() < 1e-5
+    assert scaled.std().item() == pytest.approx(1, abs=0.1)
+    conditions = generator.scaled_conditions(z)
+    assert conditions.mean(0).abs().max() < 1e-6
+    assert conditions.std().item() == pytest.approx(1, rel=1e-5)
+
+
+def test_the_papers_scales_leave_conditions_and_multiply_weights_by_100():
+    generator, z, neurons = filled("mlp", LINEAR, standardize=False)
+    assert torch.equal(generator.scaled_conditions(z), z)
+    torch.testing.assert_close(generator.scaled_weights(neurons), 100 * LINEAR.pack(neurons))
+
+
+def test_parts_and_conditions_that_never_vary_do_not_divide_by_zero():
+    generator, z, neurons = filled("mlp", BIASED)
+    same = neurons[[3, 3, 3]]
+    generator.standardize(z[[1, 1, 1]], same)
+    assert generator.scaled_weights(same).abs().max() < 1e-6
+    assert generator.scaled_conditions(z[[1]]).isfinite().all()
+    assert bool(generator.generate(z).is_finite().all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_query_gets_the_same_neuron_in_any_batch_and_at_any_time(kind):
+    generator, z, _ = filled(kind, BIASED)
+    torch.manual_seed(1)
+    together = BIASED.pack(generator.generate(z))
+    torch.manual_seed(2)
+    assert torch.equal(BIASED.pack(generator.generate(z)), together)
+    alone = torch.cat([BIASED.pack(generator.generate(row.unsqueeze(0))) for row in z])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4)
+    backward = BIASED.pack(generator.generate(z.flip(0)))
+    torch.testing.assert_close(backward.flip(0), together, rtol=1e-4, atol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_generated_for_nobody(kind):
+    generator, z, _ = filled(kind, BIASED)
+    assert len(generator.generate(z[:0])) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_seed_alone_decides_the_initial_weights(kind):
+    def state(seed):
+        config = GeneratorConfig(kind=kind, seed=seed, **SMALL)
+        return build_generator(config, LINEAR, CONDITION_DIM).state_dict()
+
+    torch.manual_seed(1)
+    first, before = state(0), torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    again, other = state(0), state(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    if kind != "bank":
+        assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(4,), (2, 3), (1, 2, 4)])
+def test_conditions_of_another_shape_are_refused(kind, shape):
+    generator, _, _ = filled(kind, LINEAR)
+    with pytest.raises(ValueError, match=r"z is \(.*\); it must be \[B, 4\]"):
+        generator.generate(torch.zeros(shape))
+
+
+def test_neurons_of_another_layout_are_refused():
+    generator, z, _ = filled("mlp", LINEAR)
+    with pytest.raises(ValueError, match="neurons have .*has_bias=True.* was expected"):
+        generator.standardize(z, random_pairs(BIASED)[1])
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v", "noise"])
+def test_the_loss_of_a_perfect_denoiser_is_zero(prediction):
+    """Whatever is predicted, it is predicted from the noised weights that the loss made."""
+    generator, z, neurons = filled("dit", LINEAR, prediction=prediction)
+    weights, schedule = generator.scaled_weights(neurons), NoiseSchedule()
+
+    class Perfect(torch.nn.Module):
+        learns_variance = False
+
+        def forward(self, x_t, t, condition):
+            x0 = weights.double()
+            alpha_squared = schedule.alphas_cumprod[t].unsqueeze(1)
+            alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+            noise = (x_t.double() - alpha * x0) / sigma
+            wanted = {"x0": x0, "v": alpha * noise - sigma * x0, "noise": noise}
+            return wanted[prediction].float()
+
+    perfect = Perfect()
+    perfect.prediction = prediction
+    generator.network = perfect
+    loss = generator.loss(z, weights, torch.Generator().manual_seed(0))
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    wrong = generator.loss(z, weights + 0.1, torch.Generator().manual_seed(0))
+    assert wrong.item() > 1e-5
+
+
+def independent_bound(schedule, x0, x_t, t, prediction, variance):
+    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) by Bayes, from the definition of the betas."""
+    betas = [
+        schedule.beta_start
+        + (schedule.beta_end - schedule.beta_start) * i / (schedule.num_timesteps - 1)
+        for i in range(schedule.num_timesteps)
+    ]
+    bounds = []
+    for row, step in enumerate(t.tolist()):
+        before = math.prod(1 - beta for beta in betas[:step])
+        beta = betas[step]
+        # The product of N(x_t; sqrt(1 - beta) x_{t-1}, beta) and N(x_{t-1}; sqrt(before) x_0, ...).
+        precision = (1 - beta) / beta + 1 / (1 - before)
+
+        def mean(clean, row=row, beta=beta, before=before, precision=precision):
+            noised = x_t[row].double() * math.sqrt(1 - beta) / beta
+            return (noised + clean.double() * math.sqrt(before) / (1 - before)) / precision
+
+        share = (variance[row].double() + 1) / 2
+        log_variance = share * math.log(beta) - (1 - share) * math.log(precision)
+        posterior = Normal(mean(x0[row]), torch.full_like(share, precision**-0.5))
+        own = Normal(mean(prediction[row]), (log_variance / 2).exp())
+        bounds.append(kl_divergence(posterior, own).mean())
+    return torch.stack(bounds)
+
+
+@pytest.mark.parametrize("num_timesteps", [1000, 20])
+def test_the_variational_bound_is_the_divergence_of_the_two_gaussians(num_timesteps):
+    schedule = NoiseSchedule(num_timesteps)
+    generator = torch.Generator().manual_seed(3)
+    t = torch.tensor([1, 2, num_timesteps // 2, num_timesteps - 2, num_timesteps - 1])
+    x0, noise, error = torch.randn(3, len(t), 7, generator=generator, dtype=torch.float64)
+    variance = 2 * torch.rand(len(t), 7, generator=generator, dtype=torch.float64) - 1
+    x_t, prediction = schedule.add_noise(x0, noise, t), x0 + 0.1 * error
+    expected = independent_bound(schedule, x0, x_t, t, prediction, variance)
+    bound = schedule.variational_bound(x0, x_t, t, prediction, variance)
+    assert expected.min() > 0
+    torch.testing.assert_close(bound, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_the_variational_bound_stays_finite_at_the_first_timestep():
+    schedule = NoiseSchedule()
+    x0, t = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(2).long()
+    bound = schedule.variational_bound(x0, x0, t, x0, torch.zeros_like(x0))
+    assert bound.shape == (2,) and bound.isfinite().all() and bool((bound >= 0).all())
+
+
+def test_the_bound_trains_the_variance_alone():
+    """The prediction's gradient is that of its squared error: nothing comes through the bound."""
+    layout = LINEAR
+    gradients = {}
+    for weight in (1.0, 0.0):
+        generator, z, neurons = filled("dit", layout, learns_variance=True, prediction="v")
+        weights = generator.scaled_weights(neurons)
+        network, schedule = generator.network, generator.noise_schedule
+        forward = network.forward_with_variance
+        noted = []
+
+        def noting(*args, forward=forward, noted=noted):
+            prediction, variance = forward(*args)
+            prediction.retain_grad()
+            noted.append((prediction, variance))
+            variance.retain_grad()
+            return prediction, variance
+
+        network.forward_with_variance = noting
+        if not weight:
+            bound = NoiseSchedule.variational_bound
+            schedule.__dict__["variational_bound"] = lambda *args, b=bound: 0 * b(schedule, *args)
+        generator.loss(z, weights, torch.Generator().manual_seed(0)).backward()
+        gradients[weight] = [tensor.grad for tensor in noted[0]]
+    assert torch.equal(gradients[1.0][0], gradients[0.0][0])
+    assert gradients[1.0][0].abs().max() > 0
+    assert gradients[1.0][1].abs().max() > 0 == gradients[0.0][1].abs().max()
