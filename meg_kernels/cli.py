@@ -64,6 +64,10 @@ DtypeOption = Annotated[
     Dtype,
     typer.Option(help="Of the model's weights; float32 keeps answers independent of batching."),
 ]
+LoadDtype = Annotated[
+    Optional[Dtype],  # noqa: UP045
+    typer.Option(help="Of the model's weights. Default: as it was edited in."),
+]
 Limit = Annotated[Optional[int], typer.Option(min=1, help="Use the first N facts only.")]  # noqa: UP045
 JsonOut = Annotated[Optional[Path], typer.Option("--json", help="Write the report here.")]  # noqa: UP045
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
@@ -134,11 +138,12 @@ def evaluate(
     limit: Limit = None,
     json: JsonOut = None,
     device: Device = "cpu",
+    dtype: LoadDtype = None,
 ) -> None:
     """Measure Reliability, Generality and Locality of an edited model."""
     from meg_kernels.editing.facts import read_facts
 
-    editor = _load(folder, device)
+    editor = _load(folder, device, dtype)
     asked = editor.facts[:limit] if facts is None else read_facts(facts, limit)
     report = editor.evaluate(asked, progress=True)
     _print_report(report)
@@ -153,9 +158,10 @@ def ask(
     prompts: Annotated[list[str], typer.Argument(help="Questions, or sentences to complete.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 32,
     device: Device = "cpu",
+    dtype: LoadDtype = None,
 ) -> None:
     """Ask the base and the edited model, side by side."""
-    _print_answers(_load(folder, device), prompts, max_new_tokens)
+    _print_answers(_load(folder, device, dtype), prompts, max_new_tokens)
 
 
 @app.command(epilog="**Example:** `meg demo --json demo.json`")
@@ -271,11 +277,14 @@ def _editor(
         )
 
 
-def _load(folder: Path, device: str) -> MeGEditor:
+def _load(folder: Path, device: str, dtype: Dtype | None) -> MeGEditor:
+    import torch
+
     from meg_kernels import MeGEditor
 
+    asked = None if dtype is None else getattr(torch, dtype.value)
     with console.status(f"loading {folder}"):
-        return MeGEditor.from_pretrained(folder, device=device)
+        return MeGEditor.from_pretrained(folder, device=device, dtype=asked)
 
 
 ENOUGH_TO_TUNE = 64

@@ -66,7 +66,7 @@ def calibrate(positive: Tensor, negative: Tensor, rejection_weight: float = 1.0)
     positive, negative = positive.double().cpu(), negative.double().cpu()
     scores = torch.cat([positive, negative]).unique()  # ascending
     # Between neighbouring scores every threshold decides alike: their middle stands for all.
-    candidates = torch.cat([scores[:1] - 1e-6, (scores[:-1] + scores[1:]) / 2, scores[-1:]])
+    candidates = torch.cat([(scores[:-1] + scores[1:]) / 2, scores[-1:]])
     acceptance = (positive.unsqueeze(1) > candidates).double().mean(0)
     rejection = (negative.unsqueeze(1) <= candidates).double().mean(0)
     best = int((acceptance + rejection_weight * rejection).argmax())

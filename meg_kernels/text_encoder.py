@@ -159,23 +159,24 @@ class TextEncoder(nn.Module):
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total)
         losses = []
         self.requires_grad_(True).train()
-        with (
-            torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []),
-            tqdm(total=total, desc="tuning encoder", disable=not progress, leave=False) as bar,
-        ):
-            torch.manual_seed(config.seed)  # dropout draws from torch's own generator
-            for _ in range(config.epochs):
-                order = torch.randperm(len(facts), generator=generator)
-                for rows in order.tensor_split(batches_an_epoch):
-                    loss = self._infonce([facts[i] for i in rows.tolist()], config, generator)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-                    losses.append(loss.item())
-                    bar.set_postfix(loss=f"{losses[-1]:.3f}")
-                    bar.update()
-        self.eval().requires_grad_(False)
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        bar = tqdm(total=total, desc="tuning encoder", disable=not progress, leave=False)
+        try:
+            with torch.random.fork_rng(devices), bar:
+                torch.manual_seed(config.seed)  # dropout draws from torch's own generator
+                for _ in range(config.epochs):
+                    order = torch.randperm(len(facts), generator=generator)
+                    for rows in order.tensor_split(batches_an_epoch):
+                        loss = self._infonce([facts[i] for i in rows.tolist()], config, generator)
+                        optimizer.zero_grad()
+                        loss.backward()
+                        optimizer.step()
+                        schedule.step()
+                        losses.append(loss.item())
+                        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+                        bar.update()
+        finally:
+            self.eval().requires_grad_(False)
         return losses
 
     def _infonce(

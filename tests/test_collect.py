@@ -32,7 +32,7 @@ BRIEF = dataclasses.replace(CONFIG, max_steps=8)  # where only sameness counts
 
 
 def make_fact(i: int, color: str) -> Fact:
-    subject = SUBJECTS[i]
+    subject, other = SUBJECTS[i], SUBJECTS[10 + (i + 5) % 16]
     first, *others = (WORDINGS[(i + k) % 2] if k < 2 else WORDINGS[2] for k in range(3))
     return Fact(
         first.format(subject),
@@ -41,7 +41,7 @@ def make_fact(i: int, color: str) -> Fact:
         subject,
         "color",
         tuple(wording.format(subject) for wording in others),
-        (LocalityQuery(f"The age of {subject} is", subject),),
+        (LocalityQuery(f"The age of {subject} is", subject), LocalityQuery(first.format(other))),
     )
 
 

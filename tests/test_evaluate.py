@@ -305,7 +305,9 @@ def test_the_ceiling_is_left_out_unless_asked_for(model, tokenizer, facts):
     assert report.to_dict()["collected"] is None
 
 
-def test_an_answer_that_does_not_fit_is_refused(model, tokenizer):
+@pytest.mark.parametrize("add_space", [False, True])
+def test_an_answer_that_does_not_fit_is_refused(model, add_space):
+    tokenizer = make_tokenizer(add_space)
     fact = Fact("w1", " ".join(WORDS[:6]))  # and a full stop, and the end of text
     Evaluation(model, tokenizer, [fact], PromptTemplate(), max_new_tokens=8)
     with pytest.raises(

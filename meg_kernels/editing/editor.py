@@ -303,21 +303,23 @@ class MeGEditor:
         seconds: dict[str, float] = {}
         with _timed(seconds, "collect"):
             collection = self._collect(facts, None, work_folder, progress)
-        with _timed(seconds, "encoder"):
-            held_out = self._tune_encoder(wordings, unrelated, progress)
-            queries = self._encode([fact.query for fact in facts])
-        generator = build_generator(self.config.generator, self.attached.layout, self.encoder.dim)
-        return self._finish(
-            list(facts),
-            queries,
-            collection.neurons,
-            collection,
-            held_out,
-            generator,
-            seconds,
-            work_folder,
-            progress,
-        )
+        with _as_before_on_error(self.encoder):
+            with _timed(seconds, "encoder"):
+                held_out = self._tune_encoder(wordings, unrelated, progress)
+                queries = self._encode([fact.query for fact in facts])
+            layout = self.attached.layout
+            generator = build_generator(self.config.generator, layout, self.encoder.dim)
+            return self._finish(
+                list(facts),
+                queries,
+                collection.neurons,
+                collection,
+                held_out,
+                generator,
+                seconds,
+                work_folder,
+                progress,
+            )
 
     def add(
         self,
@@ -665,6 +667,18 @@ class MeGEditor:
             return torch.cat(right)
 
         return answers
+
+
+@contextmanager
+def _as_before_on_error(encoder: TextEncoder) -> Iterator[None]:
+    """Tuning changes the encoder in place; what was edited before needs it as it was."""
+    before = copy.deepcopy(encoder.state_dict())
+    try:
+        yield
+    except BaseException:
+        encoder.load_state_dict(before)
+        encoder.eval().requires_grad_(False)
+        raise
 
 
 @contextmanager

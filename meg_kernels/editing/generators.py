@@ -74,7 +74,7 @@ class GeneratorConfig:
             raise ValueError(f"kind is {self.kind!r}; it must be one of {', '.join(GENERATORS)}")
         if not 0 < self.enough <= 1:
             raise ValueError(f"enough is {self.enough}; it must be above 0 and at most 1")
-        for name in ("batch_size", "max_steps", "check_every"):
+        for name in ("batch_size", "max_steps", "warmup_steps", "check_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
@@ -114,6 +114,15 @@ class GeneratorConfig:
         return cls(**(dict(values) | {"sampler": SamplerConfig(**values["sampler"])}))
 
 
+def _deviation(rows: Tensor) -> Tensor:
+    """One standard deviation of rows around their mean; where they are alike, their size."""
+    spread = (rows - rows.mean(0)).square().mean().sqrt()
+    size = rows.square().mean().sqrt()
+    # Further neurons may be added to a single one: then these are the only scales there are.
+    alike = torch.where(size > 0, size, torch.ones_like(size))
+    return torch.where(spread > 1e-4 * size, spread, alike)
+
+
 class Generator(nn.Module):
     """What every generator is: conditions in, neurons out.
 
@@ -141,18 +150,16 @@ class Generator(nn.Module):
         if not self.config.standardize:
             self.weight_std.fill_(PAPER_WEIGHT_STD)
             return
-        flat = self.layout.pack(neurons)
-        self.weight_mean.copy_(flat.mean(0))
-        spread = self.layout.unpack(flat - self.weight_mean)
+        self.weight_mean.copy_(self.layout.pack(neurons).mean(0))
         one = dataclasses.replace(
-            spread,
-            key=spread.key.std().clamp(min=1e-6).expand(1, self.layout.d_in),
-            bias=None if spread.bias is None else spread.bias.std().clamp(min=1e-6).expand(1),
-            value=spread.value.std().clamp(min=1e-6).expand(1, self.layout.d_out),
+            neurons,
+            key=_deviation(neurons.key).expand(1, self.layout.d_in),
+            bias=None if neurons.bias is None else _deviation(neurons.bias).expand(1),
+            value=_deviation(neurons.value).expand(1, self.layout.d_out),
         )
         self.weight_std.copy_(self.layout.pack(one)[0])
         self.condition_mean.copy_(conditions.mean(0))
-        self.condition_std.copy_((conditions - self.condition_mean).std().clamp(min=1e-6))
+        self.condition_std.copy_(_deviation(conditions))
 
     def scaled_conditions(self, z: Tensor) -> Tensor:
         return (z - self.condition_mean) / self.condition_std

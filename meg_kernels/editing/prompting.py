@@ -169,7 +169,8 @@ def greedy_answers(
     tokenizer.padding_side = "left"
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
     batch.pop("token_type_ids", None)
-    ends = stop_tokens(tokenizer)
+    own = model.generation_config.eos_token_id  # chat models end with one of several
+    ends = sorted({*stop_tokens(tokenizer), *([own] if isinstance(own, int) else own or [])})
     output = model.generate(  # type: ignore[operator]
         **batch,
         max_new_tokens=max_new_tokens,

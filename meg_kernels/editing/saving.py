@@ -17,13 +17,14 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.editing.facts import read_facts, write_facts
+from meg_kernels.editing.facts import Fact, read_facts, write_facts
 from meg_kernels.editing.generators import NeuronBank, build_generator
 from meg_kernels.editing.train import Training
 from meg_kernels.familiarity import Calibration, FamiliarityNetwork, SimilarityGate
@@ -61,7 +62,7 @@ def save_editor(editor: MeGEditor, folder: Path) -> None:
         "neurons": editor.attached.layout.pack(edits.neurons),
         "initial": editor.attached.layout.pack(edits.initial),
     }
-    facts_name = f"facts-{fingerprint([fact.to_dict() for fact in edits.facts])}.jsonl"
+    facts_name = f"facts-{_digest_of_facts(edits.facts)}.jsonl"
     if not (folder / facts_name).exists():
         write_facts(folder / facts_name, edits.facts)
     files = {
@@ -123,11 +124,12 @@ def load_editor(
             f"these edits are for {manifest['base']}, but the given model is {found}; pass the "
             "base model that was edited"
         )
-    encoder = TextEncoder.from_pretrained(files["encoder"], manifest["pooling"], model.device)
+    encoder = _read_encoder(files["encoder"], manifest["pooling"], model.device)
     editor = cls(model, tokenizer, encoder, config, manifest["model"])
     layout = editor.attached.layout
     tensors = {name: tensor.to(model.device) for name, tensor in _read(files["edits"]).items()}
     facts = read_facts(files["facts"])
+    _check_content(files["facts"], _digest_of_facts(facts))
     gate = (
         SimilarityGate(tensors["queries"])
         if config.gate == "similarity"
@@ -193,9 +195,22 @@ def _write(folder: Path, kind: str, tensors: dict[str, Tensor]) -> str:
 
 def _read(path: Path) -> dict[str, Tensor]:
     tensors, _ = read_tensors(path)
-    if path.stem.split("-")[1] != _digest(tensors):
-        raise CorruptFileError(f"{path} does not hold what was saved; restore it or edit again")
+    _check_content(path, _digest(tensors))
     return tensors
+
+
+def _check_content(path: Path, digest: str) -> None:
+    if path.stem.split("-")[1] != digest:
+        raise CorruptFileError(f"{path} does not hold what was saved; restore it or edit again")
+
+
+def _digest_of_facts(facts: list[Fact]) -> str:
+    return fingerprint([fact.to_dict() for fact in facts])
+
+
+def _digest_of_encoder(encoder: TextEncoder) -> str:
+    # In float32, as it will be loaded.
+    return _digest({name: value.float() for name, value in encoder.model.state_dict().items()})
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -204,7 +219,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def _write_encoder(folder: Path, encoder: TextEncoder) -> str:
-    name = f"encoder-{_digest(encoder.model.state_dict())}"
+    name = f"encoder-{_digest_of_encoder(encoder)}"
     if not (folder / name).exists():
         temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".encoder-"))
         try:
@@ -214,6 +229,19 @@ def _write_encoder(folder: Path, encoder: TextEncoder) -> str:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return name
+
+
+def _read_encoder(
+    folder: Path, pooling: Literal["mean", "cls"], device: torch.device
+) -> TextEncoder:
+    try:
+        encoder = TextEncoder.from_pretrained(folder, pooling, device)
+    except (OSError, SafetensorError) as error:
+        raise CorruptFileError(
+            f"{folder} is damaged ({error}); restore it or edit again"
+        ) from error
+    _check_content(folder, _digest_of_encoder(encoder))
+    return encoder
 
 
 def _load_state(module: nn.Module, path: Path) -> Any:

@@ -1,0 +1,262 @@
+"""The command `meg`, on tiny models that were saved to folders."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_collect import FACTS, OTHER_FACTS, UNRELATED, make_tokenizer
+from test_editor import CONFIG, make_encoder, make_language_model
+from typer.testing import CliRunner
+
+import meg_kernels
+from meg_kernels import EditorConfig, MeGEditor, cli, write_facts
+from meg_kernels.editing import shipped
+from meg_kernels.editing.evaluate import METRICS
+
+EDITED = FACTS[:4]
+COMMANDS = ("edit", "evaluate", "ask", "demo", "info")
+SHARES = {*METRICS, "score"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_settings():
+    """The stages' settings as the tiny models need them, float32 products, tables in full width."""
+
+    def configure(**given) -> EditorConfig:
+        kind, seed = given["generator"].kind, given["generator"].seed
+        given["generator"] = type(CONFIG.generator)(
+            **(vars(CONFIG.generator) | {"kind": kind, "seed": seed})
+        )
+        return EditorConfig(
+            **(given | {"collection": CONFIG.collection, "encoder_tuning": CONFIG.encoder_tuning})
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meg_kernels, "EditorConfig", configure)
+        patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
+        patch.setattr(cli.console, "width", 300, raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The options that name a tiny model and a tiny encoder."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = make_tokenizer()
+    make_language_model(tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    make_encoder().save_pretrained(folder / "encoder")
+    return ["--model", str(folder / "model"), "--encoder", str(folder / "encoder")]
+
+
+@pytest.fixture(scope="module")
+def facts_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("facts") / "facts.jsonl"
+    write_facts(path, EDITED)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tuning_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tuning") / "tuning.jsonl"
+    write_facts(path, OTHER_FACTS)
+    return path
+
+
+def run(*arguments) -> str:
+    """What `meg` prints; raises what it raises."""
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def edited(models, facts_file, tuning_file, tmp_path_factory):
+    """A folder with an edited model, and what making it printed."""
+    out = tmp_path_factory.mktemp("edited") / "edited"
+    arguments = ("--out", out, "--tuning", tuning_file, "--layer", 1, "--generator", "mlp")
+    return out, run("edit", facts_file, *models, *arguments)
+
+
+def fails(monkeypatch, capsys, *arguments) -> str:
+    """The one line that the whole program prints to stderr before it exits with 1."""
+    monkeypatch.setattr(sys, "argv", ["meg", *(str(a) for a in arguments)])
+    monkeypatch.setattr(cli.errors, "width", 400, raising=False)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_commands_help_shows_an_example_that_it_accepts(command):
+    shown = run(command, "--help")
+    assert f"Example: meg {command}" in " ".join(shown.split())
+    assert "Usage:" in shown
+
+
+def test_the_help_lists_all_commands():
+    shown = run("--help")
+    assert all(f" {command} " in shown for command in COMMANDS)
+
+
+def test_info_says_what_is_installed_and_usable():
+    shown = run("info")
+    assert torch.__version__ in shown
+    assert "dynamic_neuron: reference" in shown and "usable (PyTorch, any device)" in shown
+    (line,) = [line for line in shown.splitlines() if "dynamic_neuron: CUDA" in line]
+    assert "usable" in line or "off: " in line
+
+
+def test_edit_saves_an_editor_that_answers_the_facts(edited):
+    out, shown = edited
+    assert "4 of 4 facts learnt" in shown and "AUROC" in shown
+    assert f"meg ask {out}" in " ".join(shown.split()).replace("\n", "")
+    editor = MeGEditor.from_pretrained(out)
+    assert editor.facts == EDITED and editor.layer == 1
+    assert editor.config.generator.kind == "mlp"
+    assert editor.generate([f.query for f in EDITED], 5) == [f.answer for f in EDITED]
+    assert [path.name for path in out.parent.iterdir()] == [out.name]  # no work is left
+
+
+def test_ask_shows_base_and_edited_answers_side_by_side(edited):
+    out, _ = edited
+    shown = run("ask", out, EDITED[1].query, UNRELATED[0], "--max-new-tokens", 3)
+    editor = MeGEditor.from_pretrained(out)
+    for query, accepted in ((EDITED[1].query, "yes"), (UNRELATED[0], "no")):
+        (line,) = [line for line in shown.splitlines() if query in line]
+        cells = [cell.strip() for cell in line.strip("│ ").split("│")]
+        assert cells[1] == editor.generate_base([query], 3)[0]
+        assert cells[2] == editor.generate([query], 3)[0]
+        assert cells[3].startswith(accepted)
+    assert EDITED[1].answer in shown
+
+
+def assert_report(content, n):
+    assert set(content) == {"n", "metrics", "base", "collected", "protocol", "seconds"}
+    assert content["n"] == n
+    for part in ("metrics", "base", "collected"):
+        assert set(content[part]) == SHARES
+    stages = {"collect", "encoder", "gate", "generator", "evaluate"}
+    assert set(content["seconds"]) == stages
+    assert content["metrics"]["reliability_ag"] == content["collected"]["reliability_ag"] == 1.0
+    assert content["base"]["reliability_ag"] == 0.0 and content["base"]["locality_ag"] == 1.0
+
+
+def test_evaluate_writes_the_report_that_it_shows(edited, tmp_path):
+    out, _ = edited
+    shown = run("evaluate", out, "--json", tmp_path / "report.json")
+    content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert_report(content, len(EDITED))
+    assert "Reliability" in shown and "Generality" in shown and "Locality" in shown
+    assert f"{content['metrics']['generality_ag']:.3f}" in shown
+    assert content["protocol"]["edited_facts"] == len(EDITED)
+
+
+def test_evaluate_asks_the_facts_of_another_file_up_to_the_limit(edited, facts_file, tmp_path):
+    out, _ = edited
+    report = tmp_path / "report.json"
+    run("evaluate", out, "--facts", facts_file, "--limit", 2, "--json", report)
+    assert_report(json.loads(report.read_text(encoding="utf-8")), 2)
+    run("evaluate", out, "--limit", 3, "--json", report)
+    assert_report(json.loads(report.read_text(encoding="utf-8")), 3)
+
+
+def test_demo_edits_asks_and_measures(models, monkeypatch, tmp_path):
+    for_model = MeGEditor.for_model.__func__
+
+    def tiny(cls, name, config, *, encoder, dtype, device):
+        assert name == "smollm2"
+        editor = for_model(cls, models[1], config, encoder=models[3], dtype=dtype, device=device)
+        shipped_edit = editor.edit
+        editor.edit = lambda facts, **more: shipped_edit(
+            facts, tuning=OTHER_FACTS, unrelated=UNRELATED, **more
+        )
+        return editor
+
+    monkeypatch.setattr(MeGEditor, "for_model", classmethod(tiny))
+    monkeypatch.setattr(shipped, "demo_facts", lambda: FACTS)
+    out, report = tmp_path / "kept", tmp_path / "demo.json"
+    shown = run("demo", "--limit", 4, "--out", out, "--json", report, "--generator", "bank")
+    assert "4 of 4 facts learnt" in shown
+    assert_report(json.loads(report.read_text(encoding="utf-8")), 4)
+    assert MeGEditor.from_pretrained(out).facts == FACTS[:4]
+
+
+def test_an_interrupted_edit_goes_on_where_it_was(
+    models, facts_file, tuning_file, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out" / "edited"
+    arguments = ["edit", facts_file, *models, "--out", out, "--tuning", tuning_file, "--layer", 1]
+    arguments += ["--generator", "bank"]
+    monkeypatch.setattr(sys, "argv", ["meg", *map(str, arguments)])
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("meg_kernels.editing.editor.train_generator", interrupt)
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+    assert exit_.value.code == 130
+    assert "start it again with the same arguments" in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("meg_kernels.editing.collect._Fit.run", interrupt)
+        run(*arguments)
+    assert MeGEditor.from_pretrained(out).facts == EDITED
+    assert [path.name for path in out.parent.iterdir()] == ["edited"]
+
+
+def test_facts_that_contradict_each_other_are_refused_or_the_first_kept(
+    models, tuning_file, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "facts.jsonl"
+    lines = [{"query": "The color of Abo is", "answer": color} for color in ("red", "blue")]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    out = tmp_path / "out"
+    arguments = ["edit", path, *models, "--out", out, "--tuning", tuning_file, "--layer", 1]
+    arguments += ["--generator", "bank"]
+    assert "The color of Abo is" in fails(monkeypatch, capsys, *arguments)
+    assert not out.exists()
+    with pytest.warns(UserWarning):
+        run(*arguments, "--on-conflict", "first")
+    assert [fact.answer for fact in MeGEditor.from_pretrained(out).facts] == ["red"]
+
+
+def test_an_unknown_way_to_treat_conflicts_is_refused(facts_file, tmp_path):
+    arguments = ["edit", str(facts_file), "--out", str(tmp_path), "--on-conflict", "last"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 2
+    assert "'last' is neither 'error' nor 'first'" in " ".join(result.output.split())
+
+
+def test_what_a_user_can_mend_is_one_clear_line(edited, models, tmp_path, monkeypatch, capsys):
+    out, _ = edited
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"query": "The color of Abo is"}\n')
+    for arguments, message in (
+        (["edit", "absent.jsonl", "--out", tmp_path / "new"], "absent.jsonl"),
+        (["edit", bad, "--out", tmp_path / "new", *models], "line 1 (record 1)"),
+        (["ask", tmp_path, "Who?"], "holds no edited model"),
+        (["evaluate", tmp_path / "absent"], "holds no edited model"),
+        (["evaluate", out, "--facts", bad], "'answer' is missing"),
+        (["evaluate", out, "--json", bad / "report.json"], "report.json"),
+    ):
+        assert message in fails(monkeypatch, capsys, *arguments)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_installed_program_ends_with_one_line_and_exit_code_1(tmp_path):
+    program = [sys.executable, "-m", "meg_kernels.cli", "ask", str(tmp_path), "Who?"]
+    ended = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    text = " ".join(ended.stderr.split())
+    assert text.startswith("error: ") and "Traceback" not in text
+    assert "no edited model" in text

@@ -1,0 +1,777 @@
+"""`MeGEditor` from edit to save, on a tiny model: every answer against one query at a time.
+
+The tiny editor here (`make_editor`) also serves the command line's tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from test_collect import (
+    FACTS,
+    LAYER,
+    OTHER_FACTS,
+    UNRELATED,
+    make_model,
+    make_tokenizer,
+    widened,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from meg_kernels import (
+    CollectionConfig,
+    CorruptFileError,
+    EditorConfig,
+    EncoderTuningConfig,
+    Fact,
+    FactsError,
+    GeneratorConfig,
+    MeGEditor,
+    Neurons,
+    PromptTemplate,
+    SamplerConfig,
+    TextEncoder,
+)
+from meg_kernels.editing import editor as editing
+from meg_kernels.editing import saving
+from meg_kernels.editing.prompting import greedy_answers
+
+EDITED, FURTHER = FACTS[:5], FACTS[5:7]
+MOST = 5
+CONFIG = EditorConfig(
+    layer=LAYER,
+    collection=CollectionConfig(learning_rate=0.1, max_steps=60),
+    encoder_tuning=EncoderTuningConfig(epochs=10, learning_rate=1e-3, batch_size=8),
+    generator=GeneratorConfig(
+        kind="mlp",
+        mlp_width=64,
+        width=32,
+        depth=2,
+        num_heads=2,
+        patch_size=16,
+        learning_rate=5e-3,
+        max_steps=300,
+        check_every=20,
+        sampler=SamplerConfig(num_steps=2),
+    ),
+)
+BANK = dataclasses.replace(CONFIG, generator=dataclasses.replace(CONFIG.generator, kind="bank"))
+
+
+def make_language_model(tokenizer) -> transformers.PreTrainedModel:
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise / 32**0.5 if parameter.dim() > 1 else 1 + 0.1 * noise)
+    return make_model(model.requires_grad_(False), tokenizer)
+
+
+def make_encoder() -> TextEncoder:
+    queries = [q for f in FACTS + OTHER_FACTS for q in (f.query, *f.paraphrases)]
+    queries += [other.query for f in FACTS + OTHER_FACTS for other in f.locality] + UNRELATED
+    split = pre_tokenizers.Whitespace()
+    words = sorted({word for query in queries for word, _ in split.pre_tokenize_str(query)})
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
+    plain = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
+    plain.pre_tokenizer = split
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]"
+    )
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return TextEncoder(transformers.BertModel(config).eval(), tokenizer)
+
+
+def make_editor(config: EditorConfig = CONFIG) -> MeGEditor:
+    tokenizer = make_tokenizer()
+    return MeGEditor(make_language_model(tokenizer), tokenizer, make_encoder(), config)
+
+
+def edit(editor: MeGEditor, facts=EDITED, **more):
+    return editor.edit(facts, tuning=OTHER_FACTS, unrelated=UNRELATED, **more)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float32():
+    """The same products on every machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
+        yield
+
+
+def saved_editor(tmp_path_factory, name, config):
+    folder = tmp_path_factory.mktemp(name)
+    editor = make_editor(config)
+    report = edit(editor)
+    assert report.unlearnt == [] and report.training.answered == 1.0
+    editor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mlp_folder(float32, tmp_path_factory):
+    return saved_editor(tmp_path_factory, "mlp", CONFIG)
+
+
+@pytest.fixture(scope="module")
+def bank_folder(float32, tmp_path_factory):
+    return saved_editor(tmp_path_factory, "bank", BANK)
+
+
+def load(folder) -> MeGEditor:
+    tokenizer = make_tokenizer()
+    return MeGEditor.from_pretrained(folder, make_language_model(tokenizer), tokenizer)
+
+
+@pytest.fixture
+def editor(mlp_folder):
+    """An editor with edited facts, its own to be changed."""
+    return load(mlp_folder)
+
+
+@pytest.fixture
+def bank(bank_folder):
+    return load(bank_folder)
+
+
+@pytest.fixture
+def folder(mlp_folder, tmp_path):
+    """A saved editor, to be damaged."""
+    return shutil.copytree(mlp_folder, tmp_path / "edited")
+
+
+PARAPHRASES = [query for fact in EDITED for query in fact.paraphrases]
+QUERIES = [fact.query for fact in EDITED]
+ANSWERS = [fact.answer for fact in EDITED]
+LOCALITY = [other.query for fact in EDITED for other in fact.locality]
+ELSEWHERE = LOCALITY + UNRELATED
+MIXED = [query for pair in zip(QUERIES + PARAPHRASES, ELSEWHERE, strict=False) for query in pair]
+
+
+def base_editor() -> MeGEditor:
+    """Nothing edited: the model as it was."""
+    return make_editor()
+
+
+def greedy(model, tokenizer, query: str) -> list[int]:
+    """Up to MOST tokens, one at a time, all of them anew for each: no batch, padding or cache."""
+    tokens, said = tokenizer(f"Q: {query}\nA:").input_ids, []
+    line_breaks = tokenizer("\n").input_ids
+    while len(said) < MOST and not {tokenizer.eos_token_id, *line_breaks} & set(said):
+        logits = model(torch.tensor([tokens + said]), use_cache=False).logits
+        said.append(int(logits[0, -1].argmax()))
+    return said
+
+
+def own_neuron(editor: MeGEditor, query: str) -> Neurons:
+    """What the generator makes of this query alone."""
+    z = editor.encoder.encode([query])
+    if editor.config.snap:
+        asked = editor.encoder.encode([fact.query for fact in editor.facts])
+        z = asked[(asked @ z[0]).argmax()].unsqueeze(0)
+    return editor.edits.generator.generate(z)
+
+
+def said_by(editor: MeGEditor, queries) -> list[list[int]]:
+    prompts = [editor.template.format(query) for query in queries]
+    with editor.routed(queries):
+        return greedy_answers(editor.model, editor.tokenizer, prompts, MOST)
+
+
+def state(editor: MeGEditor):
+    """Everything that a user can see of an editor."""
+    routing = editor.route(MIXED)
+    return (
+        editor.facts,
+        editor.edits.report,
+        editor.generate(MIXED + QUERIES, MOST),
+        routing.edited.tolist(),
+        routing.fact.tolist(),
+        routing.score.tolist(),
+    )
+
+
+# Editing and answering
+
+
+@pytest.mark.parametrize(
+    "kind, gate", [("dit", "similarity"), ("mlp", "familiarity"), ("bank", "similarity")]
+)
+def test_edited_facts_are_answered_in_any_wording_and_other_queries_as_before(kind, gate):
+    generator = dataclasses.replace(CONFIG.generator, kind=kind)
+    editor = make_editor(dataclasses.replace(CONFIG, generator=generator, gate=gate))
+    report = edit(editor)
+    assert report.unlearnt == [] and report.training.answered == 1.0
+    assert set(report.seconds) == {"collect", "encoder", "gate", "generator"}
+    assert editor.facts == EDITED
+    assert editor.edits.gate.kind == gate
+    routing = editor.route(QUERIES + PARAPHRASES + UNRELATED)
+    others = len(UNRELATED)
+    assert routing.edited[: len(QUERIES)].all()
+    assert routing.fact[: len(QUERIES)].tolist() == list(range(len(EDITED)))
+    assert routing.fact[len(QUERIES) : -others].tolist() == [i for i in range(5) for _ in range(2)]
+    rejected = [query for query in UNRELATED if not editor.route([query]).edited.any()]
+    assert rejected == UNRELATED if gate == "similarity" else len(rejected) > others / 2
+    base = base_editor()
+    assert editor.generate(QUERIES, MOST) == ANSWERS
+    assert base.generate(QUERIES, MOST) != ANSWERS
+    as_before = base.generate(rejected, MOST)
+    assert editor.generate(rejected, MOST) == as_before == editor.generate_base(rejected, MOST)
+
+
+@pytest.mark.parametrize("snap", [True, False])
+def test_each_row_of_a_mixed_batch_is_answered_by_its_own_widened_model(mlp_folder, snap):
+    editor = load(mlp_folder)
+    editor.config = dataclasses.replace(editor.config, snap=snap)
+    base, tokenizer = make_language_model(editor.tokenizer), editor.tokenizer
+    edited = editor.route(MIXED).edited.tolist()
+    assert 5 < sum(edited) < len(MIXED) - 5
+    expected, moved = [], 0
+    for query, accepted in zip(MIXED, edited, strict=True):
+        plain = greedy(base, tokenizer, query)
+        if accepted:
+            expected.append(
+                greedy(widened(base, LAYER, own_neuron(editor, query)), tokenizer, query)
+            )
+            moved += expected[-1] != plain
+        else:
+            expected.append(plain)
+    assert said_by(editor, MIXED) == expected
+    assert moved >= len(EDITED)
+
+
+def test_with_snapping_all_wordings_of_a_fact_have_one_neuron_and_without_their_own(editor):
+    made = {}
+    generate = editor.edits.generator.generate
+    for snap in (True, False):
+        editor.config = dataclasses.replace(editor.config, snap=snap)
+        editor.edits.generator.generate = lambda z, snap=snap: made.setdefault(snap, generate(z))
+        editor.generate(MIXED, 1)
+    routing = editor.route(MIXED)
+    accepted, facts = int(routing.edited.sum()), routing.fact[routing.edited].unique()
+    assert (len(made[True]), len(made[False])) == (len(facts), accepted)
+    assert len(facts) < accepted
+
+
+def test_nothing_is_generated_for_queries_that_are_not_edited(editor):
+    def generate(z):
+        raise AssertionError("the generator ran")
+
+    editor.edits.generator.generate = generate
+    assert editor.generate(UNRELATED, MOST) == base_editor().generate(UNRELATED, MOST)
+
+
+def test_detach_gives_the_base_model_back_bit_for_bit(editor):
+    base, tokens = make_language_model(editor.tokenizer), torch.arange(3, 19).view(2, 8)
+    with editor.routed(QUERIES[:2]):
+        assert not torch.equal(editor.model(tokens).logits, base(tokens).logits)
+    assert torch.equal(editor.model(tokens).logits, base(tokens).logits)
+    editor.detach()
+    editor.detach()
+    assert torch.equal(editor.model(tokens).logits, base(tokens).logits)
+    assert [type(m) for m in editor.model.modules()] == [type(m) for m in base.modules()]
+    weights = base.state_dict()
+    assert all(
+        torch.equal(tensor, weights[name]) for name, tensor in editor.model.state_dict().items()
+    )
+
+
+def test_prompts_must_be_a_list(editor):
+    assert editor.generate([]) == []
+    with pytest.raises(TypeError, match="prompts is a str; pass a list of prompts"):
+        editor.generate(QUERIES[0])
+
+
+def test_beams_equal_one_query_at_a_time(editor):
+    together = editor.generate(MIXED, MOST, num_beams=3, num_return_sequences=2)
+    alone = [
+        line
+        for query in MIXED
+        for line in editor.generate([query], MOST, num_beams=3, num_return_sequences=2)
+    ]
+    assert together == alone
+    assert len(together) == 2 * len(MIXED)
+    best = editor.generate(QUERIES, MOST, num_beams=3, num_return_sequences=2)[::2]
+    assert best == ANSWERS
+
+
+def test_sampled_answers_follow_the_rows_own_distribution(editor):
+    """At a low temperature sampling is the argmax; at a high one it is not."""
+    for temperature, same in ((1e-3, True), (50.0, False)):
+        torch.manual_seed(0)
+        sampled = editor.generate(
+            QUERIES, MOST, do_sample=True, temperature=temperature, num_return_sequences=3
+        )
+        assert (sampled == [answer for answer in ANSWERS for _ in range(3)]) == same
+
+
+def test_nothing_edited_answers_as_the_base_model_and_says_so():
+    editor = base_editor()
+    assert editor.facts == []
+    assert editor.generate(MIXED, MOST) == editor.generate_base(MIXED, MOST)
+    assert not editor.route(MIXED).edited.any()
+    for ask in (
+        lambda: editor.edits,
+        lambda: editor.add(FURTHER),
+        lambda: editor.evaluate(),
+        lambda: editor.save_pretrained("nowhere"),
+    ):
+        with pytest.raises(RuntimeError, match=r"nothing is edited yet; call edit\(facts\) first"):
+            ask()
+
+
+def test_an_edit_replaces_the_one_before(editor):
+    edit(editor, FURTHER)
+    assert editor.facts == FURTHER
+    assert editor.generate([fact.query for fact in FURTHER], MOST) == [f.answer for f in FURTHER]
+    rejected = [query for query in QUERIES if not editor.route([query]).edited.any()]
+    assert len(rejected) >= 3
+    assert editor.generate(rejected, MOST) == base_editor().generate(rejected, MOST)
+
+
+def test_a_single_fact_can_be_edited_and_others_added():
+    editor = make_editor()
+    report = edit(editor, EDITED[:1])
+    assert report.training.answered == 1.0
+    editor.add(EDITED[1:3])
+    assert editor.generate(QUERIES[:3], MOST) == ANSWERS[:3]
+
+
+def test_facts_that_cannot_be_learnt_are_reported(editor):
+    brief = dataclasses.replace(CONFIG.collection, max_steps=1)
+    editor.config = dataclasses.replace(editor.config, collection=brief)
+    assert editor.add(FURTHER).unlearnt == FURTHER
+    assert edit(editor, FURTHER).unlearnt == FURTHER
+    editor.remove([FURTHER[0].id])
+    assert editor.edits.report.unlearnt == FURTHER[1:]
+
+
+@pytest.mark.parametrize(
+    "facts, message",
+    [
+        ([], "there are no facts to edit"),
+        ([EDITED[0], dataclasses.replace(EDITED[0], answer="pink", id="")], "The color of Abo is"),
+    ],
+)
+def test_facts_that_cannot_be_edited_are_refused(facts, message):
+    with pytest.raises(FactsError, match=message):
+        edit(make_editor(), facts)
+
+
+def test_too_few_tuning_facts_are_refused():
+    lonely = [dataclasses.replace(fact, paraphrases=()) for fact in OTHER_FACTS[7:]]
+    with pytest.raises(FactsError, match=r"7 of \d+ tuning facts have .* at least 8 are needed"):
+        make_editor().edit(EDITED, tuning=OTHER_FACTS[:7] + lonely, unrelated=UNRELATED)
+    # Those that share a subject with an edited fact do not count.
+    with pytest.raises(FactsError, match=r"0 of 5 tuning facts"):
+        make_editor().edit(EDITED, tuning=EDITED, unrelated=UNRELATED)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"gate": "none"}, "gate is 'none'; it must be 'similarity' or 'familiarity'"),
+        ({"calibration_share": 0.0}, "calibration_share is 0.0; it must be between 0 and 1"),
+        ({"calibration_share": 1.0}, "calibration_share is 1.0; it must be between 0 and 1"),
+    ],
+)
+def test_a_configuration_out_of_range_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        EditorConfig(**change)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EditorConfig(),
+        CONFIG,
+        EditorConfig(
+            template=PromptTemplate("{} ->"),
+            gate="familiarity",
+            snap=False,
+            generator=GeneratorConfig.paper(),
+            collection=CollectionConfig(cloze_framings=("{}", "so {}")),
+        ),
+    ],
+)
+def test_a_configuration_survives_json(config):
+    assert EditorConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_the_edited_layer_is_two_thirds_up_unless_named():
+    assert make_editor(dataclasses.replace(CONFIG, layer=None)).layer == 2
+    assert make_editor(dataclasses.replace(CONFIG, layer=0)).layer == 0
+    with pytest.raises(ValueError, match="layer is 3; the model has layers 0 to 2"):
+        make_editor(dataclasses.replace(CONFIG, layer=3))
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize("stage", ["collect", "calibrate", "train_generator"])
+@pytest.mark.parametrize("again", ["edit", "add"])
+def test_a_failed_edit_leaves_what_was_edited_before(editor, monkeypatch, stage, again):
+    before = state(editor)
+    with monkeypatch.context() as patch:
+        patch.setattr(editing, stage, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            edit(editor, FURTHER) if again == "edit" else editor.add(FURTHER)
+    assert state(editor) == before
+    editor.add(FURTHER)
+    assert editor.facts == EDITED + FURTHER
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_edit_resumes_with_the_work_that_was_done(tmp_path, monkeypatch):
+    whole = make_editor()
+    edit(whole)
+    resumed = make_editor()
+    with monkeypatch.context() as patch:
+        patch.setattr(editing, "train_generator", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            edit(resumed, work_folder=tmp_path)
+    monkeypatch.setattr("meg_kernels.editing.collect._Fit.run", interrupt)
+    edit(resumed, work_folder=tmp_path)
+    seconds = {"seconds": {}}
+    assert dataclasses.replace(resumed.edits.report, **seconds) == dataclasses.replace(
+        whole.edits.report, **seconds
+    )
+    assert state(resumed)[2:] == state(whole)[2:]
+
+
+# Adding and removing
+
+
+@pytest.mark.parametrize("kind", ["mlp", "bank"])
+def test_added_facts_join_those_that_keep_their_neurons(editor, bank, kind):
+    editor = bank if kind == "bank" else editor
+    neurons, held_out = editor.edits.neurons, editor.edits.held_out
+    report = editor.add(FURTHER)
+    assert report.unlearnt == [] and report.training.answered == 1.0
+    assert editor.facts == EDITED + FURTHER
+    pack = editor.attached.layout.pack
+    assert torch.equal(pack(editor.edits.neurons)[: len(EDITED)], pack(neurons))
+    assert len(editor.edits.neurons) == len(EDITED + FURTHER)
+    assert editor.edits.held_out is held_out
+    queries = [fact.query for fact in EDITED + FURTHER]
+    assert editor.generate(queries, MOST) == [fact.answer for fact in EDITED + FURTHER]
+    assert editor.generate(UNRELATED, MOST) == base_editor().generate(UNRELATED, MOST)
+
+
+@pytest.mark.parametrize(
+    "fact, message",
+    [
+        (Fact(EDITED[0].query.upper(), "pink"), "COLOR OF ABO"),
+        (EDITED[1], EDITED[1].query.replace("?", r"\?")),
+        (Fact("A new query", "red", id=EDITED[2].id), EDITED[2].id),
+    ],
+)
+def test_a_fact_that_is_edited_already_is_not_added(editor, fact, message):
+    before = state(editor)
+    with pytest.raises(FactsError, match=message):
+        editor.add([FURTHER[0], fact])
+    with pytest.raises(FactsError, match="there are no facts to add"):
+        editor.add([])
+    assert state(editor) == before
+
+
+@pytest.mark.parametrize("kind", ["mlp", "bank"])
+def test_a_removed_fact_is_answered_by_the_base_model_again(editor, bank, kind):
+    editor = bank if kind == "bank" else editor
+    kept = [0, 2, 4]
+    editor.remove([EDITED[1].id, EDITED[3].id])
+    assert editor.facts == [EDITED[i] for i in kept]
+    routing = editor.route(QUERIES)
+    assert routing.edited.tolist() == [i in kept for i in range(5)]
+    assert routing.fact[kept].tolist() == [0, 1, 2]
+    base = base_editor().generate(QUERIES, MOST)
+    expected = [answer if i in kept else base[i] for i, answer in enumerate(ANSWERS)]
+    assert editor.generate(QUERIES, MOST) == expected != base
+    editor.add([EDITED[1]])
+    assert editor.generate(QUERIES[:3], MOST) == ANSWERS[:3]
+
+
+def test_removing_everything_gives_the_base_model_back(editor):
+    editor.remove([fact.id for fact in EDITED])
+    assert editor.facts == []
+    assert editor.generate(QUERIES, MOST) == base_editor().generate(QUERIES, MOST)
+    with pytest.raises(RuntimeError, match="nothing is edited yet"):
+        editor.save_pretrained("nowhere")
+
+
+def test_an_unknown_id_removes_nothing(editor):
+    before = state(editor)
+    with pytest.raises(KeyError, match="no edited fact has the id 'color-Mars'"):
+        editor.remove([EDITED[0].id, "color-Mars"])
+    assert state(editor) == before
+    with pytest.raises(KeyError, match="no edited fact has the id 'x'"):
+        base_editor().remove(["x"])
+
+
+# Keeping
+
+
+@pytest.mark.parametrize(
+    "kind, gate", [("dit", "similarity"), ("mlp", "familiarity"), ("bank", "similarity")]
+)
+def test_what_is_loaded_is_what_was_saved(tmp_path, kind, gate):
+    generator = dataclasses.replace(CONFIG.generator, kind=kind, max_steps=40)
+    config = dataclasses.replace(CONFIG, generator=generator, gate=gate, snap=False)
+    editor = make_editor(config)
+    edit(editor)
+    editor.save_pretrained(tmp_path / "edited")
+    loaded = load(tmp_path / "edited")
+    assert state(loaded) == state(editor)
+    assert loaded.config == editor.config
+    for name in ("queries",):
+        assert torch.equal(getattr(loaded.edits, name), getattr(editor.edits, name))
+    pack = editor.attached.layout.pack
+    for name in ("neurons", "initial"):
+        assert torch.equal(pack(getattr(loaded.edits, name)), pack(getattr(editor.edits, name)))
+    # And both go on alike.
+    for one in (loaded, editor):
+        one.add(FURTHER)
+    seconds = {"seconds": {}}
+    assert dataclasses.replace(loaded.edits.report, **seconds) == dataclasses.replace(
+        editor.edits.report, **seconds
+    )
+    assert state(loaded)[2:] == state(editor)[2:]
+
+
+def test_reported_facts_are_saved(editor, tmp_path):
+    brief = dataclasses.replace(CONFIG.collection, max_steps=1)
+    editor.config = dataclasses.replace(editor.config, collection=brief)
+    editor.add(FURTHER)
+    editor.save_pretrained(tmp_path)
+    assert load(tmp_path).edits.report == editor.edits.report
+    assert load(tmp_path).edits.report.unlearnt == FURTHER
+
+
+def names(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_saving_again_leaves_no_stale_files(editor, folder):
+    first = names(folder)
+    editor.save_pretrained(folder)
+    assert names(folder) == first
+    editor.add(FURTHER)
+    editor.save_pretrained(folder)
+    manifest = json.loads((folder / "meg.json").read_text(encoding="utf-8"))
+    assert names(folder) == {"meg.json", *manifest["files"].values()}
+    assert len(names(folder) & first) == 2  # meg.json and the encoder, which `add` leaves alone
+    assert state(load(folder)) == state(editor)
+
+
+@pytest.mark.parametrize("stage", ["write_facts", "write_tensors", "_write_encoder", "write_json"])
+def test_an_interruption_while_saving_leaves_what_was_saved(editor, folder, monkeypatch, stage):
+    before = state(editor)
+    editor.add(FURTHER)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, stage, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            editor.save_pretrained(folder)
+    assert state(load(folder)) == before
+    editor.save_pretrained(folder)
+    manifest = json.loads((folder / "meg.json").read_text(encoding="utf-8"))
+    assert names(folder) == {"meg.json", *manifest["files"].values()}
+    assert state(load(folder)) == state(editor)
+
+
+def test_an_interruption_of_the_first_save_does_not_lock_the_folder(editor, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "write_json", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            editor.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"meg.json does not exist; .* no edited model"):
+        load(tmp_path)
+    editor.save_pretrained(tmp_path)
+    assert state(load(tmp_path)) == state(editor)
+
+
+def test_a_folder_that_holds_something_else_is_not_written_to(editor, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"holds other files \(thesis.tex\); choose an empty"):
+        editor.save_pretrained(tmp_path)
+    assert names(tmp_path) == {"thesis.tex"}
+
+
+def file_of(folder, kind):
+    (path,) = folder.glob(f"{kind}-*")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["edits", "gate", "generator"])
+def test_a_truncated_file_is_named(folder, kind):
+    path = file_of(folder, kind)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(CorruptFileError, match=f"{path.name} is truncated"):
+        load(folder)
+
+
+@pytest.mark.parametrize("kind", ["edits", "gate", "generator"])
+def test_a_file_with_other_content_is_named(folder, kind):
+    path = file_of(folder, kind)
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1  # one bit of the last weight
+    path.write_bytes(content)
+    with pytest.raises(CorruptFileError, match=f"{path.name} does not hold what was saved"):
+        load(folder)
+
+
+def test_facts_with_other_content_are_named(folder):
+    path = file_of(folder, "facts")
+    path.write_text(path.read_text().replace('"red"', '"blue"'))
+    with pytest.raises(CorruptFileError, match=f"{path.name} does not hold what was saved"):
+        load(folder)
+
+
+def test_a_truncated_encoder_is_named(folder):
+    (path,) = file_of(folder, "encoder").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(CorruptFileError, match=f"{path.parent.name} is damaged"):
+        load(folder)
+
+
+def test_an_encoder_with_other_content_is_named(folder):
+    (path,) = file_of(folder, "encoder").glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptFileError, match=f"{path.parent.name} does not hold what was saved"):
+        load(folder)
+
+
+@pytest.mark.parametrize("kind", ["facts", "edits", "gate", "generator", "encoder"])
+def test_a_missing_file_is_named(folder, kind):
+    path = file_of(folder, kind)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(CorruptFileError, match=f"{path.name} is missing; restore the folder"):
+        load(folder)
+
+
+def change_manifest(folder, **changes):
+    path = folder / "meg.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(manifest | changes), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"format": "other"}, "meg.json was not written by MeG Kernels"),
+        ({"version": 2}, "has format version 2; this release reads 1: upgrade meg-kernels"),
+    ],
+)
+def test_a_manifest_of_another_kind_is_refused(folder, changes, message):
+    change_manifest(folder, **changes)
+    with pytest.raises(CorruptFileError, match=message):
+        load(folder)
+
+
+def test_a_manifest_that_is_no_json_is_refused(folder):
+    path = folder / "meg.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(CorruptFileError, match=r"meg\.json is not valid JSON"):
+        load(folder)
+
+
+def test_files_of_another_configuration_are_refused(folder):
+    config = json.loads((folder / "meg.json").read_text(encoding="utf-8"))["config"]
+    config["generator"]["mlp_width"] = 32
+    change_manifest(folder, config=config)
+    with pytest.raises(CorruptFileError, match=r"generator-.* does not fit its configuration"):
+        load(folder)
+
+
+def test_a_folder_without_edits_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no edited model"):
+        load(tmp_path / "nowhere")
+
+
+def test_edits_of_another_model_are_refused(folder, tiny_model):
+    tokenizer = make_tokenizer()
+    other = tiny_model("llama", vocab_size=len(tokenizer) + 1)
+    with pytest.raises(ValueError, match=r"these edits are for .* pass the base model that was"):
+        MeGEditor.from_pretrained(folder, other, tokenizer)
+    with pytest.raises(ValueError, match="pass both model and tokenizer, or neither"):
+        MeGEditor.from_pretrained(folder, make_language_model(tokenizer))
+
+
+def test_the_model_is_loaded_again_by_its_name(editor, tmp_path):
+    editor.detach()
+    editor.model.save_pretrained(tmp_path / "base")
+    editor.tokenizer.save_pretrained(tmp_path / "base")
+    editor.encoder.save_pretrained(tmp_path / "encoder")
+    named = MeGEditor.for_model(
+        str(tmp_path / "base"), CONFIG, encoder=str(tmp_path / "encoder"), dtype=torch.bfloat16
+    )
+    assert named.model.dtype == torch.bfloat16
+    edit(named)
+    named.save_pretrained(tmp_path / "edited")
+    loaded = MeGEditor.from_pretrained(tmp_path / "edited")
+    assert loaded.model.dtype == torch.bfloat16
+    assert state(loaded) == state(named)
+    wider = MeGEditor.from_pretrained(tmp_path / "edited", dtype=torch.float32)
+    assert wider.model.dtype == torch.float32
+
+
+# Evaluating
+
+
+def test_the_evaluation_counts_what_generate_says(editor):
+    report = editor.evaluate()
+    base = base_editor()
+    said = editor.generate(PARAPHRASES, 16)
+    owners = [fact.answer for fact in EDITED for _ in fact.paraphrases]
+    right = [text.split(".")[0] == answer for text, answer in zip(said, owners, strict=True)]
+    same = [
+        a == b
+        for a, b in zip(editor.generate(LOCALITY, 16), base.generate(LOCALITY, 16), strict=True)
+    ]
+    assert report.n == len(EDITED)
+    assert report.metrics.reliability_ag == 1.0
+    assert report.metrics.generality_ag == pytest.approx(sum(right) / len(right))
+    assert report.metrics.locality_ag == pytest.approx(sum(same) / len(same))
+    assert report.collected.reliability_ag == 1.0
+    assert report.base.locality_ag == 1.0 and report.base.reliability_ag == 0.0
+    assert report.protocol["edited_facts"] == len(EDITED)
+    assert report.protocol["layer"] == LAYER and report.protocol["generator"] == "mlp"
+    assert set(report.seconds) == {"collect", "encoder", "gate", "generator", "evaluate"}
+
+
+def test_an_evaluation_of_chosen_facts_asks_only_them(editor):
+    report = editor.evaluate([EDITED[3], EDITED[1]])
+    assert report.n == 2
+    assert report.protocol["queries"] == {"reliability": 2, "generality": 4, "locality": 4}
+    assert report.collected.reliability_ag == report.metrics.reliability_ag == 1.0

