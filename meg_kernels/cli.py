@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from meg_kernels.storage import write_json
@@ -32,8 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Massive editing of language models by dynamic weight generation.",
 )
-console = Console()
-errors = Console(stderr=True)
+console = Console(emoji=False)
+errors = Console(stderr=True, emoji=False)
 
 
 class Dtype(str, Enum):
@@ -125,7 +126,7 @@ def edit(
         report = editor.edit(edited, tuning=others, work_folder=work, progress=True)
         editor.save_pretrained(out)
     _print_edit(report, len(edited))
-    console.print(f"saved to [bold]{out}[/]; ask it: meg ask {out} {edited[0].query!r}")
+    console.print(f"saved to {out}; ask it: meg ask {out} {edited[0].query!r}", markup=False)
 
 
 @app.command(epilog="**Example:** `meg evaluate edited --json report.json`")
@@ -226,17 +227,20 @@ def main() -> None:
     """Run `meg`; what a user can mend is told in one line, without a traceback."""
     # Loading bars of other libraries tell a user nothing.
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.showwarning = lambda message, *rest, **more: errors.print(f"[yellow]{message}[/]")
+    warnings.showwarning = lambda message, *rest, **more: errors.print(
+        f"[yellow]{escape(str(message))}[/]"
+    )
     try:
         _quiet_transformers()
         app()
     except (OSError, ValueError, KeyError, RuntimeError, FloatingPointError, ImportError) as error:
-        if "--traceback" in sys.argv:
-            raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        errors.print(f"[bold red]error:[/] {text}", markup=True, highlight=False)
+        errors.print(f"[bold red]error:[/] {escape(str(text))}", highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        # Typer makes an interruption the exit status that shells know it by.
+        if isinstance(ended, SystemExit) and ended.code != 130:
+            raise
         errors.print("interrupted; start it again with the same arguments to go on")
         sys.exit(130)
 
@@ -271,7 +275,7 @@ def _editor(
         snap=snap,
         seed=seed,
     )
-    with console.status(f"loading {model}"):
+    with console.status(f"loading {escape(model)}"):
         return MeGEditor.for_model(
             model, config, encoder=encoder, dtype=getattr(torch, dtype.value), device=device
         )
@@ -283,7 +287,7 @@ def _load(folder: Path, device: str, dtype: Dtype | None) -> MeGEditor:
     from meg_kernels import MeGEditor
 
     asked = None if dtype is None else getattr(torch, dtype.value)
-    with console.status(f"loading {folder}"):
+    with console.status(f"loading {escape(str(folder))}"):
         return MeGEditor.from_pretrained(folder, device=device, dtype=asked)
 
 
@@ -340,7 +344,8 @@ def _print_edit(report: EditReport, n: int) -> None:
     table.add_row("all", f"{sum(seconds.values()):.1f}", "")
     console.print(table)
     for fact in report.unlearnt:
-        errors.print(f"[yellow]not learnt:[/] {fact.id}: {fact.query!r} -> {fact.answer!r}")
+        text = f"{fact.id}: {fact.query!r} -> {fact.answer!r}"
+        errors.print(f"[yellow]not learnt:[/] {escape(text)}")
 
 
 def _print_answers(editor: MeGEditor, prompts: list[str], max_new_tokens: int) -> None:
@@ -357,7 +362,8 @@ def _print_answers(editor: MeGEditor, prompts: list[str], max_new_tokens: int) -
     edited = editor.generate(prompts, max_new_tokens)
     rows = zip(prompts, base, edited, routing.edited.tolist(), routing.score.tolist(), strict=True)
     for prompt, before, after, accepted, score in rows:
-        table.add_row(prompt, before, after, f"{'yes' if accepted else 'no'} ({score:.2f})")
+        texts = (escape(text) for text in (prompt, before, after))
+        table.add_row(*texts, f"{'yes' if accepted else 'no'} ({score:.2f})")
     console.print(table)
 
 
@@ -365,12 +371,12 @@ def _print_report(report: EvaluationReport) -> None:
     queries = report.protocol["queries"]
     table = Table(
         Column("metric", no_wrap=True),
-        "queries",
+        "asked",
         "base AG",
         "base TF",
         "edited AG",
         "edited TF",
-        "collected AG",
+        Column("ceiling AG", no_wrap=True),
         title=f"{report.n} facts",
         title_justify="left",
     )
@@ -392,8 +398,9 @@ def _print_report(report: EvaluationReport) -> None:
     console.print(
         f"AG: {protocol['ag']}; TF: {protocol['tf']}; locality {protocol['locality']}; "
         f"{protocol['decoding']}; template {protocol['prompt_template']!r}; {protocol['dtype']} on "
-        f"{protocol['device']}; collected: each fact's own neuron, without gate and generator.",
+        f"{protocol['device']}; ceiling: each fact's own collected neuron, without gate and generator.",
         style="dim",
+        markup=False,
         highlight=False,
     )
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
@@ -403,7 +410,7 @@ def _print_report(report: EvaluationReport) -> None:
 def _write_report(path: Path | None, content: dict[str, Any]) -> None:
     if path is not None:
         write_json(path, content)
-        console.print(f"report in [bold]{path}[/]")
+        console.print(f"report in {path}", markup=False)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import subprocess
 import sys
 
 import pytest
@@ -83,15 +83,16 @@ def edited(models, facts_file, tuning_file, tmp_path_factory):
 
 
 def fails(monkeypatch, capsys, *arguments) -> str:
-    """The one line that the whole program prints to stderr before it exits with 1."""
+    """What the whole program prints to stderr before it exits with 1."""
     monkeypatch.setattr(sys, "argv", ["meg", *(str(a) for a in arguments)])
     monkeypatch.setattr(cli.errors, "width", 400, raising=False)
+    capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         cli.main()
     assert exit_.value.code == 1
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ")
-    return lines[0]
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said[said.index("error: ") :].strip()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -172,7 +173,8 @@ def test_demo_edits_asks_and_measures(models, monkeypatch, tmp_path):
     for_model = MeGEditor.for_model.__func__
 
     def tiny(cls, name, config, *, encoder, dtype, device):
-        assert name == "smollm2"
+        assert name == "smollm2" and encoder == "all-MiniLM-L6-v2"
+        config = dataclasses.replace(config, layer=1)
         editor = for_model(cls, models[1], config, encoder=models[3], dtype=dtype, device=device)
         shipped_edit = editor.edit
         editor.edit = lambda facts, **more: shipped_edit(
@@ -238,25 +240,42 @@ def test_an_unknown_way_to_treat_conflicts_is_refused(facts_file, tmp_path):
 
 
 def test_what_a_user_can_mend_is_one_clear_line(edited, models, tmp_path, monkeypatch, capsys):
-    out, _ = edited
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"query": "The color of Abo is"}\n')
     for arguments, message in (
         (["edit", "absent.jsonl", "--out", tmp_path / "new"], "absent.jsonl"),
-        (["edit", bad, "--out", tmp_path / "new", *models], "line 1 (record 1)"),
         (["ask", tmp_path, "Who?"], "holds no edited model"),
         (["evaluate", tmp_path / "absent"], "holds no edited model"),
-        (["evaluate", out, "--facts", bad], "'answer' is missing"),
-        (["evaluate", out, "--json", bad / "report.json"], "report.json"),
+        (["evaluate", edited[0], "--json", edited[0] / "meg.json" / "report"], "meg.json"),
+        (["evaluate", edited[0], "--device", "cuda:99"], "cuda:99"),
     ):
-        assert message in fails(monkeypatch, capsys, *arguments)
+        said = fails(monkeypatch, capsys, *arguments)
+        assert message in said and "\n" not in said
     assert not (tmp_path / "new").exists()
 
 
-def test_the_installed_program_ends_with_one_line_and_exit_code_1(tmp_path):
-    program = [sys.executable, "-m", "meg_kernels.cli", "ask", str(tmp_path), "Who?"]
-    ended = subprocess.run(program, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    text = " ".join(ended.stderr.split())
-    assert text.startswith("error: ") and "Traceback" not in text
-    assert "no edited model" in text
+def test_bad_facts_are_listed_with_their_places(edited, models, tmp_path, monkeypatch, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"query": "The color of Abo is"}\n{"query": "x", "answer": 3}\n')
+    for arguments in (
+        ["edit", bad, "--out", tmp_path / "new", *models],
+        ["evaluate", edited[0], "--facts", bad],
+    ):
+        first, *places = fails(monkeypatch, capsys, *arguments).splitlines()
+        assert first == f"error: {bad} has 2 bad records:"
+        assert "line 1 (record 1): field 'answer' is missing" in places[0]
+        assert "line 2 (record 2): field 'answer' is 3" in places[1]
+    assert not (tmp_path / "new").exists()
+
+
+def test_texts_are_shown_as_they_are_whatever_brackets_they_hold(
+    edited, monkeypatch, capsys, tmp_path
+):
+    shown = run("ask", edited[0], "Is [bold] the :heart: of [/INST]?", "--max-new-tokens", 2)
+    assert "Is [bold] the :heart: of [/INST]?" in shown
+    said = fails(monkeypatch, capsys, "ask", tmp_path / "an [old] and [/new] folder", "Who?")
+    assert "an [old] and [/new] folder" in said
+
+
+def test_traceback_can_be_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["meg", "ask", str(tmp_path), "--", "Who?", "--traceback"])
+    with pytest.raises(FileNotFoundError, match="holds no edited model"):
+        cli.main()
