@@ -398,7 +398,7 @@ def _print_report(report: EvaluationReport) -> None:
     console.print(
         f"AG: {protocol['ag']}; TF: {protocol['tf']}; locality {protocol['locality']}; "
         f"{protocol['decoding']}; template {protocol['prompt_template']!r}; {protocol['dtype']} on "
-        f"{protocol['device']}; ceiling: each fact's own collected neuron, without gate and generator.",
+        f"{protocol['device']}; ceiling: each fact's own collected neuron, no gate, no generator.",
         style="dim",
         markup=False,
         highlight=False,
