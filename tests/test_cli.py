@@ -273,9 +273,3 @@ def test_texts_are_shown_as_they_are_whatever_brackets_they_hold(
     assert "Is [bold] the :heart: of [/INST]?" in shown
     said = fails(monkeypatch, capsys, "ask", tmp_path / "an [old] and [/new] folder", "Who?")
     assert "an [old] and [/new] folder" in said
-
-
-def test_traceback_can_be_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["meg", "ask", str(tmp_path), "--", "Who?", "--traceback"])
-    with pytest.raises(FileNotFoundError, match="holds no edited model"):
-        cli.main()

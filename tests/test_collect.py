@@ -27,7 +27,7 @@ SUBJECTS = [first + last for last in ("bo", "na", "ruk", "mi", "lus") for first 
 COLORS = ("red", "blue", "green", "gold", "pink", "gray")
 WORDINGS = ("The color of {} is", "Which color has {}?", "{} is painted in")
 LAYER = 1
-CONFIG = CollectionConfig(learning_rate=0.1, max_steps=60, batch_size=4)
+CONFIG = CollectionConfig(learning_rate=0.1, max_steps=40, batch_size=4)
 BRIEF = dataclasses.replace(CONFIG, max_steps=8)  # where only sameness counts
 
 
@@ -171,8 +171,8 @@ def assert_same(first, second):
     [
         ("llama", False, {}),
         ("llama", False, {"overshoot": 4.0}),
-        ("llama", True, {"learning_rate": 0.03}),
-        ("gpt2", False, {"max_steps": 100}),
+        ("llama", True, {"learning_rate": 0.05}),
+        ("gpt2", False, {"max_steps": 80}),
         ("gpt2", True, {"max_steps": 80, "target_loss": 1.0}),
     ],
 )

@@ -30,7 +30,6 @@ from meg_kernels.editing.prompting import (
     IGNORED,
     PromptTemplate,
     TargetBatch,
-    TargetScores,
     score_targets,
     target_batch,
     target_tokens,
@@ -42,6 +41,9 @@ from meg_kernels.precision import fast_products
 from meg_kernels.storage import CorruptFileError, fingerprint, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
+
+PROMPTS_AT_ONCE_ON_CPU = 32
+INITIAL_FACTS = 8  # whose prompts decide the initial neuron; one direction needs no more
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,14 @@ class _Fit:
         initial: Neurons,
     ):
         self.attached, self.lower, self.batch = attached, lower, batch
-        self.hidden = lower.run(**batch.inputs)
+        self.lengths = batch.inputs["attention_mask"].sum(1)  # [R]
+        first, *others = self._by_length(torch.arange(len(batch), device=owner.device))
+        hidden = self._run_lower_layers(first)
+        self.hidden = hidden.new_zeros(*batch.inputs["input_ids"].shape, hidden.shape[-1])
+        self.hidden[first, -hidden.shape[1] :] = hidden
+        for rows in others:
+            hidden = self._run_lower_layers(rows)
+            self.hidden[rows, -hidden.shape[1] :] = hidden
         self.framings = owner.bincount()  # [F] how many each fact has
         self.first_row = self.framings.cumsum(0) - self.framings  # [F]
         facts = len(self.framings)
@@ -144,13 +153,11 @@ class _Fit:
         active = torch.arange(len(self.flat), device=self.flat.device)
         passed = torch.zeros_like(self.framings)  # framings in a row that needed no update
         for step in range(config.max_steps):
-            flat = self.flat[active].requires_grad_()
-            scores = self._evaluate(active, flat, step)
-            good = scores.right & (scores.losses.detach() < config.target_loss)
-            if not bool(good.all()):
-                (gradient,) = torch.autograd.grad(scores.losses.sum(), flat)
-                self.flat[active] -= config.learning_rate * gradient * ~good.unsqueeze(1)
-                self.steps[active] += ~good
+            looked = self._look(active, self.flat[active], step, with_gradient=True)
+            good = looked.right & (looked.losses < config.target_loss)
+            update = config.learning_rate * looked.gradient * ~good.unsqueeze(1)
+            self.flat[active] -= update
+            self.steps[active] += ~good
             passed[active] = torch.where(good, passed[active] + 1, 0)
             active = active[passed[active] < self.framings[active]]
             if not len(active):
@@ -170,25 +177,54 @@ class _Fit:
             self.learnt[recovered] = True
         self.flat = flat
 
-    @torch.no_grad()
     def _answered(self, facts: Tensor, flat: Tensor) -> Tensor:
         """[F] bool: which of these facts the model answers in all their framings."""
         right = torch.ones_like(facts, dtype=torch.bool)
         for turn in range(int(self.framings[facts].max())):
-            right &= self._evaluate(facts, flat, turn).right
+            right &= self._look(facts, flat, turn, with_gradient=False).right
         return right
 
-    def _evaluate(self, active: Tensor, flat: Tensor, step: int) -> TargetScores:
-        """The scores of one framing of each active fact."""
-        rows = self.first_row[active] + step % self.framings[active]
-        batch = self.batch[rows]
-        first = self.hidden.shape[1] - batch.inputs["input_ids"].shape[1]
-        neurons = self.attached.layout.unpack(flat)
-        with (
-            self.lower.replaced_by(self.hidden[rows, first:]),
-            self.attached.neurons(neurons),
-        ):
-            return score_targets(self.attached.model, batch)
+    def _look(self, facts: Tensor, flat: Tensor, turn: int, with_gradient: bool) -> _Look:
+        """One framing of each of these facts, with the neurons `flat`."""
+        rows = self.first_row[facts] + turn % self.framings[facts]
+        losses = torch.empty(len(facts), device=flat.device)
+        right = torch.empty_like(facts, dtype=torch.bool)
+        gradient = torch.zeros_like(flat)
+        for some in self._by_length(rows):
+            batch = self.batch[rows[some]]
+            columns = batch.inputs["input_ids"].shape[1]
+            part = flat[some].requires_grad_(with_gradient)
+            with (
+                torch.set_grad_enabled(with_gradient),
+                self.lower.replaced_by(self.hidden[rows[some], -columns:]),
+                self.attached.neurons(self.attached.layout.unpack(part)),
+            ):
+                scores = score_targets(self.attached.model, batch)
+            if with_gradient:
+                (gradient[some],) = torch.autograd.grad(scores.losses.sum(), part)
+            losses[some], right[some] = scores.losses.detach(), scores.right
+        return _Look(losses, right, gradient)
+
+    def _by_length(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Places in `rows` of prompts that go through the model at once, of like length."""
+        # Like lengths need little padding, and a CPU's caches hold the activations of some prompts
+        # only; but autocast converts the weights anew for each call, which few prompts would not
+        # make up for.
+        few = rows.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        at_once = PROMPTS_AT_ONCE_ON_CPU if few else max(len(rows), 1)
+        return self.lengths[rows].argsort().split(at_once)
+
+    def _run_lower_layers(self, rows: Tensor) -> Tensor:
+        return self.lower.run(**self.batch[rows].inputs)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What facts give with some neurons: [F] losses, [F] whether right, [F, dim] gradient."""
+
+    losses: Tensor
+    right: Tensor
+    gradient: Tensor
 
 
 def initial_neuron(
@@ -261,8 +297,8 @@ def collect(
     order = sorted(range(len(facts)), key=lambda i: max(len(p) + len(t) for p, t in targets[i]))
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     if initial is None:
-        middle = [pair for i in batches[len(batches) // 2] for pair in targets[i]]
-        batch = target_batch(model, tokenizer, middle)
+        middle = batches[len(batches) // 2][:INITIAL_FACTS]
+        batch = target_batch(model, tokenizer, [pair for i in middle for pair in targets[i]])
         initial = initial_neuron(attached, lower, batch, config.initial_response)
 
     def fit(rows: Sequence[int]) -> dict[str, Tensor]:
