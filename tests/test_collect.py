@@ -173,7 +173,7 @@ def assert_same(first, second):
         ("llama", False, {"overshoot": 4.0}),
         ("llama", True, {"learning_rate": 0.05}),
         ("gpt2", False, {"max_steps": 80}),
-        ("gpt2", True, {"max_steps": 120, "target_loss": 1.0}),
+        ("gpt2", True, {"max_steps": 80, "target_loss": 1.0}),
     ],
 )
 def test_learnt_are_the_facts_that_the_physically_wider_model_answers_in_every_framing(

@@ -153,19 +153,12 @@ class _Fit:
         active = torch.arange(len(self.flat), device=self.flat.device)
         passed = torch.zeros_like(self.framings)  # framings in a row that needed no update
         for step in range(config.max_steps):
-            # A fact that was good the last time will likely be again: it is only looked at.
-            for facts, learning in (
-                (active[passed[active] == 0], True),
-                (active[passed[active] > 0], False),
-            ):
-                if not len(facts):
-                    continue
-                looked = self._look(facts, self.flat[facts], step, with_gradient=learning)
-                good = looked.right & (looked.losses < config.target_loss)
-                if learning:
-                    self.flat[facts] -= config.learning_rate * looked.gradient * ~good[:, None]
-                    self.steps[facts] += ~good
-                passed[facts] = torch.where(good, passed[facts] + 1, 0)
+            looked = self._look(active, self.flat[active], step, with_gradient=True)
+            good = looked.right & (looked.losses < config.target_loss)
+            update = config.learning_rate * looked.gradient * ~good.unsqueeze(1)
+            self.flat[active] -= update
+            self.steps[active] += ~good
+            passed[active] = torch.where(good, passed[active] + 1, 0)
             active = active[passed[active] < self.framings[active]]
             if not len(active):
                 break
