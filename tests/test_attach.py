@@ -19,6 +19,8 @@ from meg_kernels.integrations.transformers import (
     decoder_layers,
     family_of,
     feed_forward,
+    input_of,
+    last_feed_forward_sees,
 )
 from meg_kernels.neuron import NeuronLayout, Neurons
 from meg_kernels.nn import MeGConv1D, MeGLinear, attach
@@ -665,6 +667,51 @@ def test_neurons_above_replaced_layers_act_as_in_the_whole_model(tiny_model, nam
         expected = model(**batch).logits
         with lower.replaced_by(hidden):
             assert torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 99])
+def test_the_last_columns_logits_need_the_last_ffn_at_these_columns_alone(model, columns):
+    batch = with_positions(model, padded(queries(), "left"))
+    expected, before = model(**batch).logits, fingerprint(model)
+    seen = []
+    block = layers_of(model)[-1]
+    reads = block.get_submodule(family_of(model).input_projection)
+    hook = reads.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
+    with last_feed_forward_sees(model, columns):
+        logits = model(**batch).logits
+    hook.remove()
+    torch.testing.assert_close(logits[:, -columns:], expected[:, -columns:])
+    if "." in family_of(model).output_projection:
+        assert seen == [4 * min(columns, max(LENGTHS)) * WIDTH]
+    assert fingerprint(model) == before
+
+
+def test_neurons_of_the_last_layer_act_on_the_columns_that_its_ffn_sees(model):
+    batch = with_positions(model, padded(queries(), "left"))
+    with attach(model, LAYERS - 1).neurons(strong_neurons(model), INDEX):
+        expected = model(**batch).logits
+        with last_feed_forward_sees(model, 2):
+            logits = model(**batch).logits
+    torch.testing.assert_close(logits[:, -2:], expected[:, -2:])
+
+
+def test_what_a_module_gets_is_known_without_running_what_follows(model):
+    batch = with_positions(model, padded(queries(), "left"))
+    before = fingerprint(model)
+    ran = []
+    for i, block in enumerate(layers_of(model)):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    noted = []
+    reads = feed_forward(model, 1).input_projection
+    hook = reads.register_forward_pre_hook(lambda module, args: noted.append(args[0].clone()))
+    given = input_of(reads, model, batch)
+    assert torch.equal(given, noted[0]) and ran == [0] and not given.requires_grad
+    hook.remove()
+    with pytest.raises(IndexError):
+        input_of(reads, model, {"input_ids": torch.tensor([[10_000]])})
+    for block in layers_of(model):
+        block._forward_hooks.clear()
+    assert fingerprint(model) == before
 
 
 def test_layers_and_hooks_are_restored_when_the_model_raises(model):

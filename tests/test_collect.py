@@ -18,7 +18,7 @@ from meg_kernels.editing import collect as collecting
 from meg_kernels.editing.collect import CollectionConfig, collect, initial_neuron
 from meg_kernels.editing.facts import Fact, LocalityQuery
 from meg_kernels.editing.prompting import PromptTemplate, target_batch, target_tokens
-from meg_kernels.integrations.transformers import LowerLayers, decoder_layers
+from meg_kernels.integrations.transformers import decoder_layers
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import attach
 
@@ -435,7 +435,7 @@ def test_the_initial_neuron_responds_as_asked_on_average_and_adds_nothing(build,
 
     attached = attach(model, LAYER)
     batch = target_batch(model, tokenizer, pairs)
-    neuron = initial_neuron(attached, LowerLayers(model, LAYER), batch, response=2.5)
+    neuron = initial_neuron(attached, batch, response=2.5)
     attached.detach()
     responses = torch.stack(ends) @ neuron.key[0]
     torch.testing.assert_close(responses.mean(), torch.tensor(2.5), rtol=1e-4, atol=0)

@@ -34,15 +34,15 @@ from meg_kernels.editing.prompting import (
     target_batch,
     target_tokens,
 )
-from meg_kernels.integrations.transformers import LowerLayers
+from meg_kernels.integrations.transformers import LowerLayers, decoder_layers, input_of
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import Attached
-from meg_kernels.precision import fast_products
+from meg_kernels.precision import fast_dtype, frozen_products
 from meg_kernels.storage import CorruptFileError, fingerprint, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
-PROMPTS_AT_ONCE_ON_CPU = 32
+PROMPTS_AT_ONCE_ON_CPU = 16
 INITIAL_FACTS = 8  # whose prompts decide the initial neuron; one direction needs no more
 
 
@@ -207,11 +207,8 @@ class _Fit:
 
     def _by_length(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Places in `rows` of prompts that go through the model at once, of like length."""
-        # Like lengths need little padding, and a CPU's caches hold the activations of some prompts
-        # only; but autocast converts the weights anew for each call, which few prompts would not
-        # make up for.
-        few = rows.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        at_once = PROMPTS_AT_ONCE_ON_CPU if few else max(len(rows), 1)
+        # Like lengths need little padding; a CPU's caches hold the activations of some prompts only.
+        at_once = PROMPTS_AT_ONCE_ON_CPU if rows.device.type == "cpu" else max(len(rows), 1)
         return self.lengths[rows].argsort().split(at_once)
 
     def _run_lower_layers(self, rows: Tensor) -> Tensor:
@@ -227,22 +224,12 @@ class _Look:
     gradient: Tensor
 
 
-def initial_neuron(
-    attached: Attached, lower: LowerLayers, batch: TargetBatch, response: float
-) -> Neurons:
+def initial_neuron(attached: Attached, batch: TargetBatch, response: float) -> Neurons:
     """The neuron that fires with `response` at the end of an average prompt and adds nothing."""
     prompt_ends = torch.arange(len(batch)), -(batch.labels != IGNORED).sum(1)
-    hidden = lower.run(**batch.inputs)
-    inputs: list[Tensor] = []
-    hook = attached.ffn.input_projection.register_forward_pre_hook(
-        lambda module, args: inputs.append(args[0].detach().view(*hidden.shape[:2], -1))
-    )
-    try:
-        with torch.no_grad(), lower.replaced_by(hidden):
-            score_targets(attached.model, batch)
-    finally:
-        hook.remove()
-    mean = inputs[0][prompt_ends].float().mean(0).cpu()  # [d_in]
+    inputs = input_of(attached.ffn.input_projection, attached.model, batch.inputs)
+    inputs = inputs.view(*batch.inputs["input_ids"].shape, -1)  # OPT flattens its tokens
+    mean = inputs[prompt_ends].float().mean(0).cpu()  # [d_in]
     layout = attached.layout
     bias = torch.zeros(1) if layout.has_bias else None
     key = response * mean / mean.square().sum()
@@ -293,20 +280,21 @@ def collect(
         for fact in facts
     ]
     lower = LowerLayers(model, attached.ffn.layer)
+    upper = [*decoder_layers(model)[attached.ffn.layer :], model.get_output_embeddings()]
     # Batches of one length waste no columns on padding.
     order = sorted(range(len(facts)), key=lambda i: max(len(p) + len(t) for p, t in targets[i]))
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     if initial is None:
         middle = batches[len(batches) // 2][:INITIAL_FACTS]
         batch = target_batch(model, tokenizer, [pair for i in middle for pair in targets[i]])
-        initial = initial_neuron(attached, lower, batch, config.initial_response)
+        initial = initial_neuron(attached, batch, config.initial_response)
 
     def fit(rows: Sequence[int]) -> dict[str, Tensor]:
         batch = target_batch(model, tokenizer, [pair for i in rows for pair in targets[i]])
         owner = [place for place, i in enumerate(rows) for _ in targets[i]]
         fitted = _Fit(attached, lower, batch, torch.tensor(owner, device=model.device), initial)
         # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
-        with fast_products(model.device):
+        with frozen_products(upper, fast_dtype(model.device, model.dtype)):
             fitted.run(config)
         fitted.lengthen(config.overshoot)
         return {"flat": fitted.flat, "steps": fitted.steps, "learnt": fitted.learnt}

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from meg_kernels.integrations.transformers import last_feed_forward_sees
+
 IGNORED = -100
 
 
@@ -135,12 +137,14 @@ def score_targets(model: PreTrainedModel, batch: TargetBatch) -> TargetScores:
 
     hook = model.get_output_embeddings().register_forward_pre_hook(keep_targets)
     try:
-        logits = model(**batch.inputs, use_cache=False).logits  # [targets, vocabulary]
+        with last_feed_forward_sees(model, columns=counted.shape[1]):
+            logits = model(**batch.inputs, use_cache=False).logits  # [targets, vocabulary]
     finally:
         hook.remove()
+    logits = logits.float()
     labels = batch.labels[counted]
     rows = counted.nonzero()[:, 0]
-    token_losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    token_losses = F.cross_entropy(logits, labels, reduction="none")
     losses = token_losses.new_zeros(len(batch)).index_add(0, rows, token_losses)
     hits = torch.ones_like(counted).masked_scatter(counted, logits.argmax(-1) == labels)
     return TargetScores(losses / counted.sum(1), hits)

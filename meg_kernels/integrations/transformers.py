@@ -124,6 +124,60 @@ def feed_forward(model: PreTrainedModel, layer: int) -> FeedForward:
     return FeedForward(block, family, layer, layout)
 
 
+@contextmanager
+def last_feed_forward_sees(model: PreTrainedModel, columns: int) -> Iterator[None]:
+    """Inside, the last decoder layer's FFN works on the last `columns` positions alone.
+
+    An FFN works on each position by itself, and no position looks at another one after the last
+    layer: whoever wants the logits of these columns needs no other FFN output. Where the family
+    keeps its FFN in no module of its own (OPT), nothing changes.
+    """
+    layer = decoder_layers(model)[-1]
+    name = family_of(model).output_projection.rpartition(".")[0]
+    hidden: int = 0
+
+    def keep_last(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal hidden
+        hidden = max(args[0].shape[1] - columns, 0)
+        return (args[0][:, hidden:].contiguous(), *args[1:])
+
+    def fill_up(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return nn.functional.pad(output, (0, 0, hidden, 0))
+
+    if not name:
+        yield
+        return
+    block = layer.get_submodule(name)
+    hooks = [block.register_forward_pre_hook(keep_last), block.register_forward_hook(fill_up)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def input_of(module: nn.Module, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """What `module` of `model` gets first when the model gets `inputs`; nothing after it runs."""
+    noted: list[Tensor] = []
+
+    class Reached(Exception):
+        pass
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        noted.append(args[0] if args else kwargs["hidden_states"])
+        raise Reached
+
+    hook = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        model(**inputs, use_cache=False)
+    except Reached:
+        pass
+    finally:
+        hook.remove()
+    return noted[0]
+
+
 class _Stub(nn.Module):
     """Stands for a decoder layer whose output is known already, or not wanted."""
 
@@ -163,33 +217,19 @@ class LowerLayers:
         self.layer = layer
         self._returns_tuple = False
 
-    @torch.no_grad()
     def run(self, **inputs: Tensor) -> Tensor:
         """Hidden states [B, T, d] that enter `layer`; `inputs` as the model's forward takes."""
         layers = decoder_layers(self.model)
-        noted: list[Tensor] = []
-
-        class Reached(Exception):
-            pass
-
-        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            noted.append(args[0] if args else kwargs["hidden_states"])
-            raise Reached
 
         def look(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
             self._returns_tuple = isinstance(output, tuple)
 
-        hooks = [layers[self.layer].register_forward_pre_hook(note, with_kwargs=True)]
-        if self.layer:
-            hooks.append(layers[self.layer - 1].register_forward_hook(look))
+        hook = layers[self.layer - 1].register_forward_hook(look) if self.layer else None
         try:
-            self.model(**inputs, use_cache=False)
-        except Reached:
-            pass
+            return input_of(layers[self.layer], self.model, inputs)
         finally:
-            for hook in hooks:
+            if hook is not None:
                 hook.remove()
-        return noted[0]
 
     @contextmanager
     def replaced_by(self, hidden: Tensor) -> Iterator[None]:
