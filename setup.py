@@ -24,8 +24,17 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).resolve().parent / "csrc"
-SOURCES = ["csrc/dynamic_neuron.cu", "csrc/bindings.cpp"]
-HEADERS = ["csrc/dynamic_neuron.h", "csrc/dynamic_neuron.cuh"]
+SOURCES = ["csrc/dynamic_neuron.cu", "csrc/entropy_gate.cu", "csrc/bindings.cpp"]
+HEADERS = [
+    "csrc/device.cuh",
+    "csrc/dynamic_neuron.cuh",
+    "csrc/dynamic_neuron.h",
+    "csrc/entropy_gate.cuh",
+    "csrc/entropy_gate.h",
+    "csrc/launch.cuh",
+    "csrc/rows.cuh",
+    "csrc/types.h",
+]
 DEFAULT_ARCHITECTURES = "sm_80 sm_90a sm_100"
 
 
@@ -59,7 +68,8 @@ def compile_flags(archs: list[str]) -> list[str]:
     for arch in archs:
         virtual = "compute_" + arch.split("_")[-1]
         targets += ["-gencode", f"arch={virtual},code={arch}"]
-    return ["-std=c++17", "-O3", "--threads", "0", *targets]
+    # -O1 is for the host's side alone: device code is always optimised in full.
+    return ["-std=c++17", "-O1", "--threads", "0", *targets]
 
 
 def run(command: list[str]) -> None:

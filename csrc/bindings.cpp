@@ -1,46 +1,109 @@
 // The Python module meg_kernels._C. It takes addresses as integers and knows nothing of torch, so one
 // build serves every torch version; meg_kernels/ops/native.py is the side that knows tensors.
+//
+// The structs of the headers arrive as tuples of their fields, in order; a null address is 0.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
 #include <sstream>
 #include <string>
+#include <tuple>
 
 #include "dynamic_neuron.h"
+#include "entropy_gate.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using Address = uintptr_t;
+using RowsTuple = std::tuple<Address, int64_t, int64_t>;
+using MatrixTuple = std::tuple<Address, int64_t>;
+using NeuronsTuple = std::tuple<MatrixTuple, Address, MatrixTuple, int64_t>;
+using ShapeTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using StreamTuple = std::tuple<int64_t, Address>;
+
 template <typename Pointer>
-Pointer pointer(uintptr_t address) {
+Pointer pointer(Address address) {
     return reinterpret_cast<Pointer>(address);
 }
 
-int forward(uintptr_t y, uintptr_t x, uintptr_t key, uintptr_t bias, uintptr_t value, uintptr_t index,
-            int64_t M, int64_t d_in, int64_t d_out, int64_t y_stride, int64_t x_stride,
-            int64_t key_stride, int64_t value_stride, int64_t tokens_per_index, int64_t dtype,
-            int64_t activation, int64_t device, uintptr_t stream) {
-    DynamicNeuronArgs args{};
-    args.y = pointer<void*>(y);
-    args.x = pointer<const void*>(x);
-    args.key = pointer<const void*>(key);
-    args.bias = pointer<const void*>(bias);
-    args.value = pointer<const void*>(value);
-    args.index = pointer<const int64_t*>(index);
-    args.M = M;
-    args.d_in = d_in;
-    args.d_out = d_out;
-    args.y_stride = y_stride;
-    args.x_stride = x_stride;
-    args.key_stride = key_stride;
-    args.value_stride = value_stride;
-    args.tokens_per_index = tokens_per_index;
-    args.dtype = static_cast<Dtype>(dtype);
-    args.activation = static_cast<Activation>(activation);
-    args.device = device;
-    args.stream = pointer<void*>(stream);
+Rows rows(const RowsTuple& fields) {
+    const auto [data, sample_stride, token_stride] = fields;
+    return {pointer<void*>(data), sample_stride, token_stride};
+}
+
+Matrix matrix(const MatrixTuple& fields) {
+    const auto [data, row_stride] = fields;
+    return {pointer<void*>(data), row_stride};
+}
+
+Neurons neurons(const NeuronsTuple& fields) {
+    const auto& [key, bias, value, activation] = fields;
+    return {matrix(key), pointer<const void*>(bias), matrix(value), static_cast<Activation>(activation)};
+}
+
+DynamicNeuronShape shape(const ShapeTuple& fields) {
+    const auto [samples, tokens, count, d_in, d_out, dtype] = fields;
+    return {samples, tokens, count, d_in, d_out, static_cast<Dtype>(dtype)};
+}
+
+Stream stream(const StreamTuple& fields) {
+    const auto [device, handle] = fields;
+    return {device, pointer<void*>(handle)};
+}
+
+int forward(const RowsTuple& out, const RowsTuple& y, const RowsTuple& x, const NeuronsTuple& of,
+            Address index, const ShapeTuple& sizes, const StreamTuple& on) {
+    const DynamicNeuronForward args{rows(out),    rows(y), rows(x), neurons(of), pointer<int64_t*>(index),
+                                    shape(sizes), stream(on)};
     return dynamic_neuron_forward(&args);
+}
+
+using GradientsTuple = std::tuple<RowsTuple, Address, Address, Address>;  // dx, dkey, dbias, dvalue
+using ScratchTuple = std::tuple<Address, Address, Address, Address>;      // hidden, dpre, order, starts
+
+int backward(const RowsTuple& grad, const RowsTuple& x, const NeuronsTuple& of, Address index,
+             const ShapeTuple& sizes, const StreamTuple& on, const GradientsTuple& gradients,
+             const ScratchTuple& scratch) {
+    const auto& [dx, dkey, dbias, dvalue] = gradients;
+    const auto [hidden, dpre, order, starts] = scratch;
+    const DynamicNeuronBackward args{rows(grad),
+                                     rows(x),
+                                     neurons(of),
+                                     pointer<int64_t*>(index),
+                                     shape(sizes),
+                                     stream(on),
+                                     rows(dx),
+                                     pointer<void*>(dkey),
+                                     pointer<void*>(dbias),
+                                     pointer<void*>(dvalue),
+                                     pointer<float*>(hidden),
+                                     pointer<float*>(dpre),
+                                     pointer<int64_t*>(order),
+                                     pointer<int64_t*>(starts)};
+    return dynamic_neuron_backward(&args);
+}
+
+using LogitsTuple = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;
+using GateTuple = std::tuple<Address, Address, Address, Address, Address>;
+
+int gate(const LogitsTuple& logits, double threshold, const GateTuple& results, const StreamTuple& on) {
+    const auto [data, row_stride, samples, classes, dtype] = logits;
+    const auto [entropy, index, rows_edited, count, counter] = results;
+    const EntropyGate args{pointer<const void*>(data),
+                           row_stride,
+                           samples,
+                           classes,
+                           static_cast<Dtype>(dtype),
+                           threshold,
+                           pointer<float*>(entropy),
+                           pointer<int64_t*>(index),
+                           pointer<int64_t*>(rows_edited),
+                           pointer<int64_t*>(count),
+                           pointer<int32_t*>(counter),
+                           stream(on)};
+    return entropy_gate(&args);
 }
 
 // "sm_80 sm_90a" -> ("sm_80", "sm_90a")
@@ -54,19 +117,22 @@ py::tuple architectures() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "CUDA kernels of meg_kernels; csrc/dynamic_neuron.h says what they compute.";
+    module.doc() = "CUDA kernels of meg_kernels; the headers of csrc/ say what they compute.";
     module.attr("ARCHITECTURES") = architectures();
     module.attr("DTYPES") = py::make_tuple("float32", "float16", "bfloat16");
     module.attr("ACTIVATIONS") = py::make_tuple("identity", "gelu", "gelu_tanh", "silu", "relu");
 
     // A launch may wait for room in the driver's queue: other Python threads go on meanwhile.
-    module.def("dynamic_neuron_forward", &forward, py::call_guard<py::gil_scoped_release>(),
-               "Queue the kernel on `stream`; returns a cudaError_t. Null addresses are 0.",
-               py::kw_only(), py::arg("y"), py::arg("x"), py::arg("key"), py::arg("bias"),
-               py::arg("value"), py::arg("index"), py::arg("M"), py::arg("d_in"), py::arg("d_out"),
-               py::arg("y_stride"), py::arg("x_stride"), py::arg("key_stride"),
-               py::arg("value_stride"), py::arg("tokens_per_index"), py::arg("dtype"),
-               py::arg("activation"), py::arg("device"), py::arg("stream"));
+    using Unlocked = py::call_guard<py::gil_scoped_release>;
+    module.def("dynamic_neuron_forward", &forward, Unlocked(),
+               "Queue dynamic_neuron_forward; returns a cudaError_t.", py::arg("out"), py::arg("y"),
+               py::arg("x"), py::arg("neurons"), py::arg("index"), py::arg("shape"), py::arg("stream"));
+    module.def("dynamic_neuron_backward", &backward, Unlocked(),
+               "Queue dynamic_neuron_backward; returns a cudaError_t.", py::arg("grad"), py::arg("x"),
+               py::arg("neurons"), py::arg("index"), py::arg("shape"), py::arg("stream"),
+               py::arg("gradients"), py::arg("scratch"));
+    module.def("entropy_gate", &gate, Unlocked(), "Queue entropy_gate; returns a cudaError_t.",
+               py::arg("logits"), py::arg("threshold"), py::arg("results"), py::arg("stream"));
     module.def(
         "error_string",
         [](int code) { return std::string(cudaGetErrorString(static_cast<cudaError_t>(code))); },

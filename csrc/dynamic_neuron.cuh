@@ -1,198 +1,300 @@
-// The kernel body of the dynamic neuron. dynamic_neuron.h states what it computes.
+// The kernel bodies of the dynamic neuron. dynamic_neuron.h states what they compute.
 //
-// One block of 128 threads serves one token:
+// A row of 32 to 256 threads (one threadIdx.y) serves one token, as many as its width keeps busy:
 //
-//     1. dot:    the threads walk x[m] and K[i] together and sum their products in fp32;
-//     2. reduce: shuffles within a warp, then four partial sums through shared memory;
-//     3. update: every thread now knows the gate act(dot + b[i]) and adds gate * V[i] to y[m].
+//     1. load:   x[m], K[i], y[m] and V[i] all at once, so that their latencies overlap;
+//     2. dot:    the threads walk x[m] and K[i] together and sum their products in fp32;
+//     3. sum:    shuffles within a warp, then partial sums through shared memory;
+//     4. update: every thread now knows h = act(dot + b[i]) and writes y[m] + h * V[i].
 //
-// Per token that is one read of x and one read and write of y from device memory; K[i] and V[i] are
-// shared by all tokens of a query and come from L2. With 2 flops per 2 bytes the kernel is bound by
-// memory, so what matters is that loads are wide (16 bytes) and many are in flight (Batch).
-//
-// A row's result depends on nothing but that row: which thread takes which element, and in which
-// order sums are formed, is fixed by d_in alone. The scalar path below walks the very same elements
-// in the same order as the vector path, so not even alignment changes a bit.
+// Per token that is one read of x and y and one write of out from device memory; K[i] and V[i] are
+// shared by all tokens of a query and come from the caches. With 2 flops per 2 bytes the kernel is
+// bound by memory: what matters is that loads are wide and many are in flight.
 #pragma once
 
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#else
-#include "host/cuda_shim.h"
-#endif
-
 #include "dynamic_neuron.h"
+#include "rows.cuh"
 
-constexpr int kWarpSize = 32;
-constexpr int kThreads = 128;
-constexpr int kBatch = 4;  // 16-byte chunks per thread and row: 4096 fp16 values are one batch
-// Eight blocks leave 64 registers a thread: room for a whole batch. Left to itself the compiler saves
-// registers for occupancy, and waits for each pair of loads before it issues the next.
-constexpr int kBlocksPerSM = 8;
+// Of the widest blocks on an SM. Leaves 128 registers a thread: 64 hold the first batches of four rows.
+constexpr int kMinBlocks = 2;
 
-__device__ inline float to_float(float a) { return a; }
-__device__ inline float to_float(__half a) { return __half2float(a); }
-__device__ inline float to_float(__nv_bfloat16 a) { return __bfloat162float(a); }
-
-template <typename T>
-__device__ T from_float(float a);
-template <>
-__device__ inline float from_float<float>(float a) { return a; }
-template <>
-__device__ inline __half from_float<__half>(float a) { return __float2half_rn(a); }
-template <>
-__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float a) { return __float2bfloat16_rn(a); }
-
-// 16 bytes of a row: what one thread loads at a time. 4 lanes of fp32, 8 of fp16 or bf16.
-template <typename T>
-union Chunk {
-    static constexpr int kLanes = 16 / sizeof(T);
-    uint4 bits;
-    T lane[kLanes];
-    __device__ Chunk() : bits{0, 0, 0, 0} {}
+struct Activated {
+    float value, slope;  // act(a) and act'(a)
 };
 
-// The last chunk of a row whose length is no multiple of the lanes; lanes past the end are zero and
-// so add nothing to a dot product. The bounds of the loop are constants, so that it unrolls and the
-// chunk stays in registers.
-template <typename T>
-__device__ inline Chunk<T> load_lanes(const T* row, int lanes) {
-    Chunk<T> chunk;
-    for (int l = 0; l < Chunk<T>::kLanes; ++l) {
-        if (l < lanes) chunk.lane[l] = row[l];
-    }
-    return chunk;
-}
-
-// x, K and V are only ever read: __ldg takes the read-only path. y is read once and then overwritten,
-// so there is nothing to keep in L1: __ldcg passes it by.
-enum class Access { kReadOnly, kReadThenWrite };
-
-template <bool kVector, Access kAccess, typename T>
-__device__ inline Chunk<T> load_chunk(const T* row) {
-    if constexpr (!kVector) {
-        return load_lanes(row, Chunk<T>::kLanes);
-    } else {
-        const uint4* address = reinterpret_cast<const uint4*>(row);
-        Chunk<T> chunk;
-        chunk.bits = kAccess == Access::kReadOnly ? __ldg(address) : __ldcg(address);
-        return chunk;
-    }
-}
-
-template <bool kVector, typename T>
-__device__ inline void store_chunk(T* row, const Chunk<T>& chunk) {
-    if constexpr (kVector) {
-        __stcg(reinterpret_cast<uint4*>(row), chunk.bits);
-    } else {
-        for (int l = 0; l < Chunk<T>::kLanes; ++l) row[l] = chunk.lane[l];
-    }
-}
-
-// The chunks that a thread has in flight at once. Chunk c of a row goes to thread c % kThreads. All
-// loads of a batch are issued before any is used: one wait for memory instead of kBatch.
-template <typename T>
-struct Batch {
-    Chunk<T> chunk[kBatch];  // zero past the end of the row
-};
-
-template <bool kVector, Access kAccess, typename T>
-__device__ inline Batch<T> load_batch(const T* row, int64_t first, int64_t chunks) {
-    Batch<T> batch;
-    for (int u = 0; u < kBatch; ++u) {
-        const int64_t c = first + u * kThreads;
-        if (c < chunks) batch.chunk[u] = load_chunk<kVector, kAccess>(row + c * Chunk<T>::kLanes);
-    }
-    return batch;
-}
-
-template <typename T>
-__device__ inline float dot(const Chunk<T>& a, const Chunk<T>& b, float sum) {
-    for (int l = 0; l < Chunk<T>::kLanes; ++l) sum = fmaf(to_float(a.lane[l]), to_float(b.lane[l]), sum);
-    return sum;
-}
-
-template <typename T>
-__device__ inline T add_scaled(T y, float gate, T value) {
-    return from_float<T>(fmaf(gate, to_float(value), to_float(y)));
-}
-
-// Sum over the block, the same in every thread: a butterfly within each warp, then the warps in order.
-__device__ inline float block_sum(float sum) {
-    __shared__ float warp_sums[kThreads / kWarpSize];
-    for (int step = kWarpSize / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    if (threadIdx.x % kWarpSize == 0) warp_sums[threadIdx.x / kWarpSize] = sum;
-    __syncthreads();
-    float total = 0.0f;
-    for (int w = 0; w < kThreads / kWarpSize; ++w) total += warp_sums[w];
-    return total;
-}
-
-__device__ inline float activate(Activation activation, float a) {
+__device__ inline Activated activate(Activation activation, float a) {
     switch (activation) {
-        case Activation::kGelu:  // a * Phi(a)
-            return 0.5f * a * (1.0f + erff(a * 0.70710678118654752f));
-        case Activation::kGeluTanh:
-            return 0.5f * a * (1.0f + tanhf(0.79788456080286536f * (a + 0.044715f * a * a * a)));
-        case Activation::kSilu:
-            return a / (1.0f + expf(-a));
+        case Activation::kGelu: {  // a * Phi(a)
+            const float below = 0.5f * (1.0f + erff(a * 0.70710678118654752f));
+            return {a * below, fmaf(a, 0.39894228040143268f * expf(-0.5f * a * a), below)};
+        }
+        case Activation::kGeluTanh: {  // a * below, where below approximates Phi(a)
+            constexpr float kScale = 0.79788456080286536f, kCubic = 0.044715f;
+            const float t = tanhf(kScale * (a + kCubic * a * a * a));
+            const float below = 0.5f * (1.0f + t);
+            const float inner = kScale * (1.0f + 3.0f * kCubic * a * a);
+            return {a * below, fmaf(0.5f * a * (1.0f - t * t), inner, below)};
+        }
+        case Activation::kSilu: {
+            const float gate = 1.0f / (1.0f + expf(-a));
+            return {a * gate, gate * (1.0f + a * (1.0f - gate))};
+        }
         case Activation::kRelu:  // written so that NaN stays NaN
-            return a < 0.0f ? 0.0f : a;
+            return {a < 0.0f ? 0.0f : a, a <= 0.0f ? 0.0f : 1.0f};
         default:
-            return a;
+            return {a, 1.0f};
     }
 }
 
-// kVector: every row of x, K, y and V starts on a 16-byte boundary (rows_are_aligned).
+// The token that a group of threads serves; the last block may have groups without one.
+struct Token {
+    int64_t m, sample, token;
+    bool exists;
+
+    __device__ explicit Token(const DynamicNeuronShape& shape) {
+        const unsigned row = blockIdx.x * blockDim.y + threadIdx.y;
+        // Tokens are counted in 31 bits, and a 32-bit division is several times cheaper.
+        const unsigned tokens = static_cast<unsigned>(shape.tokens);
+        m = row;
+        sample = row / tokens;
+        token = row % tokens;
+        exists = row < static_cast<unsigned>(shape.samples) * tokens;
+    }
+
+    template <typename T>
+    __device__ T* row_of(const Rows& rows) const {
+        return static_cast<T*>(rows.data) + sample * rows.sample_stride + token * rows.token_stride;
+    }
+};
+
+template <typename T>
+__device__ inline const T* row_of(const Matrix& matrix, int64_t row) {
+    return static_cast<const T*>(matrix.data) + row * matrix.row_stride;
+}
+
+template <typename T>
+__device__ inline float bias_of(const Neurons& neurons, int64_t i) {
+    return neurons.bias ? to_float(static_cast<const T*>(neurons.bias)[i]) : 0.0f;
+}
+
+template <typename T>
+__device__ inline T add_scaled(T y, float h, T value) {
+    return from_float<T>(fmaf(h, to_float(value), to_float(y)));
+}
+
+// kVector: every row of every tensor starts on a 16-byte boundary.
 template <typename T, bool kVector>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-    dynamic_neuron_kernel(const DynamicNeuronArgs args) {
-    constexpr int kLanes = Chunk<T>::kLanes;
-    const int64_t m = blockIdx.x;
-    // Tokens are counted in 31 bits, and a 32-bit division is several times cheaper.
-    const int64_t i = args.index[blockIdx.x / static_cast<unsigned>(args.tokens_per_index)];
-    if (i < 0) return;  // the whole block leaves together
+__global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
+    dynamic_neuron_kernel(const DynamicNeuronForward args) {
+    const Token token(args.shape);
+    const int64_t i = token.exists ? args.index[token.sample] : -1;
+    const bool edited = i >= 0;
+    const Walk<T, kVector> in(args.shape.d_in), out(args.shape.d_out);
+    const T* y = token.row_of<const T>(args.y);
+    const T* value = row_of<T>(args.neurons.value, i);
 
-    const T* x = static_cast<const T*>(args.x) + m * args.x_stride;             // [d_in]
-    const T* key = static_cast<const T*>(args.key) + i * args.key_stride;       // [d_in]
-    const T* value = static_cast<const T*>(args.value) + i * args.value_stride; // [d_out]
-    T* y = static_cast<T*>(args.y) + m * args.y_stride;                         // [d_out]
-
-    constexpr int kStep = kThreads * kBatch;
-    const int64_t in_chunks = args.d_in / kLanes;
-    const int in_tail = static_cast<int>(args.d_in % kLanes);
-    float sum = 0.0f;
-    for (int64_t c = threadIdx.x; c < in_chunks; c += kStep) {
-        const Batch<T> a = load_batch<kVector, Access::kReadOnly>(x, c, in_chunks);
-        const Batch<T> b = load_batch<kVector, Access::kReadOnly>(key, c, in_chunks);
-        for (int u = 0; u < kBatch; ++u) sum = dot(a.chunk[u], b.chunk[u], sum);
+    float pre[1] = {0.0f};
+    Batch<T, kVector> y_batch, value_batch;
+    if (edited) {
+        const T* x = token.row_of<const T>(args.x);
+        const T* key = row_of<T>(args.neurons.key, i);
+        const Batch<T, kVector> x_batch = in.load_token(x, in.thread);
+        const Batch<T, kVector> key_batch = in.load_neuron(key, in.thread);
+        y_batch = out.load_token(y, out.thread);
+        value_batch = out.load_neuron(value, out.thread);
+        pre[0] = in.dot_rows(x, key, x_batch, key_batch);
     }
-    if (in_tail > 0 && threadIdx.x == in_chunks % kThreads) {
-        const int64_t j = in_chunks * kLanes;
-        sum = dot(load_lanes(x + j, in_tail), load_lanes(key + j, in_tail), sum);
-    }
+    row_sums(pre);
 
-    const float bias = args.bias ? to_float(static_cast<const T*>(args.bias)[i]) : 0.0f;
-    const float gate = activate(args.activation, block_sum(sum) + bias);
-
-    const int64_t out_chunks = args.d_out / kLanes;
-    const int out_tail = static_cast<int>(args.d_out % kLanes);
-    for (int64_t c = threadIdx.x; c < out_chunks; c += kStep) {
-        const Batch<T> v = load_batch<kVector, Access::kReadOnly>(value, c, out_chunks);
-        Batch<T> row = load_batch<kVector, Access::kReadThenWrite>(y, c, out_chunks);
-        for (int u = 0; u < kBatch; ++u) {
-            Chunk<T>& chunk = row.chunk[u];
-            for (int l = 0; l < kLanes; ++l) {
-                chunk.lane[l] = add_scaled(chunk.lane[l], gate, v.chunk[u].lane[l]);
+    T* to = token.row_of<T>(args.out);
+    const int64_t j = int64_t{out.chunks} * out.kLanes + out.thread;  // of the tail, by element
+    if (edited) {
+        const float h = activate(args.neurons.activation, pre[0] + bias_of<T>(args.neurons, i)).value;
+        for (int c = out.thread;;) {
+            for (int u = 0; u < out.kChunks; ++u) {
+                for (int l = 0; l < out.kLanes; ++l) {
+                    T& lane = y_batch.chunk[u].lane[l];
+                    lane = add_scaled(lane, h, value_batch.chunk[u].lane[l]);
+                }
             }
-            const int64_t at = c + u * kThreads;
-            if (at < out_chunks) store_chunk<kVector>(y + at * kLanes, chunk);
+            out.store(to, c, y_batch);
+            c += out.step();
+            if (c >= out.chunks) break;
+            y_batch = out.load_token(y, c);
+            value_batch = out.load_neuron(value, c);
+        }
+        if (out.thread < out.tail) to[j] = add_scaled(y[j], h, value[j]);
+    } else if (token.exists && to != y) {
+        for (int c = out.thread; c < out.chunks; c += out.step()) {
+            out.store(to, c, out.load_token(y, c));
+        }
+        if (out.thread < out.tail) to[j] = y[j];
+    }
+}
+
+// Backward, token by token: dx, and h and dpre for the kernel below.
+template <typename T, bool kVector>
+__global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
+    dynamic_neuron_backward_rows_kernel(const DynamicNeuronBackward args) {
+    const Token token(args.shape);
+    const int64_t i = token.exists ? args.index[token.sample] : -1;
+    const bool edited = i >= 0;
+    const Walk<T, kVector> in(args.shape.d_in), out(args.shape.d_out);
+    const T* key = row_of<T>(args.neurons.key, i);
+
+    float sums[2] = {0.0f, 0.0f};  // x . K and grad . V
+    if (edited) {
+        const T* x = token.row_of<const T>(args.x);
+        const T* grad = token.row_of<const T>(args.grad);
+        const T* value = row_of<T>(args.neurons.value, i);
+        const Batch<T, kVector> x_batch = in.load_token(x, in.thread);
+        const Batch<T, kVector> key_batch = in.load_neuron(key, in.thread);
+        const Batch<T, kVector> grad_batch = out.load_token(grad, out.thread);
+        const Batch<T, kVector> value_batch = out.load_neuron(value, out.thread);
+        sums[0] = in.dot_rows(x, key, x_batch, key_batch);
+        sums[1] = out.dot_rows(grad, value, grad_batch, value_batch);
+    }
+    row_sums(sums);
+
+    float dpre = 0.0f;
+    if (edited) {
+        const float pre = sums[0] + bias_of<T>(args.neurons, i);
+        const Activated h = activate(args.neurons.activation, pre);
+        dpre = h.slope * sums[1];
+        if (args.hidden && in.thread == 0) {
+            args.hidden[token.m] = h.value;
+            args.dpre[token.m] = dpre;
         }
     }
-    if (const int l = threadIdx.x; l < out_tail) {
-        const int64_t j = out_chunks * kLanes + l;
-        y[j] = add_scaled(y[j], gate, value[j]);
+    if (!args.dx.data || !token.exists) return;
+    T* dx = token.row_of<T>(args.dx);
+    for (int c = in.thread; c < in.chunks; c += in.step()) {
+        Batch<T, kVector> batch;  // of zeros
+        if (edited) {
+            batch = in.load_neuron(key, c);
+            for (Chunk<T>& chunk : batch.chunk) {
+                for (T& lane : chunk.lane) lane = from_float<T>(dpre * to_float(lane));
+            }
+        }
+        in.store(dx, c, batch);
+    }
+    if (in.thread < in.tail) {
+        const int64_t j = int64_t{in.chunks} * in.kLanes + in.thread;
+        dx[j] = from_float<T>(edited ? dpre * to_float(key[j]) : 0.0f);
+    }
+}
+
+// ---- gradients of the neurons ---------------------------------------------------------------------
+//
+// dK[n] and dV[n] are sums of rows, each times its token's dpre or h. A block sums 32 chunks of
+// columns of one of them; its warps share the neuron's tokens, each takes every eighth, and their
+// sums are added in order at the end. db[n] is a sum of the factors alone and has a block of its own.
+
+constexpr int kNeuronThreads = 256;
+constexpr int kNeuronWarps = kNeuronThreads / kWarpSize;
+constexpr int kTokensInFlight = 4;  // of a warp
+
+// The blocks of a neuron, in this order.
+struct NeuronBlocks {
+    unsigned key, value, bias;
+
+    template <typename T>
+    static __host__ __device__ NeuronBlocks of(const DynamicNeuronBackward& args) {
+        constexpr int64_t kColumns = kWarpSize * Chunk<T>::kLanes;
+        const auto blocks = [](int64_t width) {
+            return static_cast<unsigned>((width + kColumns - 1) / kColumns);
+        };
+        return {args.dkey ? blocks(args.shape.d_in) : 0, args.dvalue ? blocks(args.shape.d_out) : 0,
+                args.dbias ? 1u : 0u};
+    }
+    __host__ __device__ unsigned all() const { return key + value + bias; }
+};
+
+// The tokens of a neuron's samples, numbered in order.
+struct TokensOfNeuron {
+    const int64_t* samples;
+    unsigned tokens;  // of a sample
+    int count;
+
+    __device__ TokensOfNeuron(const DynamicNeuronBackward& args, int64_t neuron)
+        : samples(args.order + args.starts[neuron]),
+          tokens(static_cast<unsigned>(args.shape.tokens)),
+          count(static_cast<int>((args.starts[neuron + 1] - args.starts[neuron]) * args.shape.tokens)) {}
+
+    __device__ int64_t sample(int number) const { return samples[static_cast<unsigned>(number) / tokens]; }
+    __device__ int64_t token(int number) const { return static_cast<unsigned>(number) % tokens; }
+};
+
+// The columns of dK[n] or dV[n] that a block computes from the tokens' rows and factors.
+template <typename T, bool kVector>
+__device__ inline void sum_columns(const TokensOfNeuron& tokens, const Rows& rows, const float* factors,
+                                   int64_t width, unsigned block, T* sums) {
+    constexpr int kLanes = Chunk<T>::kLanes;
+    const int warp = threadIdx.x / kWarpSize;
+    const int lane = threadIdx.x % kWarpSize;
+    const int64_t first = (int64_t{block} * kWarpSize + lane) * kLanes;  // of this thread's columns
+    const int64_t left = width - first;
+    const int columns = left >= kLanes ? kLanes : left > 0 ? static_cast<int>(left) : 0;
+
+    float sum[kLanes] = {};
+    for (int number = warp; number < tokens.count; number += kNeuronWarps * kTokensInFlight) {
+        int64_t sample[kTokensInFlight], token[kTokensInFlight];
+        for (int u = 0; u < kTokensInFlight; ++u) {
+            const int at = number + u * kNeuronWarps;
+            sample[u] = at < tokens.count ? tokens.sample(at) : -1;
+            token[u] = tokens.token(at);
+        }
+        Chunk<T> chunk[kTokensInFlight];
+        float factor[kTokensInFlight] = {};
+        for (int u = 0; u < kTokensInFlight; ++u) {
+            if (sample[u] < 0) continue;
+            const T* row = static_cast<const T*>(rows.data) + sample[u] * rows.sample_stride +
+                           token[u] * rows.token_stride + first;
+            factor[u] = factors[sample[u] * tokens.tokens + token[u]];
+            chunk[u] = columns == kLanes ? load_chunk<kVector, Access::kPassBy>(row)
+                                         : load_lanes(row, columns);
+        }
+        for (int u = 0; u < kTokensInFlight; ++u) {
+            for (int l = 0; l < kLanes; ++l) sum[l] = fmaf(factor[u], to_float(chunk[u].lane[l]), sum[l]);
+        }
+    }
+
+    __shared__ float of_warp[kNeuronWarps][kLanes][kWarpSize];
+    for (int l = 0; l < kLanes; ++l) of_warp[warp][l][lane] = sum[l];
+    __syncthreads();
+    if (warp != 0) return;
+    Chunk<T> chunk;
+    for (int l = 0; l < kLanes; ++l) {
+        float total = 0.0f;
+        for (int w = 0; w < kNeuronWarps; ++w) total += of_warp[w][l][lane];
+        chunk.lane[l] = from_float<T>(total);
+    }
+    if (columns == kLanes) {
+        store_chunk<kVector>(sums + first, chunk);
+    } else {
+        store_lanes(sums + first, chunk, columns);
+    }
+}
+
+template <typename T, bool kVector>
+__global__ void __launch_bounds__(kNeuronThreads)
+    dynamic_neuron_backward_neurons_kernel(const DynamicNeuronBackward args) {
+    const NeuronBlocks blocks = NeuronBlocks::of<T>(args);
+    const int64_t n = blockIdx.x / blocks.all();
+    const unsigned block = blockIdx.x % blocks.all();
+    const TokensOfNeuron tokens(args, n);
+    if (block < blocks.key + blocks.value) {
+        const bool of_key = block < blocks.key;
+        const int64_t width = of_key ? args.shape.d_in : args.shape.d_out;
+        T* gradients = static_cast<T*>(of_key ? args.dkey : args.dvalue);
+        sum_columns<T, kVector>(tokens, of_key ? args.x : args.grad, of_key ? args.dpre : args.hidden,
+                                width, of_key ? block : block - blocks.key, gradients + n * width);
+    } else {
+        float sum[1] = {0.0f};
+        for (int at = threadIdx.x; at < tokens.count; at += kNeuronThreads) {
+            sum[0] += args.dpre[tokens.sample(at) * tokens.tokens + tokens.token(at)];
+        }
+        row_sums(sum);
+        if (threadIdx.x == 0) static_cast<T*>(args.dbias)[n] = from_float<T>(sum[0]);
     }
 }

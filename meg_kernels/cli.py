@@ -206,7 +206,7 @@ def info() -> None:
     """Show versions, devices, and which backends are usable or why not."""
     import torch
 
-    from meg_kernels.ops import native
+    from meg_kernels.ops.backend import BACKENDS, choose, forced_backend, unusable_reason
 
     table = Table("component", "state", title="MeG Kernels", title_justify="left")
     for package in ("meg-kernels", "torch", "transformers", "triton", "flash-attn"):
@@ -217,9 +217,13 @@ def info() -> None:
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)
             table.add_row(f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}")
-    table.add_row("dynamic_neuron: reference", "usable (PyTorch, any device)")
-    reason = native.unavailable_reason()
-    table.add_row("dynamic_neuron: CUDA", "usable" if reason is None else f"off: {reason}")
+    for name in BACKENDS:
+        device = torch.device("cpu" if name == "cpu" else "cuda")
+        reason = unusable_reason(name, device)
+        table.add_row(f"backend {name}", "usable" if reason is None else f"off: {reason}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    how = "chosen automatically" if forced_backend() is None else "forced"
+    table.add_row(f"ops on {device} run on", f"{choose('meg info', device)}, {how}")
     console.print(table)
 
 

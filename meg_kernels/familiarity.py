@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from meg_kernels.ops import entropy_gate
+
 
 class Gate(Protocol):
     """What routing needs of a gate."""
@@ -168,8 +170,7 @@ class FamiliarityNetwork(nn.Module):
     @torch.no_grad()
     def score(self, z: Tensor) -> Tensor:
         """[B] minus the entropy, in nats: from -log(classes), unknown, to 0, certain."""
-        log_p = F.log_softmax(self(z).float(), dim=-1)
-        return (log_p.exp() * log_p).sum(-1)
+        return -entropy_gate(self(z).float(), -self.threshold).entropy
 
     def fit(
         self,

@@ -156,6 +156,10 @@ class Neurons:
         """These neurons on another device or in another dtype; arguments as `Tensor.to` takes."""
         return self._map(lambda tensor: tensor.to(*args, **kwargs))
 
+    def contiguous(self) -> Neurons:
+        """These neurons, copied where they are views of something wider."""
+        return self._map(Tensor.contiguous)
+
     def detach(self) -> Neurons:
         """These neurons outside any autograd graph."""
         return self._map(Tensor.detach)

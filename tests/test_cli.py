@@ -110,9 +110,10 @@ def test_the_help_lists_all_commands():
 def test_info_says_what_is_installed_and_usable():
     shown = run("info")
     assert torch.__version__ in shown
-    assert "dynamic_neuron: reference" in shown and "usable (PyTorch, any device)" in shown
-    (line,) = [line for line in shown.splitlines() if "dynamic_neuron: CUDA" in line]
-    assert "usable" in line or "off: " in line
+    assert "backend reference" in shown and "chosen automatically" in shown
+    for name in ("cuda", "triton", "cpu"):
+        (line,) = [line for line in shown.splitlines() if f"backend {name}" in line]
+        assert "usable" in line or "off: " in line
 
 
 def test_edit_saves_an_editor_that_answers_the_facts(edited):

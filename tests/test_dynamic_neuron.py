@@ -13,6 +13,7 @@ from torch import Tensor
 
 from meg_kernels.neuron import Neurons
 from meg_kernels.ops import dynamic_neuron, dynamic_neuron_
+from meg_kernels.ops.backend import VARIABLE
 
 ACTIVATIONS = {
     "identity": lambda a: a,
@@ -29,6 +30,14 @@ OPS = {
     "out of place": dynamic_neuron,
     "in place": lambda y, *rest: dynamic_neuron_(y.clone(), *rest),
 }
+
+
+@pytest.fixture(scope="module", params=["cpu", "reference"], autouse=True)
+def backend(request):
+    """Every test on both of a CPU's backends; the kernels have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, request.param)
+        yield request.param
 
 
 @dataclass

@@ -66,9 +66,7 @@ def test_projections_that_are_trained_or_of_another_class_stay_as_they_are():
         assert "forward" not in vars(trained) and "forward" not in vars(other)
 
 
-def test_the_fast_dtype_is_bfloat16_where_the_device_multiplies_it(monkeypatch):
-    for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(
-            "meg_kernels.precision.multiplies_bfloat16", lambda device, native=native: native
-        )
-        assert fast_dtype(torch.device("cpu"), torch.float32) == expected
+@pytest.mark.parametrize("native, expected", [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_fast_dtype_is_bfloat16_where_the_device_multiplies_it(monkeypatch, native, expected):
+    monkeypatch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: native)
+    assert fast_dtype(torch.device("cpu"), torch.float32) == expected

@@ -2,8 +2,9 @@
 // without a GPU can run the very code that the GPU runs. For tests only: correct, not fast.
 //
 // A block's threads are fibers that run one after another in a ring and hand over at every
-// __syncthreads or shuffle; blocks run one after another. All threads of a block must reach the same
-// synchronisation points, as CUDA demands; the shim stops the program if they do not.
+// __syncthreads, shuffle or ballot; blocks run one after another. All threads of a block must reach
+// the same synchronisation points, which is stricter than CUDA for shuffles; the shim stops the
+// program if they do not.
 #pragma once
 
 #include <ucontext.h>
@@ -18,6 +19,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __launch_bounds__(...)
 #define __shared__ static  // one block at a time, so one copy is enough
 
@@ -53,55 +55,87 @@ inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
 // ---- threads --------------------------------------------------------------------------------------
 
-inline dim3 threadIdx(0), blockIdx(0);
+inline dim3 threadIdx(0), blockIdx(0), blockDim, gridDim;
 
 namespace shim {
 
-enum class Point { kBarrier, kShuffleWrite, kShuffleRead, kBlockEnd };
+enum class Point { kBarrier, kExchangeWrite, kExchangeRead, kBlockEnd };
 
 constexpr size_t kStackBytes = 64 * 1024;
-inline std::vector<ucontext_t> fibers;
-inline std::vector<float> shuffled;
+
+struct Fiber {
+    ucontext_t start;
+    void* resume[5];  // of __builtin_setjmp: unlike swapcontext, it makes no system call
+    bool started = false;
+};
+
+inline std::vector<Fiber> fibers;
+inline std::vector<uint32_t> exchanged;  // one word a thread
 inline Point first_thread_at;
+inline unsigned running;  // number of the running thread in its block
+
+[[noreturn]] inline void switch_to(unsigned thread) {
+    running = thread;
+    threadIdx.x = thread % blockDim.x;
+    threadIdx.y = thread / blockDim.x;
+    Fiber& fiber = fibers[thread];
+    if (fiber.started) __builtin_longjmp(fiber.resume, 1);
+    fiber.started = true;
+    setcontext(&fiber.start);
+    std::abort();
+}
 
 // Hand over to the next thread of the ring; come back once all the others have been here.
-inline void wait_at(Point point) {
-    const unsigned self = threadIdx.x;
+[[gnu::noinline]] inline void wait_at(Point point) {
+    const unsigned self = running;
     if (self == 0) first_thread_at = point;
     if (point != first_thread_at) {
         std::fprintf(stderr, "threads 0 and %u of block %u wait at different points\n", self, blockIdx.x);
         std::abort();
     }
-    const unsigned next = (self + 1) % fibers.size();
-    threadIdx.x = next;
-    swapcontext(&fibers[self], &fibers[next]);
+    if (__builtin_setjmp(fibers[self].resume) == 0) switch_to((self + 1) % fibers.size());
 }
 
 inline std::function<void()> kernel_call;
-inline unsigned blocks;
+inline ucontext_t launcher;
 
 inline void run_thread() {
-    for (unsigned block = 0; block < blocks; ++block) {
+    for (unsigned block = 0; block < gridDim.x; ++block) {
         blockIdx.x = block;
         kernel_call();
         wait_at(Point::kBlockEnd);
     }
-    ++threadIdx.x;  // returning resumes the next thread (uc_link), and after the last one the launcher
+    if (running + 1 == fibers.size()) setcontext(&launcher);
+    switch_to(running + 1);
 }
 
 inline void run_grid() {
-    const size_t threads = fibers.size();
-    std::vector<char> stacks(threads * kStackBytes);
-    ucontext_t launcher;
-    for (size_t t = 0; t < threads; ++t) {
-        getcontext(&fibers[t]);
-        fibers[t].uc_stack.ss_sp = stacks.data() + t * kStackBytes;
-        fibers[t].uc_stack.ss_size = kStackBytes;
-        fibers[t].uc_link = t + 1 < threads ? &fibers[t + 1] : &launcher;
-        makecontext(&fibers[t], run_thread, 0);
+    static std::vector<char> stacks;
+    stacks.resize(fibers.size() * kStackBytes);
+    for (size_t t = 0; t < fibers.size(); ++t) {
+        getcontext(&fibers[t].start);
+        fibers[t].start.uc_stack.ss_sp = stacks.data() + t * kStackBytes;
+        fibers[t].start.uc_stack.ss_size = kStackBytes;
+        fibers[t].start.uc_link = nullptr;
+        makecontext(&fibers[t].start, run_thread, 0);
     }
-    threadIdx.x = 0;
-    swapcontext(&launcher, &fibers[0]);
+    volatile bool returned = false;
+    getcontext(&launcher);
+    if (!returned) {
+        returned = true;
+        switch_to(0);
+    }
+}
+
+// Every thread puts a word in; `read` sees those of its warp.
+template <typename T, typename Read>
+auto exchange(T value, Read read) {
+    static_assert(sizeof(T) == sizeof(uint32_t), "one word");
+    std::memcpy(&exchanged[running], &value, sizeof(T));
+    wait_at(Point::kExchangeWrite);
+    const auto result = read(&exchanged[running / 32 * 32]);
+    wait_at(Point::kExchangeRead);
+    return result;
 }
 
 }  // namespace shim
@@ -109,12 +143,31 @@ inline void run_grid() {
 inline void __syncthreads() { shim::wait_at(shim::Point::kBarrier); }
 
 inline float __shfl_xor_sync(unsigned, float value, int lane_mask) {
-    shim::shuffled[threadIdx.x] = value;
-    shim::wait_at(shim::Point::kShuffleWrite);
-    const float other = shim::shuffled[threadIdx.x ^ static_cast<unsigned>(lane_mask)];
-    shim::wait_at(shim::Point::kShuffleRead);
-    return other;
+    const unsigned lane = shim::running % 32 ^ static_cast<unsigned>(lane_mask);
+    return shim::exchange(value, [lane](const uint32_t* of_warp) {
+        float other;
+        std::memcpy(&other, of_warp + lane, sizeof(other));
+        return other;
+    });
 }
+
+inline unsigned __ballot_sync(unsigned, bool vote) {
+    return shim::exchange(uint32_t{vote}, [](const uint32_t* of_warp) {
+        unsigned votes = 0;
+        for (int lane = 0; lane < 32; ++lane) votes |= of_warp[lane] << lane;
+        return votes;
+    });
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+// Blocks and threads take turns: whatever one does is whole, and seen by the next.
+inline int atomicAdd(int* address, int value) {
+    const int before = *address;
+    *address += value;
+    return before;
+}
+inline void __threadfence() {}
 
 // ---- launching ------------------------------------------------------------------------------------
 
@@ -130,12 +183,15 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
     const dim3 grid = config->gridDim, block = config->blockDim;
-    if (grid.x == 0 || grid.x > INT32_MAX || grid.y != 1 || grid.z != 1 || block.x > 1024) {
+    const size_t threads = size_t{block.x} * block.y;
+    if (grid.x == 0 || grid.x > INT32_MAX || grid.y != 1 || grid.z != 1 || block.z != 1 ||
+        threads == 0 || threads > 1024 || threads % 32 != 0) {
         return shim::last_error = cudaErrorInvalidConfiguration;
     }
-    shim::fibers.assign(block.x, ucontext_t{});
-    shim::shuffled.assign(block.x, 0.0f);
-    shim::blocks = grid.x;
+    gridDim = grid;
+    blockDim = block;
+    shim::fibers.assign(threads, {});
+    shim::exchanged.assign(threads, 0);
     shim::kernel_call = [&] { kernel(arguments...); };
     shim::run_grid();
     return cudaSuccess;
@@ -158,7 +214,8 @@ T load(const T* address) {
 }  // namespace shim
 
 inline uint4 __ldg(const uint4* address) { return shim::load(address); }
-inline uint4 __ldcg(const uint4* address) { return shim::load(address); }
+inline uint4 __ldcs(const uint4* address) { return shim::load(address); }
+inline int64_t __ldcg(const int64_t* address) { return shim::load(address); }
 inline void __stcg(uint4* address, uint4 value) {
     std::memcpy(const_cast<void*>(static_cast<const void*>(shim::checked(address))), &value, sizeof(value));
 }

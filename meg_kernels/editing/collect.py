@@ -207,7 +207,7 @@ class _Fit:
 
     def _by_length(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Places in `rows` of prompts that go through the model at once, of like length."""
-        # Like lengths need little padding; a CPU's caches hold the activations of some prompts only.
+        # Like lengths need little padding; a CPU's caches hold some prompts' activations only.
         at_once = PROMPTS_AT_ONCE_ON_CPU if rows.device.type == "cpu" else max(len(rows), 1)
         return self.lengths[rows].argsort().split(at_once)
 

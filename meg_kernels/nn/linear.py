@@ -41,7 +41,9 @@ class CarriesNeurons:
         if index is None:
             index = torch.arange(len(neurons))
         check_index(index, neurons)  # here, where it is usually on the CPU and can be read
-        neurons, index = neurons.to(weight.device, weight.dtype), index.to(weight.device)
+        # Contiguous: flat vectors' views start where no 16-byte load may.
+        neurons = neurons.to(weight.device, weight.dtype).contiguous()
+        index = index.to(weight.device).contiguous()
         self._neurons, self._index, self._source = neurons, index, None
 
     def unmount(self) -> None:

@@ -4,16 +4,25 @@
 
 x [B, T, d_in] with index [B] (one neuron per sample, at each of its T tokens), or x [M, d_in]
 with index [M] (one per token). Index -1 leaves the row bit-untouched. Products are accumulated
-in float32 (float64 for float64 inputs), whatever the dtype. Source: MeG, equation 3.
+in float32 (float64 for float64 inputs), whatever the dtype. A row's result depends on nothing else
+in the batch. Source: MeG, equation 3.
+
+Reading order: the reference; the CPU path; which backend runs; the ops as PyTorch knows them
+(`torch.ops.meg_kernels.*`); their gradient; the public functions.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from meg_kernels.neuron import ACTIVATIONS, Neurons
 from meg_kernels.ops import native
+from meg_kernels.ops.backend import choose
 
 
 def dynamic_neuron_reference(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> Tensor:
@@ -41,6 +50,235 @@ def _reference(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> Tensor:
     return torch.where(unedited, y, (y.to(accumulate) + added).to(y.dtype))
 
 
+_DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of (gradient, pre-activation)
+    "identity": lambda gradient, a: gradient,
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "silu": torch.ops.aten.silu_backward,
+    "relu": functools.partial(torch.ops.aten.threshold_backward, threshold=0),
+}
+
+
+class _EditedRows:
+    """The rows of a batch that have a neuron, with their neurons, in the accumulation dtype.
+
+    On a CPU the index can be read: rows without a neuron cost nothing.
+    """
+
+    def __init__(self, x: Tensor, neurons: Neurons, index: Tensor, *others: torch.dtype):
+        self.rows = (index >= 0).nonzero()[:, 0]  # [R]
+        self.all = len(self.rows) == len(index)
+        dtype = functools.reduce(torch.promote_types, others, x.dtype)
+        self.dtype = torch.promote_types(dtype, torch.float32)
+        self.neuron = index if self.all else index[self.rows]  # [R]
+        used = neurons[self.neuron].to(self.dtype)
+        self.x = self.of(x)  # [R, d_in] or [R, T, d_in]
+        self.key, self.value = (self._spread(part, x.dim()) for part in (used.key, used.value))
+        # Not a matrix product: its order of summation would depend on the batch.
+        before = (self.x * self.key).sum(-1)  # [R] or [R, T]
+        if used.bias is not None:
+            before = before + self._spread(used.bias, x.dim() - 1)
+        self.before, self.activation = before, used.activation
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return (tensor if self.all else tensor[self.rows]).to(self.dtype)
+
+    @staticmethod
+    def _spread(part: Tensor, dim: int) -> Tensor:
+        """[R, ...] beside [R, T, ...] if there is a T."""
+        return part if part.dim() == dim else part.unsqueeze(1)
+
+    def hidden(self) -> Tensor:
+        return ACTIVATIONS[self.activation](self.before)
+
+
+def _cpu_forward(
+    out: Tensor, y: Tensor, x: Tensor, key: Tensor, bias: Tensor | None, value: Tensor,
+    index: Tensor, activation: str,
+) -> None:  # fmt: skip
+    if out is not y:
+        out.copy_(y)
+    edited = _EditedRows(x, Neurons(key, bias, value, activation), index, y.dtype)
+    if not len(edited.rows):
+        return
+    changed = torch.addcmul(edited.of(y), edited.hidden().unsqueeze(-1), edited.value)
+    if edited.all:
+        out.copy_(changed)
+    else:
+        out[edited.rows] = changed.to(out.dtype)
+
+
+def _eager_backward(
+    gradient: Tensor, x: Tensor, key: Tensor, bias: Tensor | None, value: Tensor, index: Tensor,
+    activation: str, needs: list[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    edited = _EditedRows(x, Neurons(key, bias, value, activation), index, gradient.dtype)
+    upstream = edited.of(gradient)  # [R, (T,) d_out]
+    into_hidden = (upstream * edited.value).sum(-1)  # [R, (T)]
+    before = _DERIVATIVES[activation](into_hidden, edited.before).unsqueeze(-1)  # [R, (T,) 1]
+
+    def of_neurons(like: Tensor, rows: Tensor) -> Tensor:
+        """Sum [R, (T,) d] over the tokens and rows of each neuron."""
+        rows = rows.sum(1) if x.dim() == 3 else rows
+        total = torch.zeros(like.shape, dtype=edited.dtype, device=like.device)
+        return total.index_add_(0, edited.neuron, rows.view(-1, *like.shape[1:])).to(like.dtype)
+
+    dx = None
+    if needs[0]:
+        dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        dx[edited.rows] = (before * edited.key).to(x.dtype)
+    return (
+        dx,
+        of_neurons(key, before * edited.x) if needs[1] else None,
+        of_neurons(bias, before) if needs[2] and bias is not None else None,
+        of_neurons(value, edited.hidden().unsqueeze(-1) * upstream) if needs[3] else None,
+    )
+
+
+def _reference_forward(
+    out: Tensor, y: Tensor, x: Tensor, key: Tensor, bias: Tensor | None, value: Tensor,
+    index: Tensor, activation: str,
+) -> None:  # fmt: skip
+    out.copy_(dynamic_neuron_reference(y, x, Neurons(key, bias, value, activation), index))
+
+
+def _implementation(chosen: str) -> tuple[Callable[..., None], Callable[..., tuple]]:
+    """(forward, backward) of a backend."""
+    if chosen == "cuda":
+        return native.forward, native.backward
+    if chosen == "triton":
+        from meg_kernels.kernels import dynamic_neuron as triton_kernels
+
+        return triton_kernels.forward, triton_kernels.backward
+    if chosen == "cpu":
+        return _cpu_forward, _eager_backward
+    # Autograd does not reach into a registered op: the formula stands in for the reference's.
+    return _reference_forward, _eager_backward
+
+
+def _rows_adjacent(tensor: Tensor) -> Tensor:
+    """`tensor`, copied if the elements of its rows are not adjacent: kernels want them so."""
+    return tensor if tensor.shape[-1] < 2 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _forward_into(
+    out: Tensor, y: Tensor, x: Tensor, key: Tensor, bias: Tensor | None, value: Tensor,
+    index: Tensor, activation: str,
+) -> None:  # fmt: skip
+    """out = y plus each row's neuron; `out` may be y."""
+    if x[..., 0].numel() == 0 or len(key) == 0 or x.shape[-1] == 0 or y.shape[-1] == 0:
+        _reference_forward(out, y, x, key, bias, value, index, activation)
+        return
+    chosen = choose("dynamic_neuron", x.device, y.dtype, x.dtype, key.dtype)
+    run, _ = _implementation(chosen)
+    rows = [_rows_adjacent(part) for part in (out, x, key, value)]
+    target, x, key, value = rows
+    y = target if out is y else _rows_adjacent(y)
+    with torch.autocast(x.device.type, enabled=False):
+        bias = None if bias is None else bias.contiguous()
+        run(target, y, x, key, bias, value, index.contiguous(), activation)
+    if target is not out:
+        out.copy_(target)
+
+
+_LIBRARY = torch.library.Library("meg_kernels", "DEF")
+_NEURONS = "Tensor key, Tensor? bias, Tensor value, Tensor index, str activation"
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_LIBRARY.define(f"dynamic_neuron(Tensor y, Tensor x, {_NEURONS}) -> Tensor", tags=_TAGS)
+_LIBRARY.define(f"dynamic_neuron_(Tensor(a!) y, Tensor x, {_NEURONS}) -> ()", tags=_TAGS)
+_LIBRARY.define(
+    f"dynamic_neuron_backward(Tensor gradient, Tensor x, {_NEURONS}, bool[4] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+@torch.library.impl(_LIBRARY, "dynamic_neuron", "CompositeExplicitAutograd")
+def _dynamic_neuron(y: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    _forward_into(out, y, x, *rest)
+    return out
+
+
+@torch.library.impl(_LIBRARY, "dynamic_neuron_", "CompositeExplicitAutograd")
+def _dynamic_neuron_(y: Tensor, x: Tensor, *rest: Any) -> None:
+    _forward_into(y, y, x, *rest)
+
+
+@torch.library.impl(_LIBRARY, "dynamic_neuron_backward", "CompositeExplicitAutograd")
+def _dynamic_neuron_backward(
+    gradient: Tensor, x: Tensor, key: Tensor, bias: Tensor | None, value: Tensor, index: Tensor,
+    activation: str, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    parts = (x, key, bias, value)
+    if x[..., 0].numel() == 0 or len(key) == 0 or x.shape[-1] == 0 or value.shape[-1] == 0:
+        gradients: tuple[Tensor | None, ...] = tuple(
+            None if part is None else torch.zeros(part.shape, dtype=part.dtype, device=x.device)
+            for part in parts
+        )
+    else:
+        chosen = choose("dynamic_neuron", x.device, gradient.dtype, x.dtype, key.dtype)
+        _, run = _implementation(chosen)
+        with torch.autocast(x.device.type, enabled=False):
+            gradients = run(
+                _rows_adjacent(gradient), _rows_adjacent(x), _rows_adjacent(key),
+                None if bias is None else bias.contiguous(), _rows_adjacent(value),
+                index.contiguous(), activation, tuple(needs),
+            )  # fmt: skip
+    return tuple(
+        found.contiguous() if found is not None and need else x.new_empty(0)
+        for found, need in zip(gradients, needs, strict=True)
+    )
+
+
+@torch.library.register_fake("meg_kernels::dynamic_neuron", lib=_LIBRARY)
+def _(y: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device)
+
+
+@torch.library.register_fake("meg_kernels::dynamic_neuron_", lib=_LIBRARY)
+def _(y: Tensor, x: Tensor, *rest: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("meg_kernels::dynamic_neuron_backward", lib=_LIBRARY)
+def _(
+    gradient: Tensor, x: Tensor, key: Tensor, bias: Tensor | None, value: Tensor, index: Tensor,
+    activation: str, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(
+        torch.empty(part.shape, dtype=part.dtype, device=part.device)
+        if part is not None and need
+        else x.new_empty(0)
+        for part, need in zip((x, key, bias, value), needs, strict=True)
+    )
+
+
+class _Differentiable(torch.autograd.Function):
+    """The op with its gradient; outside the op, where it costs nothing without gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, *rest: Any) -> Tensor:
+        ctx.save_for_backward(x, *rest[:-1])
+        ctx.activation = rest[-1]
+        return torch.ops.meg_kernels.dynamic_neuron(y, x, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "dynamic_neuron has no second derivative; differentiate without create_graph=True"
+            )
+        x, key, bias, value, index = ctx.saved_tensors
+        of_y, *needs = ctx.needs_input_grad[:5]
+        needs[2] = needs[2] and bias is not None
+        found = torch.ops.meg_kernels.dynamic_neuron_backward(
+            gradient, x, key, bias, value, index, ctx.activation, needs
+        )
+        wanted = [part if need else None for part, need in zip(found, needs, strict=True)]
+        return (gradient if of_y else None, *wanted, None, None)
+
+
 def check_index(index: Tensor, neurons: Neurons) -> None:
     """ValueError unless `index` is an int64 vector of neuron numbers, -1 for none."""
     if index.dim() != 1 or index.dtype != torch.int64:
@@ -48,8 +286,9 @@ def check_index(index: Tensor, neurons: Neurons) -> None:
             f"index is {index.dtype} {tuple(index.shape)}; it must be an int64 vector of neuron "
             "numbers (-1 for none)"
         )
-    # On a GPU reading the index would make the host wait; there the caller's word is taken.
-    if index.device.type == "cpu" and len(index):
+    # On a GPU reading the index would make the host wait; there the caller's word is taken,
+    # and a compiler that traces the op has no values yet.
+    if index.device.type == "cpu" and len(index) and not torch.compiler.is_compiling():
         low, high = int(index.min()), int(index.max())
         if low < -1 or high >= len(neurons):
             raise ValueError(
@@ -89,20 +328,8 @@ def _default_index(x: Tensor, neurons: Neurons) -> Tensor:
     return torch.arange(len(neurons), device=x.device)
 
 
-def _runs_natively(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> bool:
-    """Whether the CUDA kernel may take this call: it has no backward and wants one dtype."""
-    if not y.is_cuda or not native.available(y.device):
-        return False
-    tensors = [y, x, *(part for part in _parts(neurons) if part is not None)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    if y.dtype not in native.DTYPES or {tensor.dtype for tensor in tensors} != {y.dtype}:
-        return False
-    return native.layout_problem(y, x, *_parts(neurons), index) is None
-
-
 def dynamic_neuron(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None = None) -> Tensor:
-    """y plus each row's own neuron, out of place.
+    """y plus each row's own neuron, out of place; differentiable once in y, x and the neurons.
 
     Args:
         y: the layer's output, [B, T, d_out] or [M, d_out].
@@ -111,25 +338,35 @@ def dynamic_neuron(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None 
         index: int64 [B] or [M]: the row's neuron, -1 for none. Default: row m has neuron m.
 
     Returns:
-        A tensor like y. Rows with index -1 hold the bits of y.
+        A contiguous tensor like y. Rows with index -1 hold the bits of y.
 
     Raises:
         ValueError: shapes, dtypes, devices or (on the CPU) index values do not fit.
+        RuntimeError: the backend that is forced (`meg_kernels.ops.backend`) cannot run.
     """
     index = _default_index(x, neurons) if index is None else index
     _check(y, x, neurons, index)
-    if _runs_natively(y, x, neurons, index):
-        return native.dynamic_neuron_(y.clone(), x, *_parts(neurons), index, neurons.activation)
-    return dynamic_neuron_reference(y, x, neurons, index)
+    arguments = (y, x, *_parts(neurons), index, neurons.activation)
+    if _wants_gradient(y, x, neurons):
+        return _Differentiable.apply(*arguments)
+    return torch.ops.meg_kernels.dynamic_neuron(*arguments)
 
 
 def dynamic_neuron_(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None = None) -> Tensor:
     """`dynamic_neuron` in place: y itself is changed and returned. Arguments as there."""
     index = _default_index(x, neurons) if index is None else index
     _check(y, x, neurons, index)
-    if _runs_natively(y, x, neurons, index):
-        return native.dynamic_neuron_(y, x, *_parts(neurons), index, neurons.activation)
-    return y.copy_(dynamic_neuron_reference(y, x, neurons, index))
+    if _wants_gradient(y, x, neurons):
+        return y.copy_(dynamic_neuron(y, x, neurons, index))
+    torch.ops.meg_kernels.dynamic_neuron_(y, x, *_parts(neurons), index, neurons.activation)
+    return y
+
+
+def _wants_gradient(y: Tensor, x: Tensor, neurons: Neurons) -> bool:
+    parts = (y, x, *_parts(neurons))
+    return torch.is_grad_enabled() and any(
+        part is not None and part.requires_grad for part in parts
+    )
 
 
 def _parts(neurons: Neurons) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -2,20 +2,21 @@
 
 The extension `meg_kernels._C` is optional and knows nothing of torch: it takes addresses, sizes,
 strides and a stream. This file is the side that knows tensors. It trusts shapes, dtypes and
-devices, which `meg_kernels.ops.dynamic_neuron` checks, and looks itself only at what a raw pointer
-cannot carry: the layout in memory.
+devices, which the ops above it check, and looks itself only at what a raw pointer cannot carry: the
+layout in memory. Kernels are queued on the device's current stream; nothing waits for them.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-# In the order of the kernels' codes: csrc/dynamic_neuron.h.
+# In the order of the kernels' codes: csrc/types.h.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = ("identity", "gelu", "gelu_tanh", "silu", "relu")
 
@@ -106,32 +107,20 @@ def layout_problem(
 ) -> str | None:
     """What about the tensors' layout in memory the kernels cannot take, or None if nothing.
 
-    They want rows whose elements are adjacent, at one constant distance from each other. Any slice
-    along the last dimension is fine, a transposed tensor is not.
+    They want rows whose elements are adjacent. Rows may be anywhere: a slice, a transposed batch or
+    an expanded one is fine, a transposed matrix is not.
     """
     for name, tensor in (("y", y), ("x", x), ("key", key), ("value", value)):
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            return f"{name} has stride {tensor.stride(-1)} in its last dimension, which must be 1"
-        if tensor.dim() == 3:
-            samples, tokens, _ = tensor.shape
-            if samples > 1 and tokens > 1 and tensor.stride(0) != tokens * tensor.stride(1):
-                return (
-                    f"{name} {tuple(tensor.shape)} has strides {tensor.stride()}: its samples "
-                    "are not as far apart as its tokens"
-                )
+        if not _has_rows(tensor):
+            return _row_problem(name, tensor)
     for name, vector in (("bias", bias), ("index", index)):
         if vector is not None and not vector.is_contiguous():
             return f"{name} has stride {vector.stride(0)}, which must be 1"
     return None
 
 
-def _row_stride(tensor: Tensor) -> int:
-    """Elements between the rows of [M, d] or, as one sequence of rows, of [B, T, d]."""
-    only_one_token = tensor.dim() == 3 and tensor.shape[1] == 1
-    return tensor.stride(0) if only_one_token else tensor.stride(-2)
-
-
-def dynamic_neuron_(
+def forward(
+    out: Tensor,
     y: Tensor,
     x: Tensor,
     key: Tensor,
@@ -139,62 +128,206 @@ def dynamic_neuron_(
     value: Tensor,
     index: Tensor,
     activation: str,
-) -> Tensor:
-    """y[m] += act(x[m] . key[i] + bias[i]) * value[i] with i = index[m], in place, on the GPU.
+) -> None:
+    """out[m] = y[m] + act(x[m] . key[i] + bias[i]) * value[i] with i = index[m].
 
-    Queued on the device's current stream; nothing waits for it. Sums are float32.
+    Sums are float32. A row's result depends on that row alone, to the bit.
 
     Args:
-        y: [B, T, d_out] or [M, d_out], float32, float16 or bfloat16 like everything but index. It
-            must not overlap any other argument.
+        out: like y. It is y itself, or overlaps no other argument. Rows with index -1 are left
+            alone if it is y, and get the bits of y if not.
+        y: [B, T, d_out] or [M, d_out], float32, float16 or bfloat16 like everything but index.
         x: [B, T, d_in] or [M, d_in].
         key: [N, d_in].
         bias: [N], or None.
         value: [N, d_out].
-        index: int64 [B] or [M], each -1 (leave the row alone) or below N, which is not checked.
+        index: int64 [B] or [M], each -1 or below N, which is not checked.
         activation: one of `ACTIVATIONS`.
-
-    Returns:
-        y.
 
     Raises:
         ValueError: a tensor's layout does not fit (`layout_problem`).
         RuntimeError: the extension cannot run here, or CUDA refused the launch.
     """
-    problem = layout_problem(y, x, key, bias, value, index)
-    if problem is not None:
-        raise ValueError(f"dynamic_neuron_: {problem}; call .contiguous() on it")
-    reason = unavailable_reason(y.device)
-    if reason is not None:
-        raise RuntimeError(f"dynamic_neuron_: {reason}")
-    extension = _extension()
+    op = "dynamic_neuron forward"
+    _require(op, layout_problem(y, x, key, bias, value, index))
+    _require(op, None if _has_rows(out) else _row_problem("out", out))
+    extension = _extension_on(op, y.device)
     with torch.cuda.device(y.device):
         code = extension.dynamic_neuron_forward(
-            y=y.data_ptr(),
-            x=x.data_ptr(),
-            key=key.data_ptr(),
-            bias=0 if bias is None else bias.data_ptr(),
-            value=value.data_ptr(),
-            index=index.data_ptr(),
-            M=x.shape[:-1].numel(),
-            d_in=x.shape[-1],
-            d_out=y.shape[-1],
-            y_stride=_row_stride(y),
-            x_stride=_row_stride(x),
-            key_stride=key.stride(0),
-            value_stride=value.stride(0),
-            tokens_per_index=max(x.shape[1], 1) if x.dim() == 3 else 1,
-            dtype=DTYPES.index(y.dtype),
-            activation=ACTIVATIONS.index(activation),
-            device=y.device.index,
-            stream=torch.cuda.current_stream(y.device).cuda_stream,
+            _rows(out),
+            _rows(y),
+            _rows(x),
+            _neurons(key, bias, value, activation),
+            index.data_ptr(),
+            _shape(x, key, value),
+            _stream(y.device),
         )
-    if code != 0:
-        raise RuntimeError(
-            f"dynamic_neuron_: CUDA error {code} ({extension.error_string(code)}) for "
-            f"y {tuple(y.shape)}, x {tuple(x.shape)}, key {tuple(key.shape)}, "
-            f"value {tuple(value.shape)} of {y.dtype} on {y.device}"
+    _raise_on_error(op, code, y=y, x=x, key=key, value=value)
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # it cannot see a write through a pointer
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    value: Tensor,
+    index: Tensor,
+    activation: str,
+    needs: Sequence[bool],
+) -> Gradients:
+    """The gradients of `forward` at x, key, bias and value; at y it is `grad` itself.
+
+    Sums are float32 in a fixed order, without atomics: the same inputs give the same bits. Samples
+    with index -1 give a zero gradient at x and none to any neuron, whatever their x and grad hold.
+
+    Args:
+        grad: the gradient at out, shaped like it; autograd's expanded ones are fine.
+        x: as in `forward`, like the arguments up to activation.
+        needs: whether x, key, bias and value need a gradient: four of them.
+
+    Returns:
+        The gradients at x, key, bias and value; None where not needed, or without a bias.
+
+    Raises:
+        ValueError: a tensor's layout does not fit (`layout_problem`).
+        RuntimeError: the extension cannot run here, or CUDA refused a launch.
+    """
+    op = "dynamic_neuron backward"
+    grad = grad if _has_rows(grad) else grad.contiguous()
+    _require(op, layout_problem(grad, x, key, bias, value, index))
+    extension = _extension_on(op, x.device)
+    contiguous = torch.contiguous_format
+    dx = torch.empty_like(x, memory_format=contiguous) if needs[0] else None
+    dkey = torch.empty_like(key, memory_format=contiguous) if needs[1] else None
+    dbias = torch.empty_like(bias) if needs[2] and bias is not None else None
+    dvalue = torch.empty_like(value, memory_format=contiguous) if needs[3] else None
+    scratch: tuple[Tensor | None, ...] = (None, None, None, None)
+    if dkey is not None or dbias is not None or dvalue is not None:
+        rows = x.shape[:-1].numel()
+        hidden, dpre = torch.empty(2, rows, dtype=torch.float32, device=x.device)
+        sorted_index, order = index.sort(stable=True)
+        neurons = torch.arange(len(key) + 1, device=x.device)
+        scratch = (hidden, dpre, order, torch.searchsorted(sorted_index, neurons))
+    with torch.cuda.device(x.device):
+        code = extension.dynamic_neuron_backward(
+            _rows(grad),
+            _rows(x),
+            _neurons(key, bias, value, activation),
+            index.data_ptr(),
+            _shape(x, key, value),
+            _stream(x.device),
+            ((0, 0, 0) if dx is None else _rows(dx), *map(_address, (dkey, dbias, dvalue))),
+            tuple(map(_address, scratch)),
         )
-    if not y.is_inference():
-        torch.autograd.graph.increment_version(y)  # autograd cannot see a write through a pointer
-    return y
+    _raise_on_error(op, code, grad=grad, x=x, key=key, value=value)
+    return dx, dkey, dbias, dvalue
+
+
+def entropy_gate(
+    logits: Tensor, threshold: float, counter: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which rows are edited: those whose softmax has an entropy below `threshold`. NaN is not.
+
+    Args:
+        logits: [B, C] float32, float16 or bfloat16.
+        threshold: in nats; rows with this very entropy are not edited.
+        counter: int32 [1], zero; it is zero again once the kernel is through. Kernels that run at
+            the same time need one each.
+
+    Returns:
+        entropy: float32 [B], in nats.
+        index: int64 [B], the row's rank among the edited rows, or -1.
+        rows: int64 [B], the numbers of the edited rows in order, then -1.
+        count: int64 [1], how many rows are edited.
+
+    Raises:
+        ValueError: the layout of logits does not fit.
+        RuntimeError: the extension cannot run here, or CUDA refused the launch.
+    """
+    op = "entropy_gate"
+    _require(op, None if _has_rows(logits) else _row_problem("logits", logits))
+    extension = _extension_on(op, logits.device)
+    samples, classes = logits.shape
+    entropy = torch.empty(samples, dtype=torch.float32, device=logits.device)
+    index = torch.empty(samples, dtype=torch.int64, device=logits.device)
+    rows = torch.empty_like(index)
+    count = torch.empty(1, dtype=torch.int64, device=logits.device)
+    with torch.cuda.device(logits.device):
+        code = extension.entropy_gate(
+            (*_matrix(logits), samples, classes, DTYPES.index(logits.dtype)),
+            threshold,
+            tuple(map(_address, (entropy, index, rows, count, counter))),
+            _stream(logits.device),
+        )
+    _raise_on_error(op, code, logits=logits)
+    return entropy, index, rows, count
+
+
+def _has_rows(tensor: Tensor) -> bool:
+    """Whether elements that follow each other in the last dimension are adjacent in memory."""
+    return tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
+
+
+def _row_problem(name: str, tensor: Tensor) -> str:
+    return f"{name} has stride {tensor.stride(-1)} in its last dimension, which must be 1"
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rows(tensor: Tensor) -> tuple[int, int, int]:
+    """Rows: [B, T, d], or [M, d] as M samples of one token."""
+    token_stride = tensor.stride(1) if tensor.dim() == 3 else 0
+    return tensor.data_ptr(), tensor.stride(0), token_stride
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int]:
+    """Matrix."""
+    return tensor.data_ptr(), tensor.stride(0)
+
+
+def _neurons(key: Tensor, bias: Tensor | None, value: Tensor, activation: str) -> tuple:
+    """Neurons."""
+    return _matrix(key), _address(bias), _matrix(value), ACTIVATIONS.index(activation)
+
+
+def _shape(x: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
+    """DynamicNeuronShape."""
+    tokens = x.shape[1] if x.dim() == 3 else 1
+    widths = x.shape[-1], value.shape[-1]
+    return x.shape[0], tokens, key.shape[0], *widths, DTYPES.index(x.dtype)
+
+
+def _stream(device: torch.device) -> tuple[int, int]:
+    """Stream."""
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
+
+
+def _require(op: str, problem: str | None) -> None:
+    if problem is not None:
+        raise ValueError(f"{op}: {problem}; call .contiguous() on it")
+
+
+def _extension_on(op: str, device: torch.device) -> ModuleType:
+    reason = unavailable_reason(device)
+    if reason is not None:
+        raise RuntimeError(f"{op}: {reason}")
+    return _extension()
+
+
+def _raise_on_error(op: str, code: int, **tensors: Tensor) -> None:
+    if code == 0:
+        return
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    first = next(iter(tensors.values()))
+    raise RuntimeError(
+        f"{op}: CUDA error {code} ({_extension().error_string(code)}) for {shapes} of "
+        f"{first.dtype} on {first.device}"
+    )

@@ -1,0 +1,106 @@
+"""The Triton kernels behind the ops, one file per op, with the same names.
+
+Only the files beside this one import triton; ask `unavailable_reason` before importing them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def unavailable_reason(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of `device`, and what to do; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; on Linux, pip install triton"
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return None
+    if device.type != "cuda":
+        return (
+            f"Triton needs tensors on a CUDA device, these are on {device}; move them, or set "
+            "TRITON_INTERPRET=1 before Python starts for Triton's (very slow) interpreter"
+        )
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is built without CUDA; install a CUDA build of it"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device; check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} is sm_{major}{minor}; the Triton kernels need sm_80 (Ampere) or later"
+    return None
+
+
+def jit(function: Callable) -> Any:
+    """`triton.jit`, compiling once per set of types and compile-time arguments.
+
+    Triton would compile anew where a pointer happens to be a multiple of 16 or a number happens to
+    be 1. Here alignment is a compile-time argument that the launcher sets, so that all compilations
+    can be listed, and tested, in advance. Run-time arguments that are not pointers are annotated.
+    """
+    import triton
+
+    names = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.annotation != "tl.constexpr"
+    ]
+    return triton.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One way in which a launcher may have its kernel compiled, which needs no GPU.
+
+    Args:
+        kernel: the function under `jit`.
+        types: each parameter's type as Triton writes it: `*bf16`, `i64`, `constexpr`.
+        constants: the compile-time arguments.
+        warps: of 32 threads, per program.
+    """
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+
+    @classmethod
+    def of(
+        cls,
+        kernel: Any,
+        dtype: torch.dtype,
+        others: dict[str, torch.dtype],
+        constants: dict[str, Any],
+        warps: int,
+    ) -> Configuration:
+        """The configuration for pointers `*_ptr` to `dtype`, or to what `others` says."""
+        types = {}
+        for name, parameter in inspect.signature(kernel.fn).parameters.items():
+            if name.endswith("_ptr"):
+                types[name] = "*" + _TYPES[others.get(name.removesuffix("_ptr"), dtype)]
+            else:
+                types[name] = _TYPES[parameter.annotation]
+        return cls(kernel, types, constants, warps)
+
+
+_TYPES: dict[torch.dtype | str, str] = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    "tl.int32": "i32",
+    "tl.int64": "i64",
+    "tl.float32": "fp32",
+    "tl.constexpr": "constexpr",
+}
