@@ -18,7 +18,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.integrations.pretrained import DEFAULT_ENCODER, encoder_source
+from meg_kernels.integrations.pretrained import (
+    DEFAULT_ENCODER,
+    encoder_source,
+    save_tokenizer,
+)
 from meg_kernels.precision import fast_products
 
 MAX_TOKENS = 128
@@ -97,7 +101,7 @@ class TextEncoder(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Model and tokenizer, for `from_pretrained`."""
         self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
 
     @property
     def dim(self) -> int:

