@@ -581,12 +581,15 @@ def _row_strides(x: Tensor) -> tuple[int, int]:
 
 
 def _aligned(*tensors: Tensor) -> bool:
-    """Whether all rows of them start and end at 16 bytes: then every access can be that wide."""
+    """Whether all rows of them start and end at 16 bytes: then every access can be that wide.
+
+    A row alone counts the stride of the batch that it was cut from, and so gets the same bits.
+    """
     addresses = 0
     for tensor in tensors:
+        *steps, _ = tensor.stride()
         size = tensor.element_size()
         addresses |= tensor.data_ptr() | tensor.shape[-1] * size
-        for count, step in zip(tensor.shape[:-1], tensor.stride(), strict=False):
-            if count > 1:
-                addresses |= step * size
+        for step in steps:
+            addresses |= step * size
     return addresses % 16 == 0

@@ -1,0 +1,198 @@
+"""Compiles every configuration of every Triton kernel for every chip, and reads the machine code.
+
+    python tests/ahead_of_time.py
+
+Needs triton, but no GPU, and a process of its own: where Triton's interpreter is switched on, as in
+the other tests, there is nothing to compile. Prints one JSON object: `launches` that are none of
+the configurations (there must not be any), and `compiled`, a `Compiled` for each.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import struct
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from meg_kernels.kernels import Configuration, dynamic_neuron, entropy_gate
+
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass
+class Compiled:
+    """What was read about one configuration on one chip.
+
+    Args:
+        architecture: 90 for sm_90.
+        name: `name_of` the configuration.
+        threads, registers: per program, and per thread.
+        stack, local, shared: bytes of memory, per thread, per thread and per program.
+        spills: instructions that move registers to local memory, or back.
+        loads, stores: how many instructions move how many bits from and to device memory.
+        in_flight: loads of 16 bytes that are issued before anything is multiplied.
+    """
+
+    architecture: int
+    name: str
+    threads: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    spills: int
+    loads: dict[str, int]
+    stores: dict[str, int]
+    in_flight: int
+
+
+def configurations() -> list[Configuration]:
+    return [*dynamic_neuron.configurations(), *entropy_gate.configurations()]
+
+
+def name_of(configuration: Configuration) -> str:
+    """Such as `forward-bf16-BLOCK=4096-ROWS_ALIGNED=True-NEURONS_ALIGNED=True`."""
+    kernel = configuration.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+    rows = {"gate": "logits_ptr", "sum_rows": "rows_ptr"}.get(kernel, "x_ptr")
+    constants = [
+        f"{name}={value}"
+        for name, value in configuration.constants.items()
+        if name != "ACCUMULATE"  # which follows from the dtype
+    ]
+    return "-".join([kernel, configuration.types[rows].removeprefix("*"), *constants])
+
+
+def compile_all(architecture: int) -> Iterator[Compiled]:
+    """Every configuration for one chip."""
+    codes = []
+    for configuration in configurations():
+        source = triton.compiler.ASTSource(
+            configuration.kernel, configuration.types, configuration.constants
+        )
+        target = GPUTarget("cuda", architecture, 32)
+        options = {"num_warps": configuration.warps, "num_stages": 1}
+        codes.append((configuration, triton.compile(source, target=target, options=options)))
+    texts = [machine_code(code.asm["cubin"]) for _, code in codes]
+    opcodes = iter(disassembled(b"".join(texts), architecture))
+    for (configuration, code), text in zip(codes, texts, strict=True):
+        own = list(itertools.islice(opcodes, len(text) // 16))  # bytes of an instruction
+        products = [at for at, opcode in enumerate(own) if opcode.startswith(("FMUL", "FFMA"))]
+        wide = [at for at, opcode in enumerate(own) if opcode.startswith("LDG.E.128")]
+        multiplied = next((at for at in products if wide and at > wide[0]), 0)
+        yield Compiled(
+            architecture,
+            name_of(configuration),
+            32 * configuration.warps,
+            *resources(code.asm["cubin"]),
+            code.metadata.shared,
+            spills=sum(opcode.startswith(("LDL", "STL")) for opcode in own),
+            loads=widths(opcode for opcode in own if opcode.startswith("LDG")),
+            stores=widths(opcode for opcode in own if opcode.startswith("STG")),
+            in_flight=sum(at < multiplied for at in wide),
+        )
+    assert next(opcodes, None) is None
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions of the one kernel in an ELF file."""
+    (headers,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + i * size) for i in range(count)]
+    strings = sections[names][4]
+    (text,) = (
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in sections
+        if cubin[strings + name :].startswith(b".text.")
+    )
+    return text
+
+
+def disassembled(code: bytes, architecture: int) -> list[str]:
+    """The opcodes. Most of nvdisasm's time is its start: hand it many kernels' code at once."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(code)
+        file.flush()
+        listing = run("nvdisasm", "--binary", f"SM{architecture}", file.name)
+    return re.findall(
+        r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing, re.MULTILINE
+    )
+
+
+def resources(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, and bytes of stack and of local memory."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(cubin)
+        file.flush()
+        usage = run("cuobjdump", "-res-usage", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    assert found, usage
+    return int(found.group(1)), int(found.group(2)), int(found.group(3))
+
+
+def widths(opcodes: Iterable[str]) -> dict[str, int]:
+    """Such as {"128": 18, "64": 1}; LDG.E.U16 moves 16 bits, and LDG.E 32."""
+    named = (re.search(r"\.U?(128|64|16|8)\b", opcode) for opcode in opcodes)
+    return dict(Counter(width.group(1) if width else "32" for width in named))
+
+
+def run(tool: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def unlisted_launches() -> list[str]:
+    """What the launchers would have compiled that is none of the configurations.
+
+    Triton's own binder says what it would compile for a launch; nothing is launched.
+    """
+    backend = CUDABackend(GPUTarget("cuda", 90, 32))
+    listed = [
+        (one.kernel, one.types, one.constants, {"num_warps": one.warps, "num_stages": 1})
+        for one in configurations()
+    ]
+    unlisted = []
+
+    def note(kernel, *arguments, grid, warmup, **options):
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialized, options = binder(*arguments, **options)
+        types = {name: kind for name, (kind, _) in zip(bound, specialized, strict=True)}
+        constants = {name: bound[name] for name, kind in types.items() if kind == "constexpr"}
+        special = [what for kind, what in specialized if kind != "constexpr" and what is not None]
+        if special or (kernel, types, constants, options) not in listed:
+            unlisted.append(f"{kernel.__name__}: {specialized} {options}")
+
+    run_kernel, JITFunction.run = JITFunction.run, note
+    try:
+        counter = torch.zeros(1, dtype=torch.int32)
+        for dtype in dynamic_neuron.DTYPES:
+            for rows, width in ((1, 1), (2, 576), (3, 2560), (2, 5121), (1, 9000)):
+                x, index = torch.zeros(rows, width, dtype=dtype), torch.arange(rows)
+                for bias in (None, x[:, 0]):
+                    parts = (x, bias, x, index, "gelu")
+                    dynamic_neuron.forward(x, x, x, *parts)
+                    dynamic_neuron.forward(x, x[:, :1], x, x, bias, x[:, :1], index, "silu")
+                    dynamic_neuron.backward(x, x, *parts, (True, True, True, True))
+                    dynamic_neuron.backward(x, x, *parts, (False, False, True, False))
+                if 2 <= width <= entropy_gate.MAX_CLASSES and dtype in entropy_gate.DTYPES:
+                    entropy_gate.forward(x, 1, counter)
+    finally:
+        JITFunction.run = run_kernel
+    return unlisted
+
+
+if __name__ == "__main__":
+    launches = unlisted_launches()
+    compiled = [asdict(one) for chip in ARCHITECTURES for one in compile_all(chip)]
+    print(json.dumps({"launches": launches, "compiled": compiled}))

@@ -1,0 +1,231 @@
+"""The benchmarks' own machinery: nothing is timed that is wrong or reported that was not timed."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import measure, on_gpu, report
+from benchmarks.measure import Case, Ceilings, Passed, Race, Spread, Way, name_of, summary
+
+
+def race(what: str, baseline: str, speed_up: float, **shape) -> dict:
+    """What benchmarks.measure.Race records."""
+    factors = {"median": speed_up, "q1": speed_up, "q3": speed_up}
+    return {
+        "what": what,
+        "way": "ours",
+        "device": "cpu",
+        "shape": shape,
+        "dtype": "float32",
+        "seconds": {"median": 0.002, "q1": 0.002, "q3": 0.002},
+        "against": {baseline: {"seconds": {"median": 0.002 * speed_up}, "speed_up": factors}},
+    }
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a pytest-benchmark JSON with these races."""
+
+    def write(*races: dict):
+        path = tmp_path / "machine.json"
+        content = {
+            "machine_info": {
+                "cpu": {"brand_raw": "A CPU"},
+                "threads": 2,
+                "versions": {"torch": "2.13", "transformers": "5.23"},
+            },
+            "commit_info": {"id": "0123456789abcdef", "dirty": True},
+            "datetime": "2026-01-02T03:04:05",
+            "ceilings": {"copy": 2e10, "matmul": {"float32": 1e11}},
+            "benchmarks": [{"extra_info": extra} for extra in races],
+        }
+        path.write_text(json.dumps(content))
+        return path
+
+    return write
+
+
+def test_a_file_without_races_is_no_run(write, tmp_path):
+    assert report.read(write({"seconds_a_fact": 1.0})) is None
+    (tmp_path / "other.json").write_text('{"metrics": {}}')
+    assert report.read(tmp_path / "other.json") is None
+
+
+def test_a_section_names_machine_revision_versions_and_ceilings(write):
+    run = report.read(write(race("prefill", "no neurons", 0.99, batch=64)))
+    text = report.section(run)
+    for fact in ("A CPU", "0123456789ab with changes", "torch 2.13", "2026-01-02", "20 GB/s"):
+        assert fact in text
+
+
+def test_a_table_has_a_row_for_each_race_and_a_column_for_each_baseline(write):
+    run = report.read(
+        write(
+            race("answer a query", "one at a time", 12.3, queries=64),
+            race("answer a query", "PEFT", 1.5, queries=64),
+        )
+    )
+    lines = report.table(report.TABLES[0], run.records).splitlines()
+    assert lines[2] == "| queries | dtype | ours | against one at a time | against PEFT |"
+    assert lines[4] == "| 64 | float32 | ours: 2 ms | 24.6 ms, 12 × |  |"
+    assert lines[5] == "| 64 | float32 | ours: 2 ms |  | 3 ms, 1.5 × |"
+    assert len(lines) == 6
+
+
+def test_what_was_not_measured_is_in_no_table(write):
+    text = report.section(report.read(write(race("prefill", "no neurons", 0.99, batch=64))))
+    assert "A prefill" in text
+    assert "decode" not in text and "!" not in text
+
+
+def test_the_baseline_without_neurons_shows_what_they_add():
+    slower = {"speed_up": {"median": 0.5, "q1": 0.4, "q3": 0.8}}
+    assert report.gain("no neurons", slower) == "+100.0% (+25.0% to +150.0%)"
+
+
+def test_tables_go_between_the_markers_and_nothing_else_changes():
+    text = f"before {report.BEGIN} old {report.END} after"
+    once = report.between_markers(text, "new")
+    assert once.startswith("before ") and once.endswith(" after") and "old" not in once
+    assert report.between_markers(once, "new") == once
+
+
+@pytest.mark.parametrize("text", ["", report.BEGIN, report.END, f"{report.END} {report.BEGIN}"])
+def test_a_text_without_both_markers_is_left_alone(text):
+    assert report.between_markers(text, "new") is None
+
+
+def test_main_prints_the_tables_where_the_readme_has_no_markers(
+    write, tmp_path, monkeypatch, capsys
+):
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "draw", lambda run, folder: [])
+    assert report.main([str(write(race("prefill", "no neurons", 0.99, batch=64)))]) == 0
+    assert "A prefill" in capsys.readouterr().out
+    assert readme.read_text() == "no markers"
+
+
+def test_main_fails_where_nothing_was_measured(write, capsys):
+    assert report.main([str(write())]) == 1
+    assert "--benchmark-json" in capsys.readouterr().err
+
+
+def test_plots_are_drawn_only_of_what_was_measured(write, tmp_path):
+    pytest.importorskip("matplotlib")
+    run = report.read(write(race("answer a query", "PEFT", 1.5, queries=64)))
+    names = [path.name for path in report.draw(run, tmp_path)]
+    assert names == ["machine-speed-up.png", "machine-scaling.png"]
+
+
+class Benchmark:
+    """Stands for pytest-benchmark's fixture."""
+
+    def __init__(self):
+        self.extra_info = {}
+        self.stats = self
+        self.data = []
+
+    def pedantic(self, run, setup, rounds):
+        for _ in range(rounds):
+            setup()
+            run()
+            self.data.append(0.5)
+        self.stats = type("Metadata", (), {"stats": self})
+
+
+def a_race() -> tuple[Race, Benchmark]:
+    benchmark = Benchmark()
+    ceilings = Ceilings(1e10, {"float32": 1e11})
+    return Race(benchmark, torch.device("cpu"), ceilings, seconds=0.0, rounds=3), benchmark
+
+
+CASE = Case("work", {"batch": 2}, torch.float32, bytes=2**30, flops=2**20)
+
+
+def test_a_race_takes_turns_and_records_speed_ups_and_the_share_of_the_ceiling():
+    held, benchmark = a_race()
+    turns = []
+    held(
+        CASE,
+        Way("ours", lambda: turns.append("ours"), items=2),
+        Way("slow", lambda: turns.append("slow")),
+        gate=lambda results: Passed("nothing", 0.0, 0.0),
+    )
+    assert turns == ["slow", "ours"] * 5  # for the gate, for the rounds' length, and three rounds
+    record = benchmark.extra_info
+    assert record["seconds"]["median"] == 0.25 and record["rounds"] == 3
+    assert set(record["against"]) == {"slow"}
+    assert record["ceiling"] == "copy bandwidth"
+    assert record["of_ceiling"] == pytest.approx(2**30 / 0.25 / 1e10)
+    assert "ours 250 ms" in summary(record)
+
+
+def test_nothing_is_timed_behind_a_gate_that_does_not_hold():
+    held, benchmark = a_race()
+    with pytest.raises(AssertionError, match="ours: off by"):
+        held(
+            CASE,
+            Way("ours", lambda: torch.ones(3)),
+            gate=lambda results: Passed.close(results, torch.zeros(3) + 2, "two"),
+        )
+    assert not benchmark.data and not benchmark.extra_info
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1.001])
+def test_a_gate_lets_no_wrong_result_pass(wrong):
+    expected = torch.ones(4)
+    result = expected.clone()
+    result[2] = wrong
+    Passed.close({"right": expected}, expected, "itself")
+    with pytest.raises(AssertionError, match="wrong"):
+        Passed.close({"right": expected, "wrong": result}, expected, "itself")
+    with pytest.raises(AssertionError, match="wrong"):
+        Passed.identical({"wrong": [1]}, [2], "itself")
+
+
+def test_a_spread_is_median_and_quartiles():
+    assert Spread.of([3.0, 1.0, 2.0, 5.0, 4.0]) == Spread(median=3.0, q1=2.0, q3=4.0)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
+    assert name_of(torch.bfloat16) == "bfloat16"
+
+
+@pytest.mark.parametrize("module", [measure, on_gpu, report], ids=lambda module: module.__name__)
+def test_examples_in_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.attempted and not result.failed
+
+
+def test_a_stage_that_takes_too_long_is_interrupted_and_its_output_kept(tmp_path):
+    program = "import time; print('begun', flush=True); time.sleep(60)"
+    outcome, output = on_gpu.Stage("slow", [sys.executable, "-c", program], 2).run(tmp_path)
+    assert outcome["timed_out"] and outcome["exit"] != 0 and outcome["seconds"] < 30
+    assert "begun" in output and "KeyboardInterrupt" in output
+    assert output in (tmp_path / "log.txt").read_text()
+
+
+def test_the_outcome_of_tests_counts_what_ran_and_names_what_failed(tmp_path):
+    path = tmp_path / "tests.xml"
+    path.write_text(
+        """<testsuites><testsuite>
+        <testcase classname="tests.test_a" name="test_right" />
+        <testcase classname="tests.test_a" name="test_wrong"><failure /></testcase>
+        <testcase classname="" name="tests.test_b"><error /></testcase>
+        <testcase classname="tests.test_a" name="test_elsewhere"><skipped /></testcase>
+        </testsuite></testsuites>"""
+    )
+    failed = ["tests.test_a::test_wrong", "::tests.test_b"]
+    assert on_gpu.junit_outcome(path) == {"passed": 1, "skipped": 1, "failed": failed}
+    assert on_gpu.junit_outcome(path)["failed"] == ["nothing ran"]
+
+
+def test_a_machine_without_a_gpu_is_told_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert on_gpu.main([str(tmp_path)]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
