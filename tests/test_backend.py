@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -154,6 +156,35 @@ def test_a_second_derivative_is_refused():
     out = dynamic_neuron(y, x.requires_grad_(), Neurons(key, bias, value, activation), index)
     with pytest.raises(RuntimeError, match=r"no second derivative; .* without create_graph"):
         torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
+def test_the_backward_pass_runs_on_the_backend_that_was_forced_for_the_forward():
+    y, x, key, bias, value, index, activation = arguments()
+    with backend("reference"):
+        out = dynamic_neuron(y, x.requires_grad_(), Neurons(key, bias, value, activation), index)
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "dynamic_neuron_backward" in str(func):
+                seen.append(forced_backend())
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        torch.autograd.grad(out.sum(), x)
+    assert seen == ["reference"] and forced_backend() != "reference"
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_large_batches_are_worked_on_in_blocks_with_the_same_bits(monkeypatch, in_place):
+    y, x, *rest = arguments(4, index=(1, -1, 0, 2, 2))
+    run = LIBRARY.dynamic_neuron
+    expected = run(y, x, *rest)
+    module = importlib.import_module("meg_kernels.ops.dynamic_neuron")
+    monkeypatch.setattr(module, "_IN_CACHE", 50)  # two samples
+    if in_place:
+        LIBRARY.dynamic_neuron_(y, x, *rest)
+    assert torch.equal(y if in_place else run(y, x, *rest), expected)
 
 
 def test_autocast_does_not_reach_into_the_op():

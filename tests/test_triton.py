@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
+from properties import given, st
 from torch import Tensor
 
 from meg_kernels import kernels

@@ -13,6 +13,7 @@ Reading order: the reference; the CPU path; which backend runs; the ops as PyTor
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from meg_kernels.neuron import ACTIVATIONS, Neurons
 from meg_kernels.ops import native
-from meg_kernels.ops.backend import choose
+from meg_kernels.ops.backend import backend, choose, forced_backend
 
 
 def dynamic_neuron_reference(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> Tensor:
@@ -92,11 +93,23 @@ class _EditedRows:
         return ACTIVATIONS[self.activation](self.before)
 
 
+_IN_CACHE = 2**18  # numbers that a CPU's caches hold: more are worked on in blocks of samples
+
+
 def _cpu_forward(
     out: Tensor, y: Tensor, x: Tensor, key: Tensor, bias: Tensor | None, value: Tensor,
     index: Tensor, activation: str,
 ) -> None:  # fmt: skip
-    if out is not y:
+    samples = max(_IN_CACHE // max(x[0].numel(), y[0].numel()), 1)
+    if samples < len(index):
+        for start in range(0, len(index), samples):
+            block = slice(start, start + samples)
+            _cpu_forward(
+                out[block], out[block] if out is y else y[block], x[block], key, bias, value,
+                index[block], activation,
+            )  # fmt: skip
+        return
+    if out.data_ptr() != y.data_ptr():
         out.copy_(y)
     edited = _EditedRows(x, Neurons(key, bias, value, activation), index, y.dtype)
     if not len(edited.rows):
@@ -261,6 +274,8 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, *rest: Any) -> Tensor:
         ctx.save_for_backward(x, *rest[:-1])
         ctx.activation = rest[-1]
+        # Autograd works on a GPU's tensors in a thread of its own, which does not see the context.
+        ctx.backend = None if torch.compiler.is_compiling() else forced_backend()
         return torch.ops.meg_kernels.dynamic_neuron(y, x, *rest)
 
     @staticmethod
@@ -272,9 +287,10 @@ class _Differentiable(torch.autograd.Function):
         x, key, bias, value, index = ctx.saved_tensors
         of_y, *needs = ctx.needs_input_grad[:5]
         needs[2] = needs[2] and bias is not None
-        found = torch.ops.meg_kernels.dynamic_neuron_backward(
-            gradient, x, key, bias, value, index, ctx.activation, needs
-        )
+        with contextlib.nullcontext() if ctx.backend is None else backend(ctx.backend):
+            found = torch.ops.meg_kernels.dynamic_neuron_backward(
+                gradient, x, key, bias, value, index, ctx.activation, needs
+            )
         wanted = [part if need else None for part, need in zip(found, needs, strict=True)]
         return (gradient if of_y else None, *wanted, None, None)
 
