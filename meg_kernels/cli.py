@@ -209,7 +209,8 @@ def info() -> None:
     from meg_kernels.ops.backend import BACKENDS, choose, forced_backend, unusable_reason
 
     table = Table("component", "state", title="MeG Kernels", title_justify="left")
-    for package in ("meg-kernels", "torch", "transformers", "triton", "flash-attn"):
+    table.add_row("torch", torch.__version__)  # with what it is built for
+    for package in ("meg-kernels", "transformers", "triton", "flash-attn"):
         table.add_row(package, _version(package))
     table.add_row("python", f"{platform.python_version()} on {platform.machine()}")
     table.add_row("cpu threads", str(torch.get_num_threads()))

@@ -285,8 +285,8 @@ class _Differentiable(torch.autograd.Function):
                 "dynamic_neuron has no second derivative; differentiate without create_graph=True"
             )
         x, key, bias, value, index = ctx.saved_tensors
-        of_y, *needs = ctx.needs_input_grad[:5]
-        needs[2] = needs[2] and bias is not None
+        of_y, of_x, of_key, of_bias, of_value = ctx.needs_input_grad[:5]
+        needs = [of_x, of_key, of_bias and bias is not None, of_value]
         with contextlib.nullcontext() if ctx.backend is None else backend(ctx.backend):
             found = torch.ops.meg_kernels.dynamic_neuron_backward(
                 gradient, x, key, bias, value, index, ctx.activation, needs
