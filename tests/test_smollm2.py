@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 import torch
-from torch import nn
+from test_collect import WidenedGatedFFN
 
 from meg_kernels.editing.prompting import PromptTemplate
 from meg_kernels.editing.shipped import demo_facts
@@ -21,19 +21,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 LAYER, BATCH, NEURONS, NEW_TOKENS = 20, 64, 32, 4
-
-
-class WidenedGatedFFN(nn.Module):
-    """A gated FFN with one more hidden unit, a linear one."""
-
-    def __init__(self, ffn: nn.Module, key: torch.Tensor, value: torch.Tensor):
-        super().__init__()
-        self.ffn, self.key = ffn, key
-        self.out = torch.cat([ffn.down_proj.weight, value.unsqueeze(1)], dim=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gated = self.ffn.act_fn(self.ffn.gate_proj(x)) * self.ffn.up_proj(x)
-        return torch.cat([gated, (x @ self.key).unsqueeze(-1)], dim=-1) @ self.out.T
 
 
 @pytest.fixture

@@ -135,12 +135,11 @@ class _Fit:
     ):
         self.attached, self.lower, self.batch = attached, lower, batch
         self.lengths = batch.inputs["attention_mask"].sum(1)  # [R]
-        first, *others = self._by_length(torch.arange(len(batch), device=owner.device))
-        hidden = self._run_lower_layers(first)
-        self.hidden = hidden.new_zeros(*batch.inputs["input_ids"].shape, hidden.shape[-1])
-        self.hidden[first, -hidden.shape[1] :] = hidden
-        for rows in others:
-            hidden = self._run_lower_layers(rows)
+        everything = torch.arange(len(batch), device=owner.device)
+        chunks = [(rows, lower.run(**batch[rows].inputs)) for rows in self._by_length(everything)]
+        shape = *batch.inputs["input_ids"].shape, chunks[0][1].shape[-1]
+        self.hidden = chunks[0][1].new_zeros(shape)
+        for rows, hidden in chunks:
             self.hidden[rows, -hidden.shape[1] :] = hidden
         self.framings = owner.bincount()  # [F] how many each fact has
         self.first_row = self.framings.cumsum(0) - self.framings  # [F]
@@ -210,9 +209,6 @@ class _Fit:
         # Like lengths need little padding; a CPU's caches hold some prompts' activations only.
         at_once = PROMPTS_AT_ONCE_ON_CPU if rows.device.type == "cpu" else max(len(rows), 1)
         return self.lengths[rows].argsort().split(at_once)
-
-    def _run_lower_layers(self, rows: Tensor) -> Tensor:
-        return self.lower.run(**self.batch[rows].inputs)
 
 
 @dataclass(frozen=True)

@@ -100,25 +100,24 @@ def _cpu_forward(
     out: Tensor, y: Tensor, x: Tensor, key: Tensor, bias: Tensor | None, value: Tensor,
     index: Tensor, activation: str,
 ) -> None:  # fmt: skip
-    samples = max(_IN_CACHE // max(x[0].numel(), y[0].numel()), 1)
-    if samples < len(index):
-        for start in range(0, len(index), samples):
-            block = slice(start, start + samples)
-            _cpu_forward(
-                out[block], out[block] if out is y else y[block], x[block], key, bias, value,
-                index[block], activation,
-            )  # fmt: skip
-        return
-    if out.data_ptr() != y.data_ptr():
+    if out is not y:
         out.copy_(y)
-    edited = _EditedRows(x, Neurons(key, bias, value, activation), index, y.dtype)
+    neurons = Neurons(key, bias, value, activation)
+    samples = max(_IN_CACHE // max(x[0].numel(), y[0].numel()), 1)
+    for start in range(0, len(index), samples):
+        block = slice(start, start + samples)
+        _cpu_forward_block(out[block], x[block], neurons, index[block])
+
+
+def _cpu_forward_block(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> None:
+    edited = _EditedRows(x, neurons, index, y.dtype)
     if not len(edited.rows):
         return
     changed = torch.addcmul(edited.of(y), edited.hidden().unsqueeze(-1), edited.value)
     if edited.all:
-        out.copy_(changed)
+        y.copy_(changed)
     else:
-        out[edited.rows] = changed.to(out.dtype)
+        y[edited.rows] = changed.to(y.dtype)
 
 
 def _eager_backward(
@@ -174,12 +173,17 @@ def _rows_adjacent(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[-1] < 2 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _is_empty(x: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether there are no tokens, no neurons or no width: kernels need not know that."""
+    return x.numel() == 0 or len(key) == 0 or value.shape[-1] == 0
+
+
 def _forward_into(
     out: Tensor, y: Tensor, x: Tensor, key: Tensor, bias: Tensor | None, value: Tensor,
     index: Tensor, activation: str,
 ) -> None:  # fmt: skip
     """out = y plus each row's neuron; `out` may be y."""
-    if x[..., 0].numel() == 0 or len(key) == 0 or x.shape[-1] == 0 or y.shape[-1] == 0:
+    if _is_empty(x, key, value):
         _reference_forward(out, y, x, key, bias, value, index, activation)
         return
     chosen = choose("dynamic_neuron", x.device, y.dtype, x.dtype, key.dtype)
@@ -224,7 +228,7 @@ def _dynamic_neuron_backward(
     activation: str, needs: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     parts = (x, key, bias, value)
-    if x[..., 0].numel() == 0 or len(key) == 0 or x.shape[-1] == 0 or value.shape[-1] == 0:
+    if _is_empty(x, key, value):
         gradients: tuple[Tensor | None, ...] = tuple(
             None if part is None else torch.zeros(part.shape, dtype=part.dtype, device=x.device)
             for part in parts
