@@ -29,6 +29,9 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from meg_kernels.kernels import Configuration, dynamic_neuron, entropy_gate
 
 ARCHITECTURES = (80, 90, 100)
+OPS = (dynamic_neuron, entropy_gate)
+# The parameter whose type names a configuration's dtype, where it is not x_ptr.
+NAMED_AFTER = {"gate": "logits_ptr", "sum_rows": "rows_ptr"}
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Compiled:
         spills: instructions that move registers to local memory, or back.
         loads, stores: how many instructions move how many bits from and to device memory.
         in_flight: loads of 16 bytes that are issued before anything is multiplied.
+        matrix: how many matrix instructions of each kind (HMMA, HGMMA, UTCHMMA) there are.
     """
 
     architecture: int
@@ -56,16 +60,17 @@ class Compiled:
     loads: dict[str, int]
     stores: dict[str, int]
     in_flight: int
+    matrix: dict[str, int]
 
 
 def configurations() -> list[Configuration]:
-    return [*dynamic_neuron.configurations(), *entropy_gate.configurations()]
+    return [configuration for op in OPS for configuration in op.configurations()]
 
 
 def name_of(configuration: Configuration) -> str:
     """Such as `forward-bf16-BLOCK=4096-ROWS_ALIGNED=True-NEURONS_ALIGNED=True`."""
     kernel = configuration.kernel.__name__.removeprefix("_").removesuffix("_kernel")
-    rows = {"gate": "logits_ptr", "sum_rows": "rows_ptr"}.get(kernel, "x_ptr")
+    rows = NAMED_AFTER.get(kernel, "x_ptr")
     constants = [
         f"{name}={value}"
         for name, value in configuration.constants.items()
@@ -82,7 +87,7 @@ def compile_all(architecture: int) -> Iterator[Compiled]:
             configuration.kernel, configuration.types, configuration.constants
         )
         target = GPUTarget("cuda", architecture, 32)
-        options = {"num_warps": configuration.warps, "num_stages": 1}
+        options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
         codes.append((configuration, triton.compile(source, target=target, options=options)))
     texts = [machine_code(code.asm["cubin"]) for _, code in codes]
     opcodes = iter(disassembled(b"".join(texts), architecture))
@@ -101,6 +106,7 @@ def compile_all(architecture: int) -> Iterator[Compiled]:
             loads=widths(opcode for opcode in own if opcode.startswith("LDG")),
             stores=widths(opcode for opcode in own if opcode.startswith("STG")),
             in_flight=sum(at < multiplied for at in wide),
+            matrix=dict(Counter(re.findall(r"^\w+MMA\b", "\n".join(own), re.MULTILINE))),
         )
     assert next(opcodes, None) is None
 
@@ -159,7 +165,7 @@ def unlisted_launches() -> list[str]:
     """
     backend = CUDABackend(GPUTarget("cuda", 90, 32))
     listed = [
-        (one.kernel, one.types, one.constants, {"num_warps": one.warps, "num_stages": 1})
+        (one.kernel, one.types, one.constants, {"num_warps": one.warps, "num_stages": one.stages})
         for one in configurations()
     ]
     unlisted = []
@@ -175,21 +181,30 @@ def unlisted_launches() -> list[str]:
 
     run_kernel, JITFunction.run = JITFunction.run, note
     try:
-        counter = torch.zeros(1, dtype=torch.int32)
-        for dtype in dynamic_neuron.DTYPES:
-            for rows, width in ((1, 1), (2, 576), (3, 2560), (2, 5121), (1, 9000)):
-                x, index = torch.zeros(rows, width, dtype=dtype), torch.arange(rows)
-                for bias in (None, x[:, 0]):
-                    parts = (x, bias, x, index, "gelu")
-                    dynamic_neuron.forward(x, x, x, *parts)
-                    dynamic_neuron.forward(x, x[:, :1], x, x, bias, x[:, :1], index, "silu")
-                    dynamic_neuron.backward(x, x, *parts, (True, True, True, True))
-                    dynamic_neuron.backward(x, x, *parts, (False, False, True, False))
-                if 2 <= width <= entropy_gate.MAX_CLASSES and dtype in entropy_gate.DTYPES:
-                    entropy_gate.forward(x, 1, counter)
+        for launch in (launch_dynamic_neuron, launch_entropy_gate):
+            launch()
     finally:
         JITFunction.run = run_kernel
     return unlisted
+
+
+def launch_dynamic_neuron() -> None:
+    for dtype in dynamic_neuron.DTYPES:
+        for rows, width in ((1, 1), (2, 576), (3, 2560), (2, 5121), (1, 9000)):
+            x, index = torch.zeros(rows, width, dtype=dtype), torch.arange(rows)
+            for bias in (None, x[:, 0]):
+                parts = (x, bias, x, index, "gelu")
+                dynamic_neuron.forward(x, x, x, *parts)
+                dynamic_neuron.forward(x, x[:, :1], x, x, bias, x[:, :1], index, "silu")
+                dynamic_neuron.backward(x, x, *parts, (True, True, True, True))
+                dynamic_neuron.backward(x, x, *parts, (False, False, True, False))
+
+
+def launch_entropy_gate() -> None:
+    counter = torch.zeros(1, dtype=torch.int32)
+    for dtype in entropy_gate.DTYPES:
+        for classes in (2, 10, 33, 576, entropy_gate.MAX_CLASSES):
+            entropy_gate.forward(torch.zeros(2, classes, dtype=dtype), 1, counter)
 
 
 if __name__ == "__main__":

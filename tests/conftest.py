@@ -1,10 +1,14 @@
-"""What every test shares: one thread, short property tests, tiny random language models."""
+"""What every test shares: one thread, short property tests, tiny random language models.
+
+And, for those who test kernels, a faster Triton interpreter and poisoned memory.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import functools
+import importlib
 import os
 
 import pytest
@@ -96,3 +100,45 @@ def tiny_model():
         return _build(family, **overrides) if overrides else copy.deepcopy(_built(family))
 
     return build
+
+
+@pytest.fixture(scope="module")
+def faster_interpreter():
+    """Triton's interpreter, where it runs the kernels, without its needless repetitions.
+
+    It prepares `tl` anew at every call of one kernel function by another. That takes most of its
+    time, and once per module of functions is enough.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    prepared = set()
+
+    def call(function, *args, **kwargs):
+        module = function.fn.__module__
+        if module not in prepared:
+            interpreter._patch_lang(function.fn)
+            prepared.add(module)
+        return function.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
+
+
+@pytest.fixture(scope="module")
+def poisoned_memory():
+    """Uninitialised memory holds NaN, or -99: a kernel that forgets an element shows."""
+
+    def poisoned(allocate):
+        def fill(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else -99)
+
+        return fill
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", poisoned(torch.empty))
+        patch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+        yield

@@ -50,6 +50,15 @@ def test_a_cpu_takes_its_own_path_unless_another_is_forced(monkeypatch):
         assert choose("op", CPU, torch.float32) == "cpu"
 
 
+def test_an_op_with_only_some_backends_refuses_the_others(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    few = ("triton", "reference")
+    with backend("cpu"), pytest.raises(RuntimeError, match="this op has none but triton, reference"):
+        choose("op", CPU, torch.float32, backends=few)
+    with backend("reference"):
+        assert choose("op", CPU, torch.float32, backends=few) == "reference"
+
+
 def test_a_forced_backend_that_cannot_run_says_why_instead_of_falling_back():
     y, x, key, bias, value, index, activation = arguments()
     neurons = Neurons(key, bias, value, activation)

@@ -32,6 +32,7 @@ _REASON = kernels.unavailable_reason(DEVICE)
 pytestmark = [
     pytest.mark.skipif(_REASON is not None, reason=str(_REASON)),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's remarks on infinities
+    pytest.mark.usefixtures("faster_interpreter", "poisoned_memory"),
 ]
 if DEVICE.type == "cuda":
     pytestmark.append(pytest.mark.gpu)
@@ -47,47 +48,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 NAN = float("nan")
 ALL = (True, True, True, True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _faster_interpreter():
-    """Triton's interpreter prepares `tl` anew at every call of one kernel function by another.
-
-    That takes most of its time, and once per module of functions is enough.
-    """
-    if DEVICE.type == "cuda":
-        yield
-        return
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    prepared = set()
-
-    def call(function, *args, **kwargs):
-        module = function.fn.__module__
-        if module not in prepared:
-            interpreter._patch_lang(function.fn)
-            prepared.add(module)
-        return function.rewrite()(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _poisoned_memory():
-    """Uninitialised memory holds NaN, or -99: a kernel that forgets an element shows."""
-
-    def poisoned(allocate):
-        def fill(*args, **kwargs):
-            tensor = allocate(*args, **kwargs)
-            return tensor.fill_(NAN if tensor.is_floating_point() else -99)
-
-        return fill
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", poisoned(torch.empty))
-        patch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-        yield
 
 
 def bits(tensor: Tensor) -> Tensor:

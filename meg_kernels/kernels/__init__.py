@@ -70,12 +70,14 @@ class Configuration:
         types: each parameter's type as Triton writes it: `*bf16`, `i64`, `constexpr`.
         constants: the compile-time arguments.
         warps: of 32 threads, per program.
+        stages: of loads that a loop keeps in flight.
     """
 
     kernel: Any
     types: dict[str, str]
     constants: dict[str, Any]
     warps: int
+    stages: int = 1
 
     @classmethod
     def of(
@@ -85,6 +87,7 @@ class Configuration:
         others: dict[str, torch.dtype],
         constants: dict[str, Any],
         warps: int,
+        stages: int = 1,
     ) -> Configuration:
         """The configuration for pointers `*_ptr` to `dtype`, or to what `others` says."""
         types = {}
@@ -93,7 +96,7 @@ class Configuration:
                 types[name] = "*" + _TYPES[others.get(name.removesuffix("_ptr"), dtype)]
             else:
                 types[name] = _TYPES[parameter.annotation]
-        return cls(kernel, types, constants, warps)
+        return cls(kernel, types, constants, warps, stages)
 
 
 _TYPES: dict[torch.dtype | str, str] = {

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -85,17 +85,26 @@ def unusable_reason(name: str, device: torch.device, *dtypes: torch.dtype) -> st
     return native.unavailable_reason(device)
 
 
-def choose(op: str, device: torch.device, *dtypes: torch.dtype) -> str:
+def choose(
+    op: str, device: torch.device, *dtypes: torch.dtype, backends: Sequence[str] = BACKENDS
+) -> str:
     """The backend that runs `op` on tensors of `device` and `dtypes`.
+
+    Args:
+        backends: those that `op` has an implementation for.
 
     Raises:
         RuntimeError: the forced backend cannot.
     """
     if (name := forced_backend()) is not None:
-        if reason := unusable_reason(name, device, *dtypes):
+        if name not in backends:
+            reason: str | None = f"this op has none but {', '.join(backends)}"
+        else:
+            reason = unusable_reason(name, device, *dtypes)
+        if reason:
             raise RuntimeError(f"{op}: backend {name!r} is forced, but {reason}")
         return name
-    candidates = _AUTOMATIC.get(device.type, ("reference",))
+    candidates = [name for name in _AUTOMATIC.get(device.type, ("reference",)) if name in backends]
     chosen = next(name for name in candidates if unusable_reason(name, device, *dtypes) is None)
     _log_once(op, device.type, chosen)
     return chosen
