@@ -1,7 +1,8 @@
 """From queries to answers, each query with its own edit: prefill and 8 greedy tokens, end to end.
 
-Ours answers all queries in one batch. Baselines, on the same weights: one query at a time as the
-paper's released code does it, one query at a time with our own op, and PEFT's mixed batch.
+Ours answers all queries in one batch, as inside `MeGEditor.serving`: on a CPU over packed weights.
+Baselines, on the same weights: one query at a time as the paper's released code does it, one query
+at a time our way, and PEFT's mixed batch, as it is and over packed weights as well.
 
 Greedy answers do not depend on batching in float32 only. A model that is timed in another dtype is
 gated in float32: the same ways, the same weights, the first queries.
@@ -9,6 +10,7 @@ gated in float32: the same ways, the same weights, the first queries.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,13 +23,14 @@ from benchmarks.baselines import MixedAdapters, OneAtATime, answer
 from benchmarks.measure import Case, Passed, Race, Way
 from benchmarks.models import Subject, llama_3_8b, smollm2, twin
 from meg_kernels.nn import attach
+from meg_kernels.precision import frozen_products
 
 GPU = torch.cuda.is_available()
 COUNTS = (8, 64)
 NEW_TOKENS = 8
 FEW = 8  # queries of the gate in float32, where that is not the dtype that is timed
-OURS, RELEASED, OURS_ALONE = "one batch", "one at a time, as released", "one at a time, our op"
-PEFT = "PEFT mixed batch"
+OURS, RELEASED, OURS_ALONE = "one batch", "one at a time, as released", "one at a time, our way"
+PEFT, PACKED_PEFT = "PEFT mixed batch", "PEFT mixed batch, packed weights"
 
 Ways = dict[str, Callable[[], Tensor]]  # each gives tokens [queries, NEW_TOKENS]
 
@@ -50,10 +53,17 @@ def some(count: int) -> range:
     return range(0, count, count // FEW)
 
 
-def ours(subject: Subject, queries: list[Tensor]) -> Ways:
+@pytest.fixture
+def stack():
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+def ours(stack: contextlib.ExitStack, subject: Subject, queries: list[Tensor]) -> Ways:
     """All in one batch; some of them one at a time."""
     neurons = subject.neurons(len(queries))
     attached = attach(twin(subject.model), subject.layer)
+    stack.enter_context(frozen_products([attached.model], subject.model.dtype))
 
     def in_one_batch() -> Tensor:
         with attached.neurons(neurons):
@@ -89,15 +99,17 @@ def check_neurons(subject: Subject, queries: list[Tensor], results: dict[str, Te
 
 @pytest.mark.parametrize("count", COUNTS)
 @torch.no_grad()
-def test_against_one_at_a_time(race: Race, subject: Subject, exact: Subject, count: int):
+def test_against_one_at_a_time(
+    race: Race, stack: contextlib.ExitStack, subject: Subject, exact: Subject, count: int
+):
     queries = subject.queries[:count]
-    ways = ours(subject, queries) | released(subject, queries)
+    ways = ours(stack, subject, queries) | released(subject, queries)
 
     def gate(results: dict[str, Tensor]) -> Passed:
         if exact is subject:
             return check_neurons(subject, queries, results)
         few = queries[:FEW]
-        in_float32 = ours(exact, few) | released(exact, few)
+        in_float32 = ours(stack, exact, few) | released(exact, few)
         return check_neurons(exact, few, {name: run() for name, run in in_float32.items()})
 
     race(
@@ -112,14 +124,17 @@ def test_against_one_at_a_time(race: Race, subject: Subject, exact: Subject, cou
 
 @pytest.mark.parametrize("count", COUNTS)
 @torch.no_grad()
-def test_against_peft(race: Race, subject: Subject, exact: Subject, count: int):
+def test_against_peft(
+    race: Race, stack: contextlib.ExitStack, subject: Subject, exact: Subject, count: int
+):
     queries = subject.queries[:count]
-    ways = ours(subject, queries)
-    adapters = MixedAdapters(subject, count)
+    ways = ours(stack, subject, queries)
+    adapters, packed = MixedAdapters(subject, count), MixedAdapters(subject, count)
+    stack.enter_context(frozen_products([packed.model], subject.model.dtype))
 
     def gate(results: dict[str, Tensor]) -> Passed:
         few = queries[:FEW]
-        in_float32 = ours(exact, few) | released(exact, few)
+        in_float32 = ours(stack, exact, few) | released(exact, few)
         passed = check_neurons(exact, few, {name: run() for name, run in in_float32.items()})
         # PEFT's adapters are other maths than neurons: its oracle is itself.
         alone = MixedAdapters(exact, len(few))
@@ -132,8 +147,9 @@ def test_against_peft(race: Race, subject: Subject, exact: Subject, count: int):
         case(subject, count),
         Way(OURS, ways[OURS], items=count),
         Way(PEFT, lambda: adapters.answer(queries, NEW_TOKENS), items=count),
+        Way(PACKED_PEFT, lambda: packed.answer(queries, NEW_TOKENS), items=count),
         gate=gate,
-        longer=20,
+        longer=8,
     )
 
 

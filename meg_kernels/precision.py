@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
+
+from meg_kernels.nn.linear import products_replaced, projections
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -39,65 +42,80 @@ def frozen_products(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterato
     """Inside, frozen projections among and in `modules` multiply in `dtype`, forward and backward.
 
     On a CPU the weights are converted and packed once, for oneDNN, instead of at every call; that
-    costs as much memory as two copies of them in `dtype`, and pays from some tens of calls on.
-    Elsewhere this is autocast. Outputs have their inputs' dtype; gradients flow to the inputs only.
+    costs as much memory as a copy of them in `dtype`, and another one if there is a backward pass,
+    and pays from some tens of calls on. Elsewhere this is autocast. Outputs have their inputs'
+    dtype; gradients flow to the inputs only. Under `torch.no_grad()` every projection is frozen.
     """
-    projections: list[Any] = [
-        part
-        for module in modules
-        for part in module.modules()
-        if type(part) in (nn.Linear, Conv1D) and not part.weight.requires_grad
+    learns = torch.is_grad_enabled()
+    frozen: list[Any] = [
+        part for part in projections(modules) if not (learns and part.weight.requires_grad)
     ]
-    if not projections:
+    if not frozen:
         yield
         return
-    own = projections[0].weight
+    own = frozen[0].weight
     if own.device.type != "cpu":
         with torch.autocast(own.device.type, dtype, enabled=dtype != own.dtype):
             yield
         return
     # scaled_dot_product_attention's fused backward is slow in bfloat16 on CPUs.
-    slow = own.dtype == torch.bfloat16
-    try:
-        if torch.backends.mkldnn.is_available():
-            for projection in projections:
-                projection.forward = _Packed(projection, dtype)
-        with sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext():
-            yield
-    finally:
-        for projection in projections:
-            vars(projection).pop("forward", None)
+    slow = own.dtype == torch.bfloat16 and learns
+    packs = torch.backends.mkldnn.is_available()
+    with (
+        products_replaced({part: _Frozen(part, dtype) for part in frozen} if packs else {}),
+        sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext(),
+    ):
+        yield
 
 
-class _Packed:
-    """A frozen projection's forward over packed weights."""
+class PackedWeight:
+    """A weight [out, in], rearranged once for oneDNN's products on a CPU."""
+
+    def __init__(self, weight: Tensor):
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+    @classmethod
+    def of(cls, weight: Tensor) -> PackedWeight | None:
+        """None where the weight is not on a CPU, or oneDNN has no product for its dtype."""
+        takes = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+        return cls(weight) if takes and torch.backends.mkldnn.is_available() else None
+
+    def __call__(self, x: Tensor, bias: Tensor | None, gelu_tanh: bool = False) -> Tensor:
+        """x @ weight.T + bias, or the tanh-GELU of that, in the weight's dtype, which is x's."""
+        epilogue: tuple = ("gelu", [], "tanh") if gelu_tanh else ("none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, *epilogue)
+
+
+class _Frozen:
+    """A frozen projection's product, forward and backward, over packed weights."""
 
     def __init__(self, projection: nn.Linear | Conv1D, dtype: torch.dtype):
-        weight = projection.weight.detach().to(dtype)  # [out, in], but Conv1D's is [in, out]
-        if isinstance(projection, Conv1D):
-            weight = weight.t()
-        reorder = torch.ops.mkldnn._reorder_linear_weight
-        self.dtype = dtype
-        self.weight = reorder(weight.contiguous())
-        self.transposed = reorder(weight.t().contiguous())
+        self.dtype, self.projection = dtype, projection
+        self.weight = self._pack(transposed=False)
         self.bias = None if projection.bias is None else projection.bias.detach().to(dtype)
 
+    @functools.cached_property
+    def transposed(self) -> PackedWeight:
+        return self._pack(transposed=True)
+
+    def _pack(self, transposed: bool) -> PackedWeight:
+        # A Linear's weight is [out, in]; a Conv1D's is [in, out].
+        weight = self.projection.weight.detach().to(self.dtype)
+        if isinstance(self.projection, Conv1D) != transposed:
+            weight = weight.t()
+        return PackedWeight(weight)
+
     def __call__(self, x: Tensor) -> Tensor:
-        return _PackedProduct.apply(x, self)
+        return _FrozenProduct.apply(x, self)
 
 
-class _PackedProduct(torch.autograd.Function):
+class _FrozenProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: _Packed) -> Tensor:
-        ctx.packed = packed
-        return _multiply(x, packed.weight, packed.bias, packed.dtype)
+    def forward(ctx: Any, x: Tensor, frozen: _Frozen) -> Tensor:
+        ctx.frozen = frozen
+        return frozen.weight(x.to(frozen.dtype), frozen.bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        packed: _Packed = ctx.packed
-        return _multiply(gradient, packed.transposed, None, packed.dtype), None
-
-
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    product = torch.ops.mkldnn._linear_pointwise
-    return product(x.to(dtype), weight, bias, "none", [], "").to(x.dtype)
+        frozen: _Frozen = ctx.frozen
+        return frozen.transposed(gradient.to(frozen.dtype), None).to(gradient.dtype), None

@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 from meg_kernels.integrations.transformers import (
     FAMILIES,
-    LowerLayers,
     decoder_layers,
     family_of,
     feed_forward,
@@ -23,7 +22,8 @@ from meg_kernels.integrations.transformers import (
     last_feed_forward_sees,
 )
 from meg_kernels.neuron import NeuronLayout, Neurons
-from meg_kernels.nn import MeGConv1D, MeGLinear, attach
+from meg_kernels.nn import LowerLayers, MeGConv1D, MeGLinear, attach
+from meg_kernels.nn.linear import projections
 
 # Where each family keeps its decoder layers, and the two projections of a plain FFN in a layer.
 PLAIN = {
@@ -633,6 +633,42 @@ def test_the_model_continues_from_its_lower_layers_output_to_the_same_logits(mod
             logits = model(**batch).logits
         assert torch.equal(logits, expected)
     assert calls == 2 * list(range(layer, LAYERS))
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_remembered_products_serve_any_neurons_and_any_rows(tiny_model, name, layer):
+    model = tiny_model(name)
+    batch = with_positions(model, padded(queries(), "left"))
+    neurons, attached = strong_neurons(model), attach(model, layer)
+    lower = LowerLayers(model, layer)
+    hidden = lower.run(**batch)
+    before = fingerprint(model)
+    products = lower.products(hidden, **batch)
+    assert fingerprint(model) == before
+    with attached.neurons(neurons, INDEX):
+        expected = model(**batch).logits
+
+    rows = [3, 1]
+    some = {name: part[rows, 2:] for name, part in batch.items()}  # none of them is longer
+    known = {name: part[rows, 2:] for name, part in products.items()}
+    with (
+        lower.replaced_by(hidden[rows, 2:], known),
+        attached.neurons(neurons, INDEX[rows]),
+    ):
+        logits = model(**some).logits
+        # Where every product is known, the weights are not asked for.
+        weights = [part.weight for part in projections([lower.block])]
+        kept = [weight.clone() for weight in weights]
+        with torch.no_grad():
+            for weight in weights:
+                weight.fill_(float("nan"))
+        assert torch.equal(model(**some).logits, logits)
+        with torch.no_grad():
+            for weight, before_ in zip(weights, kept, strict=True):
+                weight.copy_(before_)
+    torch.testing.assert_close(logits[:, -3:], expected[rows, -3:], **TOLERANCE)
     assert fingerprint(model) == before
 
 

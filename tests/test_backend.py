@@ -53,7 +53,10 @@ def test_a_cpu_takes_its_own_path_unless_another_is_forced(monkeypatch):
 def test_an_op_with_only_some_backends_refuses_the_others(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     few = ("triton", "reference")
-    with backend("cpu"), pytest.raises(RuntimeError, match="this op has none but triton, reference"):
+    with (
+        backend("cpu"),
+        pytest.raises(RuntimeError, match="this op has none but triton, reference"),
+    ):
         choose("op", CPU, torch.float32, backends=few)
     with backend("reference"):
         assert choose("op", CPU, torch.float32, backends=few) == "reference"

@@ -39,6 +39,7 @@ from meg_kernels import (
 )
 from meg_kernels.editing import editor as editing
 from meg_kernels.editing import saving
+from meg_kernels.editing.evaluate import Evaluation
 from meg_kernels.editing.prompting import greedy_answers
 
 EDITED, FURTHER = FACTS[:5], FACTS[5:7]
@@ -302,6 +303,51 @@ def test_detach_gives_the_base_model_back_bit_for_bit(editor):
     assert all(
         torch.equal(tensor, weights[name]) for name, tensor in editor.model.state_dict().items()
     )
+
+
+def packed(editor: MeGEditor) -> list[str]:
+    """The modules whose products are replaced."""
+    return [
+        name
+        for name, module in editor.model.named_modules()
+        if {"forward", "project"} & vars(module).keys()
+    ]
+
+
+def test_while_serving_all_products_are_packed_and_the_answers_are_the_same(editor):
+    queries = [EDITED[0].query, *EDITED[1].paraphrases, UNRELATED[0]]
+    expected = editor.generate(queries, 4)
+    assert not packed(editor)
+    with editor.serving():
+        linears = [m for m in editor.model.modules() if isinstance(m, torch.nn.Linear)]
+        names = packed(editor)
+        assert len(names) == len(linears) > 0
+        with editor.serving():
+            assert editor.generate(queries, 4) == expected
+        assert packed(editor) == names  # the inner block did not end the outer one
+        assert editor.generate(queries, 4) == expected
+    assert not packed(editor)
+
+
+def test_evaluation_serves(editor, monkeypatch):
+    seen = []
+    run = Evaluation._run
+    monkeypatch.setattr(
+        Evaluation, "_run", lambda *args, **more: seen.append(packed(editor)) or run(*args, **more)
+    )
+    editor.evaluate()
+    assert len(seen) == 3 and all(seen) and not packed(editor)
+
+
+def test_a_model_of_more_than_a_quarter_of_the_memory_is_not_packed(editor, monkeypatch):
+    size = editor.model.get_memory_footprint()
+    pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 4 * size - 1}
+    monkeypatch.setattr("os.sysconf", pages.__getitem__)
+    with editor.serving():
+        assert not packed(editor)
+    pages["SC_PHYS_PAGES"] += 1
+    with editor.serving():
+        assert packed(editor)
 
 
 def test_prompts_must_be_a_list(editor):

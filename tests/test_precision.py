@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from meg_kernels.neuron import Neurons
+from meg_kernels.nn import MeGLinear
 from meg_kernels.precision import fast_dtype, frozen_products
 
 
@@ -55,6 +57,38 @@ def test_outside_the_projections_are_the_plain_ones_even_after_an_error():
         assert not torch.equal(module(x), expected)
         raise KeyError
     assert torch.equal(module(x), expected) and "forward" not in vars(module)
+
+
+def test_an_inner_block_gives_the_outer_ones_products_back():
+    module, x = projections()[0], torch.randn(2, 40)
+    with frozen_products([module], torch.bfloat16):
+        outer = module(x)
+        with frozen_products([module], torch.float32):
+            assert not torch.equal(module(x), outer)
+        assert torch.equal(module(x), outer)
+    assert not torch.equal(module(x), outer)
+
+
+def test_a_projection_that_carries_neurons_packs_its_weights_and_keeps_them():
+    plain = projections()[0]
+    module, x = MeGLinear.from_linear(plain), torch.randn(2, 40)
+    neurons = Neurons(torch.randn(1, 40), None, torch.randn(1, 24))
+    index = torch.tensor([-1, 0])
+    with frozen_products([module], torch.bfloat16):
+        alone = module(x)
+        with module.mounted(neurons, index):
+            together = module(x)
+    assert not torch.equal(alone, plain(x))
+    assert torch.equal(together[0], alone[0])
+    added = (x[1] @ neurons.key[0]) * neurons.value[0]
+    torch.testing.assert_close(together[1], alone[1] + added, rtol=1e-4, atol=1e-4)
+
+
+def test_without_gradients_every_projection_is_frozen():
+    module, x = nn.Linear(40, 24), torch.randn(2, 40)
+    with torch.no_grad(), frozen_products([module], torch.bfloat16):
+        rounded = module(x)
+    assert not torch.equal(rounded, module(x))
 
 
 def test_projections_that_are_trained_or_of_another_class_stay_as_they_are():

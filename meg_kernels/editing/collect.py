@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,15 +35,16 @@ from meg_kernels.editing.prompting import (
     target_batch,
     target_tokens,
 )
-from meg_kernels.integrations.transformers import LowerLayers, decoder_layers, input_of
+from meg_kernels.integrations.transformers import decoder_layers, input_of
 from meg_kernels.neuron import Neurons
-from meg_kernels.nn import Attached
+from meg_kernels.nn import Attached, LowerLayers
 from meg_kernels.precision import fast_dtype, frozen_products
 from meg_kernels.storage import CorruptFileError, fingerprint, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
 PROMPTS_AT_ONCE_ON_CPU = 16
+HIDDEN = ""  # the whole layer's name, among its projections'
 INITIAL_FACTS = 8  # whose prompts decide the initial neuron; one direction needs no more
 
 
@@ -136,11 +138,16 @@ class _Fit:
         self.attached, self.lower, self.batch = attached, lower, batch
         self.lengths = batch.inputs["attention_mask"].sum(1)  # [R]
         everything = torch.arange(len(batch), device=owner.device)
-        chunks = [(rows, lower.run(**batch[rows].inputs)) for rows in self._by_length(everything)]
-        shape = *batch.inputs["input_ids"].shape, chunks[0][1].shape[-1]
-        self.hidden = chunks[0][1].new_zeros(shape)
-        for rows, hidden in chunks:
-            self.hidden[rows, -hidden.shape[1] :] = hidden
+        # What enters the edited layer, and that layer's products, by name: [R, T, ...].
+        self.known: dict[str, Tensor] = {}
+        for rows in self._by_length(everything):
+            inputs = batch[rows].inputs
+            hidden = lower.run(**inputs)
+            known = {HIDDEN: hidden, **lower.products(hidden, **inputs)}
+            for name, part in known.items():
+                shape = *batch.inputs["input_ids"].shape, part.shape[-1]
+                whole = self.known.setdefault(name, part.new_zeros(shape))
+                whole[rows, -part.shape[1] :] = part
         self.framings = owner.bincount()  # [F] how many each fact has
         self.first_row = self.framings.cumsum(0) - self.framings  # [F]
         facts = len(self.framings)
@@ -193,9 +200,10 @@ class _Fit:
             batch = self.batch[rows[some]]
             columns = batch.inputs["input_ids"].shape[1]
             part = flat[some].requires_grad_(with_gradient)
+            known = {name: whole[rows[some], -columns:] for name, whole in self.known.items()}
             with (
                 torch.set_grad_enabled(with_gradient),
-                self.lower.replaced_by(self.hidden[rows[some], -columns:]),
+                self.lower.replaced_by(known.pop(HIDDEN), known),
                 self.attached.neurons(self.attached.layout.unpack(part)),
             ):
                 scores = score_targets(self.attached.model, batch)
@@ -276,39 +284,43 @@ def collect(
         for fact in facts
     ]
     lower = LowerLayers(model, attached.ffn.layer)
-    upper = [*decoder_layers(model)[attached.ffn.layer :], model.get_output_embeddings()]
+    upper = [*decoder_layers(model)[attached.ffn.layer + 1 :], model.get_output_embeddings()]
+    # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
+    dtype = fast_dtype(model.device, model.dtype)
     # Batches of one length waste no columns on padding.
     order = sorted(range(len(facts)), key=lambda i: max(len(p) + len(t) for p, t in targets[i]))
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-    if initial is None:
-        middle = batches[len(batches) // 2][:INITIAL_FACTS]
-        batch = target_batch(model, tokenizer, [pair for i in middle for pair in targets[i]])
-        initial = initial_neuron(attached, batch, config.initial_response)
 
-    def fit(rows: Sequence[int]) -> dict[str, Tensor]:
+    def fit(rows: Sequence[int], initial: Neurons) -> dict[str, Tensor]:
         batch = target_batch(model, tokenizer, [pair for i in rows for pair in targets[i]])
         owner = [place for place, i in enumerate(rows) for _ in targets[i]]
         fitted = _Fit(attached, lower, batch, torch.tensor(owner, device=model.device), initial)
-        # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
-        with frozen_products(upper, fast_dtype(model.device, model.dtype)):
+        with frozen_products(upper, dtype) if dtype != model.dtype else nullcontext():
             fitted.run(config)
         fitted.lengthen(config.overshoot)
         return {"flat": fitted.flat, "steps": fitted.steps, "learnt": fitted.learnt}
 
-    identity = fingerprint(
-        [dataclasses.asdict(config), targets, attached.ffn.layer],
-        attached.ffn.output_projection.weight,
-        initial.layout.pack(initial),
-    )
     flat = torch.empty(len(facts), attached.layout.dim)
     steps = torch.zeros(len(facts), dtype=torch.int64)
     learnt = torch.zeros(len(facts), dtype=torch.bool)
-    with tqdm(total=len(facts), desc="collecting", unit="fact", disable=not progress) as bar:
+    with (
+        frozen_products([model], dtype) if dtype == model.dtype else nullcontext(),
+        tqdm(total=len(facts), desc="collecting", unit="fact", disable=not progress) as bar,
+    ):
+        if initial is None:
+            middle = batches[len(batches) // 2][:INITIAL_FACTS]
+            batch = target_batch(model, tokenizer, [pair for i in middle for pair in targets[i]])
+            initial = initial_neuron(attached, batch, config.initial_response)
+        identity = fingerprint(
+            [dataclasses.asdict(config), targets, attached.ffn.layer],
+            attached.ffn.output_projection.weight,
+            initial.layout.pack(initial),
+        )
         for number, rows in enumerate(batches):
             # Another model, fact or setting has another identity: results never mix.
             name = f"collect-{identity}/batch-{number:05d}.safetensors"
             path = None if work_folder is None else Path(work_folder) / name
-            done = _once(path, functools.partial(fit, rows))
+            done = _once(path, functools.partial(fit, rows, initial))
             flat[rows], steps[rows] = done["flat"].cpu(), done["steps"].cpu()
             learnt[rows] = done["learnt"].cpu()
             bar.update(len(rows))

@@ -13,6 +13,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import logging
+import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.editing.collect import Collection, CollectionConfig, collect
+from meg_kernels.editing.distill import Distillation, distill
 from meg_kernels.editing.evaluate import Evaluation, EvaluationReport, evaluate
 from meg_kernels.editing.facts import Fact, FactsError, check_facts, unrelated_to
 from meg_kernels.editing.generators import (
@@ -54,10 +57,13 @@ from meg_kernels.familiarity import (
     transplant,
 )
 from meg_kernels.integrations.pretrained import DEFAULT_ENCODER, load_language_model
-from meg_kernels.integrations.transformers import LowerLayers, decoder_layers
+from meg_kernels.integrations.transformers import decoder_layers
 from meg_kernels.neuron import Neurons
-from meg_kernels.nn import attach
+from meg_kernels.nn import LowerLayers, attach
+from meg_kernels.precision import frozen_products
 from meg_kernels.text_encoder import EncoderTuningConfig, TextEncoder, Wordings
+
+log = logging.getLogger(__name__)
 
 FEWEST_TUNING_FACTS = 8
 
@@ -176,7 +182,7 @@ class EditReport:
         unlearnt: facts which the model does not answer even with their own neuron.
         calibration: the gate's, on held-out queries.
         training: the generator's.
-        seconds: of the stages collect, encoder, gate and generator.
+        seconds: of the stages collect, encoder, gate and generator, and of a distillation.
     """
 
     unlearnt: list[Fact]
@@ -240,6 +246,7 @@ class MeGEditor:
         self.name = name or model.name_or_path
         self.attached = attach(model, self.layer)
         self._edits: Edits | None = None
+        self._serving = False
 
     @classmethod
     def for_model(
@@ -385,6 +392,49 @@ class MeGEditor:
             report=dataclasses.replace(before.report, unlearnt=unlearnt, calibration=calibration),
         )
 
+    def distill(
+        self,
+        steps: int,
+        *,
+        teacher_steps: int | None = None,
+        seed: int | None = None,
+        work_folder: str | Path | None = None,
+        progress: bool = False,
+    ) -> Distillation:
+        """Have the generator sample in a few DDIM steps what it samples in many.
+
+        Args:
+            steps: of the generator from now on, 1 to 4.
+            teacher_steps: in which it teaches them, a multiple of `steps`; default: the one
+                closest to 50.
+            seed: of the training; default: that of the generator's configuration.
+            work_folder: keeps finished work, so that an interrupted distillation resumes.
+            progress: show a progress bar.
+
+        Raises:
+            RuntimeError: nothing is edited.
+            ValueError: the generator is no DiT, a number of steps is out of range, or the generator
+                answers too little in `teacher_steps` to teach.
+        """
+        before = self.edits
+        seconds = dict(before.report.seconds)
+        with _timed(seconds, "distill"):
+            student, distillation = distill(
+                before.generator,
+                before.queries,
+                before.neurons,
+                self._answers(before.facts),
+                steps,
+                teacher_steps=teacher_steps,
+                seed=seed,
+                work_folder=work_folder,
+                progress=progress,
+            )
+        report = dataclasses.replace(before.report, seconds=seconds)
+        self._edits = dataclasses.replace(before, generator=student, report=report)
+        self.config = dataclasses.replace(self.config, generator=student.config)
+        return distillation
+
     def detach(self) -> None:
         """Give the base model back as it was, module for module. Harmless if called twice."""
         self.attached.detach()
@@ -420,6 +470,25 @@ class MeGEditor:
             z = routing.z[accepted]
         with self.attached.neurons(self.edits.generator.generate(z), index):
             yield routing
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Inside, answers come faster, if there are more than a few to give.
+
+        On a CPU the model's weights are packed once for its matrix products, instead of being
+        rearranged at every call; that takes some seconds and as much memory as the model again.
+        Elsewhere, and where the model is more than a quarter of the machine's memory, nothing
+        changes. The weights must stay as they are meanwhile.
+        """
+        if self._serving or not _fits_twice(self.model):
+            yield
+            return
+        self._serving = True
+        try:
+            with torch.no_grad(), frozen_products([self.model], self.model.dtype):
+                yield
+        finally:
+            self._serving = False
 
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int = 32, **generation: Any
@@ -483,14 +552,15 @@ class MeGEditor:
             "threshold_calibrated_on": dataclasses.asdict(edits.report.calibration),
             "seed": self.config.seed,
         }
-        return evaluate(
-            evaluation,
-            lambda queries, owners: self.routed(queries),
-            mount_own,
-            protocol=protocol,
-            seconds=edits.report.seconds,
-            progress=progress,
-        )
+        with self.serving():
+            return evaluate(
+                evaluation,
+                lambda queries, owners: self.routed(queries),
+                mount_own,
+                protocol=protocol,
+                seconds=edits.report.seconds,
+                progress=progress,
+            )
 
     # Keeping
 
@@ -667,6 +737,15 @@ class MeGEditor:
             return torch.cat(right)
 
         return answers
+
+
+def _fits_twice(model: PreTrainedModel) -> bool:
+    """Whether a copy of the weights leaves half of the machine's memory to others."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fits = 4 * model.get_memory_footprint() <= memory
+    if not fits:
+        log.info("the model takes more than a quarter of the memory: its weights are not packed")
+    return fits
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where a transformers model keeps its feed-forward layers, and how to run it from a layer up.
+"""Where a transformers model keeps its feed-forward layers, and how to look into it.
 
 A new family is one line of `FAMILIES`.
 """
@@ -176,71 +176,3 @@ def input_of(module: nn.Module, model: PreTrainedModel, inputs: dict[str, Tensor
     finally:
         hook.remove()
     return noted[0]
-
-
-class _Stub(nn.Module):
-    """Stands for a decoder layer whose output is known already, or not wanted."""
-
-    def __init__(self, layer: nn.Module, output: Tensor | None, returns_tuple: bool):
-        super().__init__()
-        object.__setattr__(self, "_layer", layer)  # not a submodule: it is never run
-        self._output = output
-        self._returns_tuple = returns_tuple
-
-    def forward(self, hidden_states: Tensor, *args, **kwargs):
-        output = hidden_states if self._output is None else self._output
-        return (output,) if self._returns_tuple else output
-
-    def __getattr__(self, name: str):
-        # Model loops read attributes of their layers (attention_type, ...).
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_layer"), name)
-
-
-class LowerLayers:
-    """Runs the layers below `layer` once and then lets the model start from their output.
-
-    Editing changes nothing below the edited layer, so that collection needs these layers once
-    for each prompt instead of once for each optimisation step.
-
-        lower = LowerLayers(model, layer)
-        hidden = lower.run(**inputs)             # [B, T, d]
-        with lower.replaced_by(hidden):
-            model(**inputs)                      # same logits, layers 0..layer-1 skipped
-    """
-
-    def __init__(self, model: PreTrainedModel, layer: int):
-        decoder_layer(model, layer)  # raises ValueError for a layer that the model does not have
-        self.model = model
-        self.layer = layer
-        self._returns_tuple = False
-
-    def run(self, **inputs: Tensor) -> Tensor:
-        """Hidden states [B, T, d] that enter `layer`; `inputs` as the model's forward takes."""
-        layers = decoder_layers(self.model)
-
-        def look(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-            self._returns_tuple = isinstance(output, tuple)
-
-        hook = layers[self.layer - 1].register_forward_hook(look) if self.layer else None
-        try:
-            return input_of(layers[self.layer], self.model, inputs)
-        finally:
-            if hook is not None:
-                hook.remove()
-
-    @contextmanager
-    def replaced_by(self, hidden: Tensor) -> Iterator[None]:
-        """Inside, the model's forward takes `hidden` for the output of its lower layers."""
-        layers = decoder_layers(self.model)
-        originals = list(layers[: self.layer])
-        for i, layer in enumerate(originals):
-            output = hidden if i == self.layer - 1 else None
-            layers[i] = _Stub(layer, output, self._returns_tuple)
-        try:
-            yield
-        finally:
-            for i, layer in enumerate(originals):
-                layers[i] = layer
