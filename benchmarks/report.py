@@ -2,16 +2,18 @@
 
     python -m benchmarks.report [JSON ...]      default: all of benchmarks/results/
 
-Tables go between the README's markers `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->`, or
-to the screen where it has none; plots go to benchmarks/plots/. Nothing is written that was not
-measured: what a file does not hold is a row that the table does not have.
+Tables go between the README's markers `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->`
+(for studies of sampling steps `<!-- steps:begin -->` and `<!-- steps:end -->`), or to the screen
+where it has none; plots go to benchmarks/plots/. Nothing is written that was not measured: what a
+file does not hold is a row that the table does not have.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from benchmarks.measure import in_units
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+RACES, STEPS = "benchmarks", "steps"  # the README's markers
 NOTHING = "no neurons"  # the baseline that does less than we do: there a speed-up is a cost
 
 Record = Mapping[str, Any]  # the extra_info of a race: benchmarks.measure.Race
@@ -87,6 +89,11 @@ def _readable(record: Record) -> bool:
     )
 
 
+def _of_one_width(record: Record) -> bool:
+    """Phi-2's neurons."""
+    return record["shape"]["neuron"] == 5121
+
+
 TABLES = [
     Table("answer a query", "Answering queries, each with its own edit; seconds a query"),
     Table("decode step, eager", "A decode step"),
@@ -97,6 +104,13 @@ TABLES = [
     Table("gated FFN", "A whole gated FFN: where the neurons are best added"),
     Table("entropy gate", "The familiarity gate's decision"),
     Table("collection", "Collecting neurons; seconds a fact"),
+    Table("generate neurons", "Generating neurons; seconds a neuron"),
+    Table("each saving", "What each saving is worth: the same DiT-B, 10 steps on 64 neurons"),
+    Table("denoising step", "A denoising step", _of_one_width),
+    Table("gated residual and LayerNorm", "Gated residual, LayerNorm and modulation", _readable),
+    Table("short attention", "Attention from the packed qkv", _readable),
+    Table("linear and GELU", "Linear and GELU", _readable),
+    Table("solver step", "A solver's step", _readable),
 ]
 
 
@@ -177,17 +191,55 @@ def outcome(checks: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def between_markers(text: str, content: str) -> str | None:
-    """`text` with `content` between its markers, or None if it has no markers.
+def between_markers(text: str, name: str, content: str) -> str | None:
+    """`text` with `content` between its markers of that name, or None if it has no such markers.
 
-    >>> between_markers("a <!-- benchmarks:begin -->old<!-- benchmarks:end --> b", "new")
-    'a <!-- benchmarks:begin -->\\n\\nnew\\n\\n<!-- benchmarks:end --> b'
+    >>> between_markers("a <!-- it:begin -->old<!-- it:end --> b", "it", "new")
+    'a <!-- it:begin -->\\n\\nnew\\n\\n<!-- it:end --> b'
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found, rest = text.partition(begin)
+    _, found_too, after = rest.partition(end)
+    if not found or not found_too:
         return None
-    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
+    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
+
+
+# ---- studies of sampling steps ----------------------------------------------------------------
+
+
+def steps_table(study: Record) -> str:
+    """A Markdown table of benchmarks.quality.steps: one line for each solver and step count."""
+    columns = ["solver", "steps", "distance", "Reliability", "Generality", "without snapping"]
+    lines = [columns, ["---"] * len(columns)]
+    alone = {(r["solver"], r["steps"]): r["generality"] for r in study["rows"] if not r["snap"]}
+    snapped = {(r["solver"], r["steps"]): r for r in study["rows"] if r["snap"]}
+    for (solver, steps), row in sorted(snapped.items()):
+        shares = [row["reliability"], row["generality"], alone[solver, steps]]
+        cells = [f"{value:.3f}" for value in (row["distance"], *shares)]
+        lines.append([solver, str(steps), *cells])
+    ceiling = study["collected"]
+    shares = [f"{ceiling[name]:.3f}" for name in ("reliability", "generality")]
+    lines.append(["collected neurons", "", "0", *shares, ""])
+    title = f"**{study['data']}, {study['facts']} facts**"
+    return "\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def plot_steps(studies: Sequence[Record], axes: Any) -> None:
+    """Generality against the number of steps, on each data set, with and without snapping."""
+    for study, color in zip(studies, ("C0", "C1", "C2", "C3"), strict=False):
+        for snap, style in ((True, "-"), (False, "--")):
+            rows = [r for r in study["rows"] if r["solver"] == "ddim" and r["snap"] == snap]
+            rows.sort(key=lambda row: row["steps"])
+            label = study["data"] + ("" if snap else ", without snapping")
+            generality = [row["generality"] for row in rows]
+            steps = [row["steps"] for row in rows]
+            axes.plot(steps, generality, style, color=color, marker="o", label=label)
+        axes.axhline(study["collected"]["generality"], color=color, linewidth=0.8, linestyle=":")
+    axes.set(xscale="log", xlabel="DDIM steps", ylabel="Generality AG (dotted: collected neurons)")
+    axes.set_xticks([1, 2, 4, 8, 16, 50], ["1", "2", "4", "8", "16", "50"])
+    axes.minorticks_off()
+    axes.legend(fontsize=8)
 
 
 # ---- plots ------------------------------------------------------------------------------------
@@ -273,22 +325,32 @@ PLOTS = {"roofline": plot_roofline, "speed-up": plot_speed_up, "scaling": plot_s
 
 def draw(run: Run, folder: Path) -> list[Path]:
     """The plots for which the run has data, as PNG files in `folder`."""
+    paths = []
+    for name, plot in PLOTS.items():
+        with _figure(folder / f"{run.name}-{name}.png", run.device) as axes:
+            if plot(run, axes):
+                paths.append(folder / f"{run.name}-{name}.png")
+    return paths
+
+
+@contextmanager
+def _figure(path: Path, title: str) -> Iterator[Any]:
+    """Axes to draw on, saved at `path` if anything was drawn."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, plot in PLOTS.items():
-        figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-        if plot(run, axes):
-            axes.set_title(run.device)
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    try:
+        yield axes
+        if axes.has_data():
+            axes.set_title(title)
             axes.spines[["top", "right"]].set_visible(False)
-            paths.append(folder / f"{run.name}-{name}.png")
-            figure.savefig(paths[-1], dpi=110)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=110)
+    finally:
         pyplot.close(figure)
-    return paths
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -296,16 +358,27 @@ def main(arguments: Sequence[str]) -> int:
         (FOLDER / "results").glob("*.json")
     )
     runs = [run for run in map(read, paths) if run is not None]
-    if not runs:
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    studies = [content for content in contents if content.get("study") == STEPS]
+    sections = {}
+    if runs:
+        sections[RACES] = "\n\n".join(section(run, draw(run, FOLDER / "plots")) for run in runs)
+    if studies:
+        plot = FOLDER / "plots" / "steps.png"
+        with _figure(plot, "the same generator, sampled in more or fewer steps") as axes:
+            plot_steps(studies, axes)
+        image = f"![{plot.stem}]({plot.relative_to(README.parent)})"
+        sections[STEPS] = "\n\n".join([*map(steps_table, studies), image])
+    if not sections:
         print("no races in these files; pytest writes them with --benchmark-json", file=sys.stderr)
         return 1
-    content = "\n\n".join(section(run, draw(run, FOLDER / "plots")) for run in runs)
-    updated = between_markers(README.read_text(encoding="utf-8"), content)
-    if updated is None:
-        print(content)
-    else:
-        README.write_text(updated, encoding="utf-8")
-        print(f"{README.name}: tables of {', '.join(run.name for run in runs)}")
+    for name, content in sections.items():
+        updated = between_markers(README.read_text(encoding="utf-8"), name, content)
+        if updated is None:
+            print(content)
+        else:
+            README.write_text(updated, encoding="utf-8")
+            print(f"{README.name}: {name}")
     return 0
 
 

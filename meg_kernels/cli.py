@@ -22,6 +22,7 @@ from rich.table import Column, Table
 from meg_kernels.storage import write_json
 
 if TYPE_CHECKING:
+    from meg_kernels.editing.distill import Distillation
     from meg_kernels.editing.editor import EditReport, MeGEditor
     from meg_kernels.editing.evaluate import EvaluationReport
     from meg_kernels.editing.facts import Fact
@@ -122,7 +123,7 @@ def edit(
     others = _tuning_facts(facts, tuning, edited)
     editor = _editor(model, encoder, layer, generator, gate, snap, seed, device, dtype)
     # Beside the result, so that it is found again; gone when the result is written.
-    with _work_folder(out) as work:
+    with _work_folder(out, "edit") as work:
         report = editor.edit(edited, tuning=others, work_folder=work, progress=True)
         editor.save_pretrained(out)
     _print_edit(report, len(edited))
@@ -163,6 +164,46 @@ def ask(
 ) -> None:
     """Ask the base and the edited model, side by side."""
     _print_answers(_load(folder, device, dtype), prompts, max_new_tokens)
+
+
+@app.command(epilog="**Example:** `meg distill edited --steps 2`")
+def distill(
+    folder: Annotated[Path, typer.Argument(help="What `meg edit` saved.")],
+    steps: Annotated[int, typer.Option(help="Sampling steps from now on, 1 to 4.")],
+    teacher_steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="In which the generator teaches them: a multiple of STEPS. Default: the one "
+            "closest to 50."
+        ),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for the result. Default: FOLDER, whose generator it replaces."),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Of the training. Default: the edit's."),
+    ] = None,
+    device: Device = "cpu",
+) -> None:
+    """Train an edited model's DiT to sample in a few steps what it samples in many.
+
+    Teacher and student are sampled with ddim, whatever the generator was sampled with before. An
+    interrupted distillation resumes when it is started again with the same arguments.
+    """
+    out = folder if out is None else out
+    editor = _load(folder, device, None)
+    sampler = editor.config.generator.sampler
+    with _work_folder(out, "distill") as work:
+        report = editor.distill(
+            steps, teacher_steps=teacher_steps, seed=seed, work_folder=work, progress=True
+        )
+        editor.save_pretrained(out)
+    _print_distillation(report)
+    if sampler.solver != "ddim":
+        console.print(f"sampled with ddim from now on, no longer with {sampler.solver}")
+    console.print(f"saved to {out}", markup=False)
 
 
 @app.command(epilog="**Example:** `meg demo --json demo.json`")
@@ -313,9 +354,10 @@ def _tuning_facts(facts: Path, tuning: Path | None, edited: list[Fact]) -> list[
 
 
 @contextmanager
-def _work_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, where an interrupted edit is found again; gone when it is done."""
-    work = out.parent / f".{out.name}.work"
+def _work_folder(out: Path, command: str) -> Iterator[Path]:
+    """A folder beside `out`, where an interrupted command goes on; gone when it is done."""
+    out = out.resolve()  # which gives even "." a name
+    work = out.parent / f".{out.name}.{command}"
     yield work
     shutil.rmtree(work, ignore_errors=True)
 
@@ -351,6 +393,38 @@ def _print_edit(report: EditReport, n: int) -> None:
     for fact in report.unlearnt:
         text = f"{fact.id}: {fact.query!r} -> {fact.answer!r}"
         errors.print(f"[yellow]not learnt:[/] {escape(text)}")
+
+
+def _print_distillation(report: Distillation) -> None:
+    table = Table(
+        Column("sampled network", no_wrap=True),
+        "steps",
+        "answered",
+        "distance to teacher",
+        "distance to collected",
+        title="Distillation",
+        title_justify="left",
+    )
+    teacher, student = report.teacher, report.student
+    sampled = {"teacher": teacher, "undistilled": report.undistilled, "student": student}
+    for name, quality in sampled.items():
+        table.add_row(
+            name,
+            str(quality.num_steps),
+            f"{quality.answered:.1%}",
+            f"{quality.to_teacher:.4f}",
+            f"{quality.to_collected:.4f}",
+        )
+    console.print(table)
+    console.print(
+        f"answered: of {report.asked} edited queries, by generated neurons; distance: relative L2 "
+        f"of their standardised neurons; undistilled: the teacher's network in as few steps; "
+        f"{report.steps} training steps",
+        style="dim",
+        highlight=False,
+    )
+    if student.answered < teacher.answered:
+        errors.print("[yellow]the student answers fewer queries than its teacher[/]")
 
 
 def _print_answers(editor: MeGEditor, prompts: list[str], max_new_tokens: int) -> None:
@@ -406,6 +480,12 @@ def _print_report(report: EvaluationReport) -> None:
         f"{protocol['device']}; ceiling: each fact's own collected neuron, no gate, no generator.",
         style="dim",
         markup=False,
+        highlight=False,
+    )
+    served = report.served
+    console.print(
+        f"{served.queries} queries asked of the edited model, {served.edited} taken for edited ones; "
+        f"{served.generated} neurons generated, {served.reused} reused",
         highlight=False,
     )
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())

@@ -26,12 +26,32 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from meg_kernels.kernels import Configuration, dynamic_neuron, entropy_gate
+from meg_kernels.kernels import (
+    Configuration,
+    dynamic_neuron,
+    entropy_gate,
+    linear_epilogue,
+    modulated_norm,
+    short_attention,
+    solver_step,
+)
 
 ARCHITECTURES = (80, 90, 100)
-OPS = (dynamic_neuron, entropy_gate)
+OPS = (
+    dynamic_neuron,
+    entropy_gate,
+    linear_epilogue,
+    modulated_norm,
+    short_attention,
+    solver_step,
+)
 # The parameter whose type names a configuration's dtype, where it is not x_ptr.
-NAMED_AFTER = {"gate": "logits_ptr", "sum_rows": "rows_ptr"}
+NAMED_AFTER = {
+    "gate": "logits_ptr",
+    "short_attention": "qkv_ptr",
+    "solver_step": "prediction_ptr",
+    "sum_rows": "rows_ptr",
+}
 
 
 @dataclass
@@ -93,7 +113,7 @@ def compile_all(architecture: int) -> Iterator[Compiled]:
     opcodes = iter(disassembled(b"".join(texts), architecture))
     for (configuration, code), text in zip(codes, texts, strict=True):
         own = list(itertools.islice(opcodes, len(text) // 16))  # bytes of an instruction
-        products = [at for at, opcode in enumerate(own) if opcode.startswith(("FMUL", "FFMA"))]
+        products = [at for at, opcode in enumerate(own) if re.match(r"FMUL|FFMA|\w+MMA\b", opcode)]
         wide = [at for at, opcode in enumerate(own) if opcode.startswith("LDG.E.128")]
         multiplied = next((at for at in products if wide and at > wide[0]), 0)
         yield Compiled(
@@ -103,7 +123,7 @@ def compile_all(architecture: int) -> Iterator[Compiled]:
             *resources(code.asm["cubin"]),
             code.metadata.shared,
             spills=sum(opcode.startswith(("LDL", "STL")) for opcode in own),
-            loads=widths(opcode for opcode in own if opcode.startswith("LDG")),
+            loads=widths(opcode for opcode in own if opcode.startswith(("LDG.", "LDGSTS."))),
             stores=widths(opcode for opcode in own if opcode.startswith("STG")),
             in_flight=sum(at < multiplied for at in wide),
             matrix=dict(Counter(re.findall(r"^\w+MMA\b", "\n".join(own), re.MULTILINE))),
@@ -181,7 +201,14 @@ def unlisted_launches() -> list[str]:
 
     run_kernel, JITFunction.run = JITFunction.run, note
     try:
-        for launch in (launch_dynamic_neuron, launch_entropy_gate):
+        for launch in (
+            launch_dynamic_neuron,
+            launch_entropy_gate,
+            launch_linear_epilogue,
+            launch_modulated_norm,
+            launch_short_attention,
+            launch_solver_step,
+        ):
             launch()
     finally:
         JITFunction.run = run_kernel
@@ -205,6 +232,43 @@ def launch_entropy_gate() -> None:
     for dtype in entropy_gate.DTYPES:
         for classes in (2, 10, 33, 576, entropy_gate.MAX_CLASSES):
             entropy_gate.forward(torch.zeros(2, classes, dtype=dtype), 1, counter)
+
+
+def launch_linear_epilogue() -> None:
+    for dtype in linear_epilogue.DTYPES:
+        for rows, depth, columns in ((1, 8, 8), (2, 33, 7), (2080, 8, 1024)):
+            x, weight = torch.zeros(rows, depth, dtype=dtype), torch.zeros(columns, depth).to(dtype)
+            residual = torch.zeros(rows, columns, dtype=dtype)
+            linear_epilogue.linear_gelu(x, weight, residual[0])
+            linear_epilogue.linear_gated_residual(x, weight, residual[0], residual[:1], residual)
+
+
+def launch_modulated_norm() -> None:
+    for dtype in modulated_norm.DTYPES:
+        for width in (1, 256, 768, 1024, modulated_norm.MAX_WIDTH):
+            x = torch.zeros(2, 3, width, dtype=dtype)
+            row = x[:, 0]
+            modulated_norm.forward(x, x, row, row, 1e-6)
+            modulated_norm.forward(x, x, row, row, 1e-6, x, x, row)
+
+
+def launch_short_attention() -> None:
+    for dtype in short_attention.DTYPES:
+        for tokens in (1, 12, 17, 52, 82, short_attention.MAX_TOKENS):
+            for head_dim in (9, 64, 128):
+                short_attention.forward(torch.zeros(2, tokens, 6 * head_dim, dtype=dtype), 2)
+
+
+def launch_solver_step() -> None:
+    table = torch.zeros(2, 8)
+    for dtype in solver_step.DTYPES:
+        for batch, dim in ((1, 1), (2, 1536), (3, 5121)):
+            state = torch.zeros(batch, dim)
+            prediction = state.to(dtype)
+            for noise in (None, state[0]):
+                for variance in (None, prediction):
+                    rest = (state, table, 1, noise, variance)
+                    solver_step.forward(state, state, state, prediction, *rest)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def each(*kernels: str, only: str = "", architectures: tuple[int, ...] = ARCHITE
     return parametrize
 
 
-@each("forward", "backward_rows", "sum_rows", "gate")
+@each("forward", "backward_rows", "sum_rows", "gate", "solver_step")
 def test_code_fits_the_chip_and_does_not_spill(compiled):
     assert compiled.spills == compiled.stack == compiled.local == 0
     assert compiled.registers <= 255
@@ -109,3 +109,90 @@ def test_sums_over_rows_load_16_bytes_at_a_time(compiled):
 @each("forward", "backward_rows", only="=True-NEURONS_ALIGNED=True", architectures=(90, 100))
 def test_the_first_block_of_all_four_rows_is_asked_for_at_once(compiled):
     assert compiled.in_flight == 8  # 32 bytes of each row
+
+
+@each("solver_step", only="-ALIGNED=True")
+def test_a_solver_step_moves_16_bytes_of_its_state_at_a_time(compiled):
+    # x_t, x0 of before and noise, two vectors each; prediction and variance match them in elements.
+    wide = {"128": 10} if "-fp32-" in compiled.name else {"128": 6, "64": 4}
+    assert compiled.loads == {"32": 8, **wide}  # and the eight coefficients
+    assert compiled.stores == {"128": 4}
+    assert compiled.shared == 0  # nothing changes threads
+
+
+@each("modulated_norm")
+def test_a_norm_fits_the_chip_and_does_not_spill(compiled):
+    assert compiled.spills == compiled.stack == compiled.local == 0
+    # Of the widest rows one program is enough: 8192 elements from five tensors are on their way.
+    programs = 2 if "-ALIGNED=True" in compiled.name else 1
+    assert programs * compiled.threads * compiled.registers <= REGISTERS
+    assert compiled.shared <= SHARED_MEMORY[compiled.architecture]
+
+
+@each("modulated_norm", only="-ALIGNED=True")
+def test_a_norm_keeps_each_row_in_one_warp_and_moves_16_bytes_at_a_time(compiled):
+    assert compiled.shared == 0  # warps exchange nothing
+    assert narrower(compiled.loads) == narrower(compiled.stores) == 0
+    # Of x, update, gate, shift and scale; at least the first three before anything waits.
+    assert compiled.in_flight >= 3 / 5 * compiled.loads["128"] > 0
+    assert compiled.stores["128"] == 2 / 5 * compiled.loads["128"]
+
+
+@each("short_attention")
+def test_attention_fits_the_chip_and_does_not_spill(compiled):
+    assert compiled.spills == compiled.stack == compiled.local == 0
+    # On sm_90 two at a time, so that one multiplies while the other waits for memory.
+    programs = 2 if compiled.architecture == 90 else 1
+    assert programs * compiled.threads * compiled.registers <= REGISTERS
+    assert programs * compiled.shared <= SHARED_MEMORY[compiled.architecture]
+
+
+@each("short_attention", only="-CHUNKED=False-")
+def test_a_whole_head_is_asked_for_at_once_16_bytes_at_a_time(compiled):
+    assert compiled.loads == {"128": 12}  # a thread's four of q, of k and of v
+    assert compiled.in_flight == 12
+    assert compiled.stores == {"128": 4}
+
+
+@each("short_attention")
+def test_attention_of_16_bit_numbers_uses_matrix_instructions(compiled):
+    # HGMMA and UTCHMMA multiply at least 64 rows: fewer queries than that are served by HMMA.
+    if "-fp32-" in compiled.name:
+        expected = []
+    elif "-QUERIES=64-" in compiled.name or "-QUERIES=128-" in compiled.name:
+        expected = [{80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[compiled.architecture]]
+    else:
+        expected = ["HMMA"]
+    assert list(compiled.matrix) == expected
+
+
+LINEAR = ("linear_gelu", "linear_gated_residual")
+
+
+@each(*LINEAR)
+def test_a_tile_fits_the_chip_and_does_not_spill(compiled):
+    assert compiled.spills == compiled.stack == compiled.local == 0
+    # On sm_90 two at a time, so that one multiplies while the other stores.
+    programs = 2 if compiled.architecture == 90 else 1
+    assert programs * compiled.threads * compiled.registers <= REGISTERS
+    assert programs * compiled.shared <= SHARED_MEMORY[compiled.architecture]
+
+
+@each(*LINEAR, only="-DEPTH=64-")
+def test_tiles_of_16_bit_numbers_are_multiplied_by_matrix_instructions(compiled):
+    assert list(compiled.matrix) == [
+        {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[compiled.architecture]
+    ]
+
+
+@each(*LINEAR, only="-fp32-")
+def test_tiles_of_float32_are_multiplied_in_float32(compiled):
+    assert not compiled.matrix
+
+
+@each(*LINEAR, only="-ALIGNED=True")
+def test_a_tile_moves_16_bytes_at_a_time(compiled):
+    assert narrower(compiled.stores) == 0 < compiled.stores["128"]
+    # Of the bias some chips load each thread's own columns, in pairs; a quarter of all columns.
+    columns = 128 if "-COLUMNS=128-" in compiled.name else 64
+    assert narrower(compiled.loads) == compiled.loads.get("32", 0) <= columns / 4 / 2

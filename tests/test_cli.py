@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import pytest
@@ -15,10 +16,11 @@ from typer.testing import CliRunner
 import meg_kernels
 from meg_kernels import EditorConfig, MeGEditor, cli, write_facts
 from meg_kernels.editing import shipped
+from meg_kernels.editing.distill import Distillation, Quality
 from meg_kernels.editing.evaluate import METRICS
 
 EDITED = FACTS[:4]
-COMMANDS = ("edit", "evaluate", "ask", "demo", "info")
+COMMANDS = ("edit", "evaluate", "ask", "distill", "demo", "info")
 SHARES = {*METRICS, "score"}
 
 
@@ -82,6 +84,14 @@ def edited(models, facts_file, tuning_file, tmp_path_factory):
     return out, run("edit", facts_file, *models, *arguments)
 
 
+@pytest.fixture(scope="module")
+def edited_dit(models, facts_file, tuning_file, tmp_path_factory):
+    """A folder with an edited model whose generator is a DiT."""
+    out = tmp_path_factory.mktemp("dit") / "edited"
+    run("edit", facts_file, *models, "--out", out, "--tuning", tuning_file, "--layer", 1)
+    return out
+
+
 def fails(monkeypatch, capsys, *arguments) -> str:
     """What the whole program prints to stderr before it exits with 1."""
     monkeypatch.setattr(sys, "argv", ["meg", *(str(a) for a in arguments)])
@@ -141,7 +151,8 @@ def test_ask_shows_base_and_edited_answers_side_by_side(edited):
 
 
 def assert_report(content, n):
-    assert set(content) == {"n", "metrics", "base", "collected", "protocol", "seconds"}
+    parts = {"n", "metrics", "base", "collected", "protocol", "seconds", "served"}
+    assert set(content) == parts
     assert content["n"] == n
     for part in ("metrics", "base", "collected"):
         assert set(content[part]) == SHARES
@@ -168,6 +179,90 @@ def test_evaluate_asks_the_facts_of_another_file_up_to_the_limit(edited, facts_f
     assert_report(json.loads(report.read_text(encoding="utf-8")), 2)
     run("evaluate", out, "--limit", 3, "--json", report)
     assert_report(json.loads(report.read_text(encoding="utf-8")), 3)
+
+
+def cells(shown, title) -> list[str]:
+    """Of the table's row that starts so."""
+    (line,) = [line for line in shown.splitlines() if line.startswith(f"│ {title} ")]
+    return [cell.strip() for cell in line.strip("│ ").split("│")]
+
+
+def test_distill_replaces_the_generator_by_one_of_fewer_steps(edited_dit, tmp_path):
+    out = shutil.copytree(edited_dit, tmp_path / "edited")
+    teacher = MeGEditor.from_pretrained(out)
+    shown = run("distill", out, "--steps", 1, "--teacher-steps", 6, "--seed", 3)
+    editor = MeGEditor.from_pretrained(out)
+    assert editor.config.generator.sampler.num_steps == 1
+    assert editor.config.generator.seed == 3
+    assert editor.generate([f.query for f in EDITED], 5) == [f.answer for f in EDITED]
+    assert [path.name for path in tmp_path.iterdir()] == ["edited"]  # no work is left
+
+    made, collected = [
+        editor.edits.generator.scaled_weights(neurons)
+        for neurons in (editor.edits.generator.generate(editor.edits.queries), editor.edits.neurons)
+    ]
+    _, steps, answered, _, distance = cells(shown, "student")
+    assert (steps, answered) == ("1", "100.0%")
+    size = max(collected.norm().item(), collected.numel() ** 0.5)
+    assert float(distance) == pytest.approx((made - collected).norm().item() / size, abs=1e-4)
+    assert cells(shown, "teacher")[1:4] == ["6", "100.0%", "0.0000"]
+    assert cells(shown, "undistilled")[1] == "1"
+    assert "of 4 edited queries" in shown and "no longer with" not in shown
+    assert teacher.config.generator.sampler.num_steps == 2
+
+
+def test_distill_leaves_its_folder_alone_if_another_is_named(edited_dit, tmp_path):
+    out, before = tmp_path / "few", {path.name for path in edited_dit.iterdir()}
+    manifest = (edited_dit / "meg.json").read_bytes()
+    shown = run("distill", edited_dit, "--steps", 1, "--teacher-steps", 6, "--out", out)
+    assert f"saved to {out}" in " ".join(shown.split())
+    assert {path.name for path in edited_dit.iterdir()} == before
+    assert (edited_dit / "meg.json").read_bytes() == manifest
+    assert MeGEditor.from_pretrained(out).config.generator.sampler.num_steps == 1
+    assert EDITED[0].answer in run("ask", out, EDITED[0].query, "--max-new-tokens", 3)
+
+
+def test_distill_says_that_another_solver_is_replaced(edited_dit, tmp_path):
+    out = shutil.copytree(edited_dit, tmp_path / "edited")
+    manifest = json.loads((out / "meg.json").read_text(encoding="utf-8"))
+    sampler = {"solver": "ddpm", "num_steps": 6, "spacing": "respaced"}
+    manifest["config"]["generator"]["sampler"] |= sampler
+    (out / "meg.json").write_text(json.dumps(manifest), encoding="utf-8")
+    shown = run("distill", out, "--steps", 2, "--teacher-steps", 6)
+    assert "sampled with ddim from now on, no longer with ddpm" in shown
+    assert MeGEditor.from_pretrained(out).config.generator.sampler.solver == "ddim"
+
+
+def test_an_interrupted_distillation_goes_on_where_it_was(
+    edited_dit, tmp_path, monkeypatch, capsys
+):
+    arguments = ["distill", edited_dit, "--steps", 1, "--teacher-steps", 6]
+    arguments += ["--out", tmp_path / "few"]
+    monkeypatch.setattr(sys, "argv", ["meg", *map(str, arguments)])
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MeGEditor, "save_pretrained", interrupt)
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+    assert exit_.value.code == 130
+    assert "start it again with the same arguments" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "few").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", interrupt)
+        run(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["few"]
+
+
+def test_a_student_that_answers_less_than_its_teacher_is_reported(capsys):
+    teacher, student = (
+        Quality(steps, answered, 0.0, 0.1) for steps, answered in ((50, 0.9), (1, 0.8))
+    )
+    for made, said in ((student, True), (teacher, False)):
+        cli._print_distillation(Distillation(10, teacher, student, made, 20))
+        assert ("the student answers fewer queries" in capsys.readouterr().err) == said
 
 
 def test_demo_edits_asks_and_measures(models, monkeypatch, tmp_path):
@@ -240,13 +335,17 @@ def test_an_unknown_way_to_treat_conflicts_is_refused(facts_file, tmp_path):
     assert "'last' is neither 'error' nor 'first'" in " ".join(result.output.split())
 
 
-def test_what_a_user_can_mend_is_one_clear_line(edited, models, tmp_path, monkeypatch, capsys):
+def test_what_a_user_can_mend_is_one_clear_line(edited, edited_dit, tmp_path, monkeypatch, capsys):
     for arguments, message in (
         (["edit", "absent.jsonl", "--out", tmp_path / "new"], "absent.jsonl"),
         (["ask", tmp_path, "Who?"], "holds no edited model"),
         (["evaluate", tmp_path / "absent"], "holds no edited model"),
         (["evaluate", edited[0], "--json", edited[0] / "meg.json" / "report"], "meg.json"),
         (["evaluate", edited[0], "--device", "cuda:99"], "cuda:99"),
+        (["distill", tmp_path / "absent", "--steps", 1], "holds no edited model"),
+        (["distill", edited[0], "--steps", 1], "mlp and bank already take one step"),
+        (["distill", edited_dit, "--steps", 5], "steps is 5; it must be 1 to 4"),
+        (["distill", edited_dit, "--steps", 2, "--teacher-steps", 2], "teacher_steps is 2"),
     ):
         said = fails(monkeypatch, capsys, *arguments)
         assert message in said and "\n" not in said

@@ -40,6 +40,7 @@ from meg_kernels import (
 from meg_kernels.editing import editor as editing
 from meg_kernels.editing import saving
 from meg_kernels.editing.evaluate import Evaluation
+from meg_kernels.editing.neuron_cache import Served
 from meg_kernels.editing.prompting import greedy_answers
 
 EDITED, FURTHER = FACTS[:5], FACTS[5:7]
@@ -275,11 +276,24 @@ def test_with_snapping_all_wordings_of_a_fact_have_one_neuron_and_without_their_
     for snap in (True, False):
         editor.config = dataclasses.replace(editor.config, snap=snap)
         editor.edits.generator.generate = lambda z, snap=snap: made.setdefault(snap, generate(z))
+        editor._cache.clear()
         editor.generate(MIXED, 1)
     routing = editor.route(MIXED)
     accepted, facts = int(routing.edited.sum()), routing.fact[routing.edited].unique()
     assert (len(made[True]), len(made[False])) == (len(facts), accepted)
     assert len(facts) < accepted
+
+
+def test_a_fact_asked_again_costs_no_generation_until_the_edits_change(editor):
+    query, fact = EDITED[0].query, FURTHER[0]
+    first = editor.generate([query, query, *UNRELATED], MOST)
+    asked = 2 + len(UNRELATED)
+    assert editor.served == Served(asked, 2, 1, 0)
+    assert editor.generate([query], MOST) == first[:1]
+    assert editor.served == Served(asked + 1, 3, 1, 1)
+    editor.add([fact])  # trains the generator further: what it made before is not asked for again
+    editor.generate([query], MOST)
+    assert editor.served.generated == 2
 
 
 def test_nothing_is_generated_for_queries_that_are_not_edited(editor):

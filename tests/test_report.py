@@ -12,6 +12,8 @@ import torch
 from benchmarks import measure, on_gpu, report
 from benchmarks.measure import Case, Ceilings, Passed, Race, Spread, Way, name_of, summary
 
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
 
 def race(what: str, baseline: str, speed_up: float, **shape) -> dict:
     """What benchmarks.measure.Race records."""
@@ -89,15 +91,15 @@ def test_the_baseline_without_neurons_shows_what_they_add():
 
 
 def test_tables_go_between_the_markers_and_nothing_else_changes():
-    text = f"before {report.BEGIN} old {report.END} after"
-    once = report.between_markers(text, "new")
+    text = f"before {BEGIN} old {END} after"
+    once = report.between_markers(text, report.RACES, "new")
     assert once.startswith("before ") and once.endswith(" after") and "old" not in once
-    assert report.between_markers(once, "new") == once
+    assert report.between_markers(once, report.RACES, "new") == once
 
 
-@pytest.mark.parametrize("text", ["", report.BEGIN, report.END, f"{report.END} {report.BEGIN}"])
+@pytest.mark.parametrize("text", ["", BEGIN, END, f"{END} {BEGIN}"])
 def test_a_text_without_both_markers_is_left_alone(text):
-    assert report.between_markers(text, "new") is None
+    assert report.between_markers(text, report.RACES, "new") is None
 
 
 def test_main_prints_the_tables_where_the_readme_has_no_markers(
@@ -110,6 +112,39 @@ def test_main_prints_the_tables_where_the_readme_has_no_markers(
     assert report.main([str(write(race("prefill", "no neurons", 0.99, batch=64)))]) == 0
     assert "A prefill" in capsys.readouterr().out
     assert readme.read_text() == "no markers"
+
+
+def steps_study(**changes) -> dict:
+    """What benchmarks.quality.steps writes."""
+    row = {"solver": "ddim", "distance": 0.25, "reliability": 1.0, "generality": 0.9}
+    rows = [
+        {**row, "steps": 50, "snap": True},
+        {**row, "steps": 2, "snap": True, "distance": 0.5},
+        {**row, "steps": 50, "snap": False, "generality": 0.8},
+        {**row, "steps": 2, "snap": False, "generality": 0.7},
+    ]
+    collected = {"reliability": 1.0, "generality": 0.95}
+    return {"study": "steps", "data": "demo", "facts": 64, "rows": rows, "collected": collected}
+
+
+def test_a_study_of_steps_is_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
+    path, readme = tmp_path / "steps.json", tmp_path / "README.md"
+    path.write_text(json.dumps(steps_study()))
+    readme.write_text(f"{BEGIN}races{END} <!-- steps:begin --><!-- steps:end -->")
+    (tmp_path / "benchmarks").mkdir()
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "FOLDER", tmp_path / "benchmarks")
+    pytest.importorskip("matplotlib")
+    assert report.main([str(path)]) == 0
+    text = readme.read_text()
+    assert text.startswith(f"{BEGIN}races{END}")  # no races were in the file
+    lines = [line for line in text.splitlines() if line.startswith("| ddim")]
+    assert lines == [
+        "| ddim | 2 | 0.500 | 1.000 | 0.900 | 0.700 |",
+        "| ddim | 50 | 0.250 | 1.000 | 0.900 | 0.800 |",
+    ]
+    assert "| collected neurons |  | 0 | 1.000 | 0.950 |  |" in text
+    assert (tmp_path / "benchmarks" / "plots" / "steps.png").stat().st_size > 1000
 
 
 def test_main_fails_where_nothing_was_measured(write, capsys):

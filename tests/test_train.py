@@ -125,6 +125,21 @@ def test_training_ends_with_the_steps_it_may_take(toy):
     assert training.steps == 50 and [step for step, _, _ in training.history] == [20, 40, 50]
 
 
+def test_the_loss_of_a_look_is_the_mean_since_the_look_before(toy):
+    config = dataclasses.replace(TOY, max_steps=50)
+    generator, losses = build_generator(config, LAYOUT, CONDITION_DIM), []
+    loss = generator.loss
+
+    def noting(*args):
+        losses.append(loss(*args))
+        return losses[-1]
+
+    generator.loss = noting
+    training = train_generator(generator, toy.conditions, toy.neurons, toy.only_the_collected)
+    means = [sum(losses[i : i + 20]).item() / len(losses[i : i + 20]) for i in (0, 20, 40)]
+    assert [mean for _, mean, _ in training.history] == pytest.approx(means, rel=1e-5)
+
+
 def test_the_averaged_weights_are_those_that_generate(toy, monkeypatch):
     """Recomputed by hand from the weights after every step."""
     steps = []

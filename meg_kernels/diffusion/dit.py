@@ -146,6 +146,8 @@ class NeuronDiT(nn.Module):
     torch.Size([3, 200])
     """
 
+    pos_embed: Tensor
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
@@ -317,10 +319,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, width] to [B, T, width]."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, heads, head_dim]
+        return self.proj(self.attend(self.qkv(x)))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """[B, T, 3 * width] to [B, T, width]."""
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, heads, head_dim]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, head_dim]
         attended = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(attended.transpose(1, 2).flatten(2))
+        return attended.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):

@@ -110,7 +110,7 @@ def sample(
     batch, device = condition.shape[0], condition.device
     # The start, then for DDPM one vector a step; the last step adds none.
     num_draws = len(steps) if config.solver == "ddpm" else 1
-    noise = _draw_noise(num_draws, dim, config.seed).to(device)  # [num_draws, dim]
+    noise = draw_noise(num_draws, dim, config.seed).to(device)  # [num_draws, dim]
     times = torch.tensor(timesteps, device=device)  # [num_steps]
 
     x_t = noise[0].repeat(batch, 1)  # [B, dim]
@@ -130,7 +130,8 @@ def sample(
     return x_t
 
 
-def _draw_noise(num_draws: int, dim: int, seed: int) -> Tensor:
+def draw_noise(num_draws: int, dim: int, seed: int) -> Tensor:
+    """[num_draws, dim] float32, on the CPU: the noise that all rows share."""
     # On the CPU whatever the device: accelerators have generators of their own, and a stored seed
     # must mean the same neurons everywhere.
     generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -156,9 +157,14 @@ def _check_inputs(denoiser: Denoiser, condition: Tensor, dim: int) -> None:
             "the denoiser is in training mode, where dropout would make neurons random: "
             "call denoiser.eval()"
         )
+    check_condition(condition)
+    if dim < 1:
+        raise ValueError(f"dim is {dim}; it must be at least 1")
+
+
+def check_condition(condition: Tensor) -> None:
+    """Raise unless `condition` is floating-point [B, c]."""
     if condition.ndim != 2:
         raise ValueError(f"condition has shape {tuple(condition.shape)}; it must be [B, c]")
     if not condition.is_floating_point():
         raise TypeError(f"condition is {condition.dtype}; it must be floating point")
-    if dim < 1:
-        raise ValueError(f"dim is {dim}; it must be at least 1")

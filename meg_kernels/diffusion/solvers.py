@@ -112,6 +112,21 @@ def plan_steps(
     return steps
 
 
+def coefficient_table(steps: Sequence[SolverStep]) -> Tensor:
+    """All coefficients [S, 8] float32, as `meg_kernels.ops.solver_step` reads them on the device.
+
+    A step's row: x0_from_sample, x0_from_prediction; of the update sample, x0, previous_x0,
+    log_posterior and log_beta; 1 if it adds noise, else 0.
+    """
+    rows = []
+    for step in steps:
+        update, noise = step.update, step.update.noise
+        bounds = (0.0, 0.0, 0.0) if noise is None else (noise.log_posterior, noise.log_beta, 1.0)
+        weights = (update.sample, update.x0, update.previous_x0)
+        rows.append((step.x0_from_sample, step.x0_from_prediction, *weights, *bounds))
+    return torch.tensor(rows, dtype=torch.float32)
+
+
 def ddim_update(here: NoiseLevel, after: NoiseLevel) -> Update:
     """Keep the implied noise, (x_t - alpha x_0) / sigma, and scale it to the next level."""
     noise_kept = after.sigma / here.sigma

@@ -37,6 +37,7 @@ from meg_kernels.editing.generators import (
     NeuronBank,
     build_generator,
 )
+from meg_kernels.editing.neuron_cache import NeuronCache, Served
 from meg_kernels.editing.prompting import (
     PromptTemplate,
     TargetBatch,
@@ -247,6 +248,8 @@ class MeGEditor:
         self.attached = attach(model, self.layer)
         self._edits: Edits | None = None
         self._serving = False
+        self.served = Served()
+        self._cache = NeuronCache(self.served)
 
     @classmethod
     def for_model(
@@ -439,7 +442,7 @@ class MeGEditor:
         """Give the base model back as it was, module for module. Harmless if called twice."""
         self.attached.detach()
 
-    # Answering
+    # Answering; `served` counts what is asked, and how many neurons that takes.
 
     def route(self, queries: Sequence[str]) -> Routing:
         """Which queries are edited ones in some wording, and the edited fact nearest to each."""
@@ -457,6 +460,8 @@ class MeGEditor:
         """Inside, the model answers this batch of queries as edited: row b is queries[b]."""
         routing = self.route(queries) if routing is None else routing
         accepted = routing.edited.nonzero()[:, 0]
+        self.served.queries += len(queries)
+        self.served.edited += len(accepted)
         if not len(accepted):
             yield routing
             return
@@ -468,7 +473,7 @@ class MeGEditor:
         else:
             index[accepted] = torch.arange(len(accepted), device=index.device)
             z = routing.z[accepted]
-        with self.attached.neurons(self.edits.generator.generate(z), index):
+        with self.attached.neurons(self._cache.generate(self.edits.generator, z), index):
             yield routing
 
     @contextmanager
@@ -552,8 +557,9 @@ class MeGEditor:
             "threshold_calibrated_on": dataclasses.asdict(edits.report.calibration),
             "seed": self.config.seed,
         }
+        before = dataclasses.replace(self.served)
         with self.serving():
-            return evaluate(
+            report = evaluate(
                 evaluation,
                 lambda queries, owners: self.routed(queries),
                 mount_own,
@@ -561,6 +567,7 @@ class MeGEditor:
                 seconds=edits.report.seconds,
                 progress=progress,
             )
+        return dataclasses.replace(report, served=self.served.since(before))
 
     # Keeping
 

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.editing.facts import Fact
+from meg_kernels.editing.neuron_cache import Served
 from meg_kernels.editing.prompting import (
     IGNORED,
     PromptTemplate,
@@ -83,6 +84,7 @@ class EvaluationReport:
             gate or generator: the ceiling of what a generator can reach. None if not asked for.
         protocol: everything needed to repeat the measurement.
         seconds: of each stage.
+        served: what the edited model was asked, and how many neurons that took.
     """
 
     n: int
@@ -91,6 +93,7 @@ class EvaluationReport:
     collected: Metrics | None
     protocol: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
+    served: Served = field(default_factory=Served)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -100,6 +103,7 @@ class EvaluationReport:
             "collected": None if self.collected is None else self.collected.to_dict(),
             "protocol": self.protocol,
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "served": asdict(self.served),
         }
 
 

@@ -20,7 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meg_kernels.diffusion import DiTConfig, NeuronDiT, NoiseSchedule, SamplerConfig, sample
+from meg_kernels.diffusion import (
+    DiTConfig,
+    Execution,
+    NeuronDiT,
+    NeuronSampler,
+    NoiseSchedule,
+    SamplerConfig,
+)
 from meg_kernels.neuron import NeuronLayout, Neurons
 
 PAPER_WEIGHT_STD = 0.01
@@ -191,10 +198,20 @@ class DiTGenerator(Generator):
         super().__init__(config, layout, condition_dim)
         self.network = NeuronDiT(config.dit(layout.dim, condition_dim))
         self.noise_schedule = NoiseSchedule()
+        self.execution = Execution()
+        self._sampler: NeuronSampler | None = None
 
     def _generate(self, conditions: Tensor) -> Tensor:
-        dim, sampler = self.layout.dim, self.config.sampler
-        return sample(self.network, conditions, dim, self.noise_schedule, sampler)
+        sampler = self._sampler
+        if sampler is None or not sampler.is_current(self.config.sampler, self.execution):
+            sampler = self._sampler = NeuronSampler(
+                self.network, self.noise_schedule, self.config.sampler, self.execution
+            )
+        return sampler(conditions)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a copy samples with is its own network.
+        return self.__dict__ | {"_sampler": None}
 
     def loss(self, conditions: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
         """Mean squared error of the prediction, with the variance's bound where it is learnt."""

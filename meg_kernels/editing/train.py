@@ -3,6 +3,8 @@
 What counts is whether the model answers with a generated neuron, not the loss: the weights of the
 averaged (EMA) network are tried on the edited queries every few steps, and training stops when
 enough of them are answered. A checkpoint after each look makes it resumable.
+
+`fit` is the loop itself, for any loss: distillation runs in it too.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from meg_kernels.editing.generators import Generator, NeuronBank
+from meg_kernels.editing.generators import Generator, GeneratorConfig, NeuronBank
 from meg_kernels.neuron import Neurons
 from meg_kernels.precision import fast_products
 from meg_kernels.storage import CorruptFileError, fingerprint, read_tensors, write_tensors
@@ -83,23 +86,105 @@ def train_generator(
     generator.to(device)
     if not keep_scales:
         generator.standardize(conditions, neurons)
-    looked_at = _sample_rows(len(conditions), config.seed).to(device)
-
-    def look(candidate: Generator) -> float:
-        candidate.eval()
-        made = candidate.generate(conditions[looked_at])
-        return answers(made, looked_at).float().mean().item()
-
+    trial = Trial.of(conditions, answers, config.seed)
     # Facts that even their collected neuron does not answer are nobody's to reach.
-    reachable = answers(neurons[looked_at], looked_at).float().mean().item()
-    enough = config.enough * reachable
+    enough = config.enough * trial.answered(neurons[trial.rows])
+
+    def look(candidate: Generator) -> tuple[float]:
+        return (trial.answered(trial.generate(candidate)),)
 
     if isinstance(generator, NeuronBank):
         generator.store(conditions, neurons)
-        return Training(0, look(generator))
+        return Training(0, *look(generator))
 
     inputs = generator.scaled_conditions(conditions)
     targets = generator.scaled_weights(neurons)
+
+    def loss(step: int, random: torch.Generator) -> Tensor:
+        rows, noisy = draw_conditions(inputs, config, random)
+        return generator.loss(noisy, targets[rows], random)
+
+    task = Task(
+        "training generator",
+        loss,
+        look,
+        done=lambda answered: answered >= enough,
+        identity=(inputs, targets),
+    )
+    history = fit(generator, task, work_folder=work_folder, progress=progress)
+    step, _, answered = history[-1]
+    return Training(step, answered, history)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Tries generators on edited queries, on all of them or on a sample.
+
+    Args:
+        conditions: [L, condition_dim] of the queries that are looked at.
+        rows: [L] the facts that they belong to.
+        answers: tries neurons on the model.
+    """
+
+    conditions: Tensor
+    rows: Tensor
+    answers: Answers
+
+    @classmethod
+    def of(cls, conditions: Tensor, answers: Answers, seed: int) -> Trial:
+        rows = _sample_rows(len(conditions), seed).to(conditions.device)
+        return cls(conditions[rows], rows, answers)
+
+    def generate(self, candidate: Generator) -> Neurons:
+        """The candidate's neurons [L]."""
+        return candidate.eval().generate(self.conditions)
+
+    def answered(self, neurons: Neurons) -> float:
+        """The share of the queries that the model answers right with these neurons [L]."""
+        return self.answers(neurons, self.rows).float().mean().item()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What `fit` fits a generator to.
+
+    Args:
+        name: shown beside the progress bar.
+        loss: of the generator as it is at this step, with any random numbers from the given
+            generator.
+        look: what a candidate achieves, the share of edited queries answered first.
+        done: whether what was achieved is enough.
+        identity: values and tensors that, with the generator's configuration, tell this task from
+            others.
+    """
+
+    name: str
+    loss: Callable[[int, torch.Generator], Tensor]
+    look: Callable[[Generator], tuple[float, ...]]
+    done: Callable[..., bool]
+    identity: tuple[Any, ...]
+
+
+def fit(
+    generator: Generator, task: Task, *, work_folder: str | Path | None, progress: bool
+) -> tuple[tuple[Any, ...], ...]:
+    """Fit `generator`, in place, until a look at its averaged weights says that it is done.
+
+    Its configuration says how: batches, learning rate, averaging, the looks and the most steps.
+
+    Args:
+        generator: one with a network.
+        task: loss and aim.
+        work_folder, progress: as `train_generator` says.
+
+    Returns:
+        For each look the step, the mean loss since the look before, and what `task.look` returned.
+
+    Raises:
+        FloatingPointError: the loss became NaN.
+    """
+    config = generator.config
+    device = next(generator.parameters()).device
     averaged = copy.deepcopy(generator)
     optimizer = torch.optim.AdamW(generator.parameters(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -110,21 +195,15 @@ def train_generator(
         ),
     )
     random = torch.Generator().manual_seed(config.seed)
-    checkpoint = _Checkpoint.of(work_folder, generator, inputs, targets)
+    checkpoint = _Checkpoint.of(work_folder, generator, task.identity)
     step, history = checkpoint.load(generator, averaged, optimizer, schedule, random)
 
     generator.train()
     total_loss = 0.0
-    with tqdm(
-        total=config.max_steps, initial=step, desc="training generator", disable=not progress
-    ) as bar:
-        while step < config.max_steps and not (history and history[-1][2] >= enough):
-            rows = torch.randperm(len(inputs), generator=random)[: config.batch_size].to(device)
-            jitter = torch.randn(len(rows), inputs.shape[1], generator=random)
-            jitter[::2] = 0  # half of the conditions stay exact
-            noisy = inputs[rows] + config.condition_noise * jitter.to(device)
+    with tqdm(total=config.max_steps, initial=step, desc=task.name, disable=not progress) as bar:
+        while step < config.max_steps and not (history and task.done(*history[-1][2:])):
             with fast_products(device):
-                loss = generator.loss(noisy, targets[rows], random)
+                loss = task.loss(step, random)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -134,18 +213,29 @@ def train_generator(
             _average(averaged, generator, min(config.ema_decay, step / (step + 10)))
             bar.update()
             if step % config.check_every == 0 or step == config.max_steps:
-                mean_loss = total_loss / config.check_every or loss.item()
+                taken = step - (history[-1][0] if history else 0)
+                mean_loss = total_loss / taken or loss.item()
                 if not math.isfinite(mean_loss):
                     raise FloatingPointError(
                         f"the loss is {mean_loss} after {step} steps; try a smaller learning_rate"
                     )
-                history.append((step, mean_loss, look(averaged)))
+                history.append((step, mean_loss, *task.look(averaged)))
                 total_loss = 0.0
                 bar.set_postfix(loss=f"{mean_loss:.4f}", answered=f"{history[-1][2]:.1%}")
                 checkpoint.save(generator, averaged, optimizer, random, step, history)
     generator.load_state_dict(averaged.state_dict())
     generator.eval()
-    return Training(step, history[-1][2], tuple(history))
+    return tuple(history)
+
+
+def draw_conditions(
+    inputs: Tensor, config: GeneratorConfig, random: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A batch of inputs [N, c]: its rows [B], and their conditions [B, c] with training's noise."""
+    rows = torch.randperm(len(inputs), generator=random)[: config.batch_size].to(inputs.device)
+    jitter = torch.randn(len(rows), inputs.shape[1], generator=random)
+    jitter[::2] = 0  # half of the conditions stay exact
+    return rows, inputs[rows] + config.condition_noise * jitter.to(inputs.device)
 
 
 def _sample_rows(n: int, seed: int) -> Tensor:
@@ -167,13 +257,13 @@ class _Checkpoint:
 
     @classmethod
     def of(
-        cls, folder: str | Path | None, generator: Generator, inputs: Tensor, targets: Tensor
+        cls, folder: str | Path | None, generator: Generator, identity: tuple[Any, ...]
     ) -> _Checkpoint:
         if folder is None:
             return cls(None)
         first = next(generator.parameters())
-        identity = fingerprint(generator.config.to_dict(), inputs, targets, first)
-        return cls(Path(folder) / f"generator-{identity}.safetensors")
+        digest = fingerprint(generator.config.to_dict(), *identity, first)
+        return cls(Path(folder) / f"generator-{digest}.safetensors")
 
     def save(self, generator, averaged, optimizer, random, step, history) -> None:
         if self.path is None:

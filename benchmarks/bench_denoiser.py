@@ -1,0 +1,362 @@
+"""Generating neurons: the sampler end to end, a step of it, each saving by itself, and its ops.
+
+"As released" is what the paper's code is described to run: DiT-B in float32, 50 steps of ancestral
+DDPM with the learned variance, adaLN computed anew at every step, no graph. It is `sample` over the
+plain `NeuronDiT`, which diffusers' schedulers are the oracle of in the tests.
+
+All networks have random weights, every one of which matters; so few steps here say nothing about
+the answers that neurons of a trained network give. Those are measured in benchmarks/quality.
+
+The gate: in float32 our sampler gives what the plain one gives, up to rounding; in the dtype that
+is timed it is off by no more than the network's roundings add up to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.measure import Case, Passed, Race, Way, cold_caches
+from meg_kernels import ops
+from meg_kernels.diffusion import (
+    DiTConfig,
+    Execution,
+    NeuronDiT,
+    NeuronSampler,
+    NoiseSchedule,
+    SamplerConfig,
+    coefficient_table,
+    plan_steps,
+    sample,
+)
+from meg_kernels.precision import fast_dtype
+
+GPU = torch.cuda.is_available()
+SCHEDULE = NoiseSchedule()
+RELEASED = SamplerConfig("ddpm", 50, "respaced")
+FEW = 4  # steps that answer as well as 50 (benchmarks/quality)
+WIDTHS = (1153, 5121, 8193)  # SmolLM2-135M with a bias; Phi-2; GPT-J
+BATCHES = (1, 8, 64, 512) if GPU else (1, 8, 64)
+NETWORKS = {
+    "DiT-B": lambda width: DiTConfig.paper(width, condition_dim=768),
+    "default": lambda width: DiTConfig(width, condition_dim=384),
+}
+PLAIN, COMPILED, OURS = "plain float32", "plain float32, compiled", "ours"
+# A step rounds each of a block's some ten results once.
+ROUNDINGS_A_BLOCK = 10
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network and conditions for it, on the device."""
+
+    name: str
+    dit: NeuronDiT
+    condition: Tensor
+
+    @classmethod
+    def of(cls, name: str, width: int, batch: int, device: torch.device) -> Task:
+        torch.manual_seed(0)
+        dit = NeuronDiT(NETWORKS[name](width))
+        with torch.no_grad():
+            for parameter in dit.parameters():
+                scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
+                parameter.normal_(std=scale)
+        condition = torch.randn(batch, dit.config.condition_dim)
+        return cls(name, dit.eval().to(device), condition.to(device))
+
+    def plainly(self, config: SamplerConfig) -> Callable[[], Tensor]:
+        return lambda: sample(
+            self.dit, self.condition, self.dit.config.neuron_dim, SCHEDULE, config
+        )
+
+    def fast(self, config: SamplerConfig, precision: str = "auto") -> Callable[[], Tensor]:
+        sampler = NeuronSampler(self.dit, SCHEDULE, config, Execution(precision=precision))
+        return lambda: sampler(self.condition)
+
+    def check(self, config: SamplerConfig, result: Tensor) -> Passed:
+        """`result`, which our sampler gave for `config`, is right; and so it is in float32."""
+        few = Task(self.name, self.dit, self.condition[:8])
+        expected = few.plainly(config)()
+        exact = {"float32": few.fast(config, "float32")()}
+        blocks = ROUNDINGS_A_BLOCK * self.dit.config.depth
+        Passed.close(exact, expected, "the plain sampler", ops=blocks)
+        # What was rounded is a step's prediction, in the dtype of the products.
+        rounded = {OURS: result[:8].to(self.dtype)}
+        return Passed.close(rounded, expected, "the plain sampler", ops=blocks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return fast_dtype(self.condition.device, torch.float32)
+
+    @property
+    def flops(self) -> int:
+        """Of a step, the conditioning of which costs a product of its own."""
+        shape, batch = self.dit.config, len(self.condition)
+        blocks = self.dit.blocks.parameters()
+        products = sum(p.numel() for p in blocks if p.ndim == 2)
+        adaln = sum(block.adaLN_modulation[1].weight.numel() for block in self.dit.blocks)
+        attention = 2 * shape.depth * shape.num_tokens * shape.width
+        return 2 * batch * (shape.num_tokens * (products - adaln + attention) + adaln)
+
+    @property
+    def bytes(self) -> int:
+        """The weights, once: what a step on few samples waits for."""
+        return sum(p.numel() for p in self.dit.parameters()) * self.dtype.itemsize
+
+    def case(self, what: str, steps: int) -> Case:
+        shape = {
+            "network": self.name,
+            "neuron": self.dit.config.neuron_dim,
+            "batch": len(self.condition),
+            "steps": steps,
+        }
+        return Case(what, shape, self.dtype, steps * self.bytes, steps * self.flops)
+
+
+@pytest.fixture
+def task(request: pytest.FixtureRequest, device: torch.device) -> Task:
+    return Task.of(*request.param, device)
+
+
+def each(*tasks: tuple[str, int, int]):
+    """Parametrize a test by tasks of (network, width, batch)."""
+    return pytest.mark.parametrize(
+        "task", tasks, indirect=True, ids=lambda one: "-".join(map(str, one))
+    )
+
+
+def shares(run: Callable[[], Tensor]) -> dict[str, float]:
+    """Where the time of one run goes: each op's share, and that of everything else."""
+    run()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]
+    with profile(activities=activities) as profiled:
+        run()
+    names = {
+        "mkldnn::_linear_pointwise": "products",
+        "aten::linear": "products",
+        "meg_kernels::linear_gelu": "products",
+        "meg_kernels::gated_residual_layer_norm": "residual and norm",
+        "meg_kernels::modulated_layer_norm": "residual and norm",
+        "meg_kernels::short_attention": "attention",
+        "meg_kernels::solver_step": "solver",
+    }
+    events = profiled.key_averages()
+    times = {
+        event.key: event.device_time_total if GPU else event.cpu_time_total for event in events
+    }
+    whole = sum(
+        event.self_device_time_total if GPU else event.self_cpu_time_total for event in events
+    )
+    parts: dict[str, float] = {}
+    for key, name in names.items():
+        parts[name] = parts.get(name, 0.0) + times.get(key, 0.0) / whole
+    return parts | {"rest": 1 - sum(parts.values())}
+
+
+# ---- end to end ----------------------------------------------------------------------------------
+
+
+@each(("DiT-B", 1153, 64), ("default", 1153, 64))
+@torch.no_grad()
+def test_neurons(race: Race, task: Task, device: torch.device):
+    """Neurons per second, ours in few steps, against the released way: always DiT-B, 50 steps."""
+    config = SamplerConfig("ddim", FEW)
+    paper = Task.of("DiT-B", task.dit.config.neuron_dim, len(task.condition), device)
+    batch = len(task.condition)
+    ours = task.fast(config)
+
+    def gate(results: dict[str, Tensor]) -> Passed:
+        assert bool(results["as released"].isfinite().all())
+        return task.check(config, results[OURS])
+
+    race(
+        task.case("generate neurons", FEW),
+        Way(OURS, ours, items=batch),
+        Way("as released", paper.plainly(RELEASED), items=batch),
+        gate=gate,
+        rounds=2,
+    )
+    graphs = Execution(graphs=False)
+    eager = NeuronSampler(task.dit, SCHEDULE, config, graphs)
+    race.benchmark.extra_info["shares"] = shares(lambda: eager(task.condition))
+
+
+@each(("DiT-B", 1153, 64))
+@torch.no_grad()
+def test_each_saving(race: Race, task: Task):
+    """What each saving is worth on the same network: the time of 10 steps, one after the other.
+
+    Fewer steps than 10 are worth what they save: every step costs the same.
+    """
+    released = SamplerConfig("ddpm", 10, "respaced")
+    config = SamplerConfig("ddim", 10)
+
+    def gate(results: dict[str, Tensor]) -> Passed:
+        return task.check(config, results["bfloat16 as well" if half else "hoisted, folded, fused"])
+
+    half = task.dtype == torch.bfloat16
+    ways = [
+        Way("as released", task.plainly(released)),
+        Way("no variance", task.plainly(config)),
+        Way("hoisted, folded, fused", task.fast(config, "float32")),
+    ]
+    if half:
+        ways.append(Way("bfloat16 as well", task.fast(config, "bfloat16")))
+    race(task.case("each saving", 10), ways[-1], *ways[:-1], gate=gate, rounds=2)
+
+
+# ---- a step --------------------------------------------------------------------------------------
+
+
+@each(*((name, width, batch) for name in NETWORKS for width in WIDTHS for batch in BATCHES))
+@torch.no_grad()
+def test_step(race: Race, task: Task):
+    """A step of ours, of four that share their conditioning, against one of the plain network."""
+    config = SamplerConfig("ddim", FEW)
+    once = SamplerConfig("ddim", 1)
+
+    race(
+        task.case("denoising step", 1),
+        Way(OURS, task.fast(config), items=FEW),
+        Way(PLAIN, task.plainly(once)),
+        gate=lambda results: task.check(config, results[OURS]),
+    )
+
+
+# ---- the ops -------------------------------------------------------------------------------------
+
+OP_BACKENDS = ("triton", "reference") if GPU else ("cpu",)
+OP_BATCHES = (8, 64, 512) if GPU else (8, 64)
+
+
+@pytest.fixture(params=OP_BACKENDS)
+def op_backend(request: pytest.FixtureRequest, device: torch.device):
+    reason = ops.usable_backends(device)[request.param]
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    with ops.backend(request.param):
+        yield request.param
+
+
+def normal(device: torch.device, *shape: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator(device).manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
+@pytest.mark.parametrize("batch", OP_BATCHES)
+@torch.no_grad()
+def test_gated_residual_layer_norm(race: Race, op_backend: str, batch: int, tokens=52, width=768):
+    dtype, device = fast_dtype(race.device, torch.float32), race.device
+    x, update = normal(device, 2, batch, tokens, width, dtype=dtype)
+    gate, shift, scale = normal(device, batch, 3, width, dtype=dtype).unbind(1)
+
+    def eager(x=x, update=update, gate=gate, shift=shift, scale=scale) -> tuple[Tensor, Tensor]:
+        stream = x + gate[:, None] * update
+        normed = F.layer_norm(stream, (width,), eps=1e-6)
+        return stream, normed * (1 + scale[:, None]) + shift[:, None]
+
+    def check(results: dict) -> Passed:
+        expected = eager(*(part.double() for part in (x, update, gate, shift, scale)))
+        Passed.close({name: got[0] for name, got in results.items()}, expected[0], "float64")
+        normed = {name: got[1] for name, got in results.items()}
+        return Passed.close(normed, expected[1], "float64", ops=4)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        return ops.gated_residual_layer_norm(x, update, gate, shift, scale)
+
+    prepare = cold_caches(device)
+    moved = 4 * x.nbytes + 3 * gate.numel() * gate.element_size()
+    shape = {"batch": batch, "tokens": tokens, "width": width}
+    race(
+        Case("gated residual and LayerNorm", shape, dtype, moved, 10 * x.numel()),
+        Way(
+            op_backend,
+            lambda: ops.gated_residual_layer_norm(x, update, gate, shift, scale),
+            prepare,
+        ),
+        Way("eager", eager, prepare),
+        gate=check,
+    )
+
+
+@pytest.mark.parametrize("batch", OP_BATCHES)
+@torch.no_grad()
+def test_short_attention(race: Race, op_backend: str, batch: int, tokens=52, heads=12, dim=64):
+    dtype, device = fast_dtype(race.device, torch.float32), race.device
+    qkv = normal(device, batch, tokens, 3 * heads * dim, dtype=dtype)
+
+    def sdpa(qkv=qkv) -> Tensor:
+        query, key, value = qkv.unflatten(-1, (3, heads, dim)).permute(2, 0, 3, 1, 4).contiguous()
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+    prepare = cold_caches(device)
+    moved, flops = 4 * qkv.nbytes // 3, 4 * batch * heads * tokens**2 * dim
+    shape = {"batch": batch, "tokens": tokens, "heads": heads, "head width": dim}
+    race(
+        Case("short attention", shape, dtype, moved, flops),
+        Way(op_backend, lambda: ops.short_attention(qkv, heads), prepare),
+        Way("copies and SDPA", sdpa, prepare),
+        gate=lambda results: Passed.close(results, sdpa(qkv.double()), "float64", ops=2),
+    )
+
+
+@pytest.mark.parametrize("batch", OP_BATCHES)
+@torch.no_grad()
+def test_linear_gelu(race: Race, op_backend: str, batch: int, tokens=52, width=768, hidden=3072):
+    dtype, device = fast_dtype(race.device, torch.float32), race.device
+    x = normal(device, batch, tokens, width, dtype=dtype)
+    weight = normal(device, hidden, width, dtype=dtype) * width**-0.5
+    bias = normal(device, hidden, dtype=dtype)
+
+    def eager(x=x, weight=weight, bias=bias) -> Tensor:
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+    moved = x.nbytes + weight.nbytes + x.numel() // width * hidden * x.element_size()
+    shape = {"batch": batch, "tokens": tokens, "width": width, "hidden": hidden}
+    expected = eager(x.double(), weight.double(), bias.double())
+    prepare = cold_caches(device)
+    race(
+        Case("linear and GELU", shape, dtype, moved, 2 * batch * tokens * width * hidden),
+        Way(op_backend, lambda: ops.linear_gelu(x, weight, bias), prepare),
+        Way("eager", eager, prepare),
+        gate=lambda results: Passed.close(results, expected, "float64", ops=2),
+    )
+
+
+@pytest.mark.parametrize("batch", OP_BATCHES)
+@torch.no_grad()
+def test_solver_step(race: Race, op_backend: str, batch: int, dim=5121):
+    """A step of DPM-Solver++(2M) in the middle of its way, from a slice of padded patches."""
+    dtype, device = fast_dtype(race.device, torch.float32), race.device
+    steps = plan_steps("dpmsolver++", SCHEDULE, SCHEDULE.timesteps(10, "trailing"), "v")
+    table = coefficient_table(steps).to(device)
+    x_t, previous = normal(device, 2, batch, dim, dtype=torch.float32)
+    prediction = normal(device, batch, dim + 79, dtype=dtype)[:, :dim]
+    one = steps[5]
+
+    def eager(x_t=x_t, prediction=prediction, previous=previous) -> tuple[Tensor, Tensor]:
+        x0 = one.x0_from_sample * x_t + one.x0_from_prediction * prediction
+        update = one.update
+        x_next = update.sample * x_t + update.x0 * x0 + update.previous_x0 * previous
+        return x_next, x0
+
+    def check(results: dict) -> Passed:
+        expected = eager(*(part.double() for part in (x_t, prediction, previous)))
+        Passed.close({name: got[1] for name, got in results.items()}, expected[1], "float64")
+        return Passed.close({name: got[0] for name, got in results.items()}, expected[0], "float64")
+
+    prepare = cold_caches(device)
+    moved = 4 * x_t.nbytes + batch * dim * dtype.itemsize
+    race(
+        Case("solver step", {"batch": batch, "neuron": dim}, dtype, moved, 8 * x_t.numel()),
+        Way(op_backend, lambda: ops.solver_step(x_t, prediction, previous, table, 5), prepare),
+        Way("eager", eager, prepare),
+        gate=check,
+    )

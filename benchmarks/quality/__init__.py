@@ -1,0 +1,1 @@
+"""What the answers are worth: studies that need a trained generator, and minutes."""

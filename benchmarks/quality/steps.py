@@ -1,0 +1,170 @@
+"""How many sampling steps a generator needs: the same trained network, sampled in more or fewer.
+
+    meg demo --out build/demo
+    python -m benchmarks.quality.steps build/demo --name demo
+
+For each number of steps and solver, every edited fact gets its generated neuron, without the gate,
+and the model is asked the fact's query and paraphrases (Reliability and Generality, AG). With
+snapping the generator is asked about the edited query for all of them, without it about each
+wording's own condition. Distances to the collected neurons are relative to those neurons' spread
+around their mean: 1 is as far off as the mean neuron. The answer is the fewest steps whose
+Reliability and Generality are both within half a point of 50 DDIM steps'.
+
+Writes benchmarks/results/steps-NAME.json, from which `python -m benchmarks.report` makes the
+README's table and the plot. Rows that are in it already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from benchmarks.conftest import version_of
+from meg_kernels import MeGEditor
+from meg_kernels.diffusion import SamplerConfig
+from meg_kernels.editing.evaluate import Evaluation
+from meg_kernels.editing.generators import DiTGenerator
+from meg_kernels.storage import write_json
+
+RESULTS = Path(__file__).parents[1] / "results"
+REFERENCE = SamplerConfig("ddim", 50)
+SAMPLERS = [
+    REFERENCE,
+    *(SamplerConfig("ddim", steps) for steps in (1, 2, 3, 4, 8, 16)),
+    *(SamplerConfig("dpmsolver++", steps) for steps in (3, 4, 8, 16)),
+]
+WITHIN = 0.005
+
+
+def label(sampler: SamplerConfig, snap: bool) -> str:
+    """
+    >>> label(SamplerConfig("ddim", 4), snap=True)
+    'ddim-4-snap'
+    """
+    return f"{sampler.solver}-{sampler.num_steps}" + ("-snap" if snap else "")
+
+
+class Study:
+    """An edited model, asked with its generator's neurons in one way after the other."""
+
+    def __init__(self, editor: MeGEditor):
+        generator = editor.edits.generator
+        if not isinstance(generator, DiTGenerator):
+            raise SystemExit("the generator of this edited model takes no steps: it is no DiT")
+        self.editor, self.edits, self.generator = editor, editor.edits, generator
+        self.trained = generator.config
+        self.evaluation = Evaluation(
+            editor.model, editor.tokenizer, self.edits.facts, editor.template
+        )
+
+    def measure(self, sampler: SamplerConfig, snap: bool) -> dict[str, Any]:
+        """One row of the table."""
+        self.generator.config = dataclasses.replace(self.trained, sampler=sampler)
+        own = self.generator.generate(self.edits.queries)
+
+        def mounting(queries, owners):
+            if snap:
+                return self.editor.attached.neurons(own, torch.tensor(owners))
+            z = self.editor.encoder.encode(queries).to(self.edits.queries.device)
+            return self.editor.attached.neurons(self.generator.generate(z))
+
+        metrics = self.evaluation.collected(mounting)
+        return {
+            "solver": sampler.solver,
+            "steps": sampler.num_steps,
+            "snap": snap,
+            "reliability": metrics.reliability_ag,
+            "generality": metrics.generality_ag,
+            "distance": self.distance(self.flat(own)),
+        }
+
+    def ceiling(self) -> dict[str, Any]:
+        """The same with each fact's collected neuron."""
+        metrics = self.evaluation.collected(
+            lambda queries, owners: self.editor.attached.neurons(
+                self.edits.neurons, torch.tensor(owners)
+            )
+        )
+        return {"reliability": metrics.reliability_ag, "generality": metrics.generality_ag}
+
+    def flat(self, neurons) -> Tensor:
+        return self.generator.layout.pack(neurons).cpu()
+
+    def distance(self, flat: Tensor) -> float:
+        collected = self.flat(self.edits.neurons)
+        spread = (collected - collected.mean(0)).norm(dim=1).mean()
+        return float((flat - collected).norm(dim=1).mean() / spread)
+
+
+def fewest(rows: list[dict[str, Any]], snap: bool) -> int | None:
+    """The fewest steps of any solver that answer within half a point of the reference.
+
+    >>> row = {"solver": "ddim", "snap": True, "reliability": 1.0, "generality": 0.9}
+    >>> rows = [{**row, "steps": 50}, {**row, "steps": 2, "generality": 0.89}, {**row, "steps": 4}]
+    >>> fewest(rows, snap=True)
+    4
+    """
+    rows = [row for row in rows if row["snap"] == snap]
+    full = next(
+        (row for row in rows if (row["solver"], row["steps"]) == ("ddim", REFERENCE.num_steps)),
+        None,
+    )
+    if full is None:
+        return None
+    return min(
+        row["steps"]
+        for row in rows
+        if row["reliability"] >= full["reliability"] - WITHIN
+        and row["generality"] >= full["generality"] - WITHIN
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="what `meg edit` or `meg demo --out` saved")
+    parser.add_argument("--name", required=True, help="of the data, in the result's name")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+
+    path = RESULTS / f"steps-{arguments.name}.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+    study = Study(MeGEditor.from_pretrained(arguments.folder, device=arguments.device))
+    content |= {
+        "study": "steps",
+        "data": arguments.name,
+        "facts": len(study.edits.facts),
+        "generator": study.trained.to_dict(),
+        "trained_steps": study.edits.report.training.steps,
+        "protocol": study.evaluation.protocol(),
+        "versions": {name: version_of(name) for name in ("torch", "transformers")},
+    }
+    done = {(row["solver"], row["steps"], row["snap"]) for row in content["rows"]}
+    with study.editor.serving():
+        content["collected"] = content.get("collected") or study.ceiling()
+        todo = [
+            (sampler, snap)
+            for sampler in SAMPLERS
+            for snap in (True, False)
+            if (sampler.solver, sampler.num_steps, snap) not in done
+        ]
+        for sampler, snap in (bar := tqdm(todo, unit="row")):
+            bar.set_postfix_str(label(sampler, snap))
+            content["rows"].append(study.measure(sampler, snap))
+            write_json(path, content)
+    for snap in (True, False):
+        content["fewest" + ("_snap" if snap else "")] = fewest(content["rows"], snap)
+    write_json(path, content)
+    print(json.dumps(content["rows"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""Sampling a `NeuronDiT` as the hardware likes it: the function of `sample`, many times faster.
+
+What is done once for all steps, or not at all:
+
+- conditioning: silu(tEmbedder(t) + z) of all steps and samples goes through the adaLN weights of
+  all blocks in one product, a third of a DiT's weights that a loop would read at every step;
+- the token inputs' positions and conditions are added up before the first step;
+- the head: its two linears, with nothing between them, become one; the variance's channel is
+  computed for the solver that asks for it alone;
+- the solver: coefficients of all steps are a table on the device, nothing in the loop waits.
+
+What remains of a block are four products and the ops between them: gated residual + LayerNorm +
+modulation, attention from the packed qkv, GELU. The state is float32, the network runs in bfloat16
+where the device multiplies it. On a CPU the weights are packed for oneDNN once; on a GPU the loop
+becomes a CUDA graph for each batch size among powers of two.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meg_kernels.ops.linear_epilogue import linear_gelu
+from meg_kernels.ops.modulated_norm import gated_residual_layer_norm, modulated_layer_norm
+from meg_kernels.ops.short_attention import MAX_TOKENS, short_attention
+from meg_kernels.ops.solver_step import solver_step
+from meg_kernels.precision import PackedWeight, fast_dtype
+
+from .dit import LAYER_NORM_EPS, DiTBlock, NeuronDiT, timestep_sinusoids
+from .sampler import SamplerConfig, check_condition, draw_noise
+from .schedule import NoiseSchedule, check_choice
+from .solvers import coefficient_table, plan_steps
+
+Attention = Literal["auto", "ours", "sdpa", "flash-attn"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+MODULATION_BYTES = 256 * 2**20  # of the conditioning that is computed ahead of its steps
+CHUNK = 512  # samples that go through the network at once
+GRAPHS = 8
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a sampler runs: what changes the time that it takes, and its result by rounding only.
+
+    Args:
+        precision: of the network's products; "auto" is bfloat16 where the device multiplies it
+            natively, else the network's own.
+        attention: "ours" (`short_attention`, up to 128 tokens), "sdpa" (PyTorch's), "flash-attn"
+            (that package, on a GPU in bfloat16 or float16); "auto" is ours where the tokens are few
+            enough.
+        graphs: on a GPU, record the loop as a CUDA graph for each power of two of samples.
+        compile: run the loop under `torch.compile`, which takes minutes at the first call.
+    """
+
+    precision: Precision = "auto"
+    attention: Attention = "auto"
+    graphs: bool = True
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, Precision)
+        check_choice("attention", self.attention, Attention)
+
+
+class NeuronSampler:
+    """`sample(network, condition, ...)` for a `NeuronDiT`, prepared once for many calls.
+
+    The network's weights are taken when the sampler is made; `is_current` tells whether that is
+    still what was asked for.
+
+    Args:
+        network: in eval mode.
+        schedule: the schedule that it was trained with.
+        config: solver, steps and seed.
+        execution: how to run.
+
+    Raises:
+        ValueError: the network is in training mode, or takes more tokens than the attention does.
+        RuntimeError: flash-attn was asked for and is not there.
+
+    >>> from meg_kernels.diffusion import DiTConfig, NoiseSchedule
+    >>> dit = NeuronDiT(DiTConfig(neuron_dim=200, condition_dim=32, width=64, depth=1)).eval()
+    >>> sampler = NeuronSampler(dit, NoiseSchedule(), SamplerConfig(num_steps=2))
+    >>> sampler(torch.randn(3, 32)).shape
+    torch.Size([3, 200])
+    """
+
+    def __init__(
+        self,
+        network: NeuronDiT,
+        schedule: NoiseSchedule,
+        config: SamplerConfig,
+        execution: Execution | None = None,
+    ):
+        if network.training:
+            raise ValueError("the network is in training mode: call network.eval()")
+        self.execution = execution or Execution()
+        self.config, self.shape = config, network.config
+        self._network, self._seen = network, _versions(network)
+        own = network.inLinear.weight
+        self.device, self.dtype = own.device, _precision(self.execution, own)
+        self._attend = _attention(self.execution.attention, network, self.dtype, self.device)
+
+        timesteps = schedule.timesteps(config.num_steps, config.spacing)
+        steps = plan_steps(config.solver, schedule, timesteps, network.prediction)
+        ancestral = config.solver == "ddpm"
+        self._adds_noise = [step.update.noise is not None for step in steps]
+        self._with_variance = ancestral and network.learns_variance
+        self._table = coefficient_table(steps).to(self.device)  # [S, 8]
+        draws = len(steps) if ancestral else 1
+        self._noise = draw_noise(draws, self.shape.neuron_dim, config.seed).to(self.device)
+        with torch.no_grad():
+            self._prepare(network, torch.tensor(timesteps, device=self.device))
+        self._graphs = _Graphs(self._run) if self._uses_graphs() else None
+        self._whole = torch.compile(self._run) if self.execution.compile else self._run
+
+    def is_current(self, config: SamplerConfig, execution: Execution) -> bool:
+        """Whether a sampler made now would do the same: no weight or setting has changed."""
+        seen = self.config, self.execution, self._seen
+        return seen == (config, execution, _versions(self._network))
+
+    @torch.no_grad()
+    def __call__(self, condition: Tensor) -> Tensor:
+        """Generate one vector of weights for each condition.
+
+        Args:
+            condition: [B, condition_dim], any floating dtype, on the network's device. B may be 0.
+
+        Returns:
+            [B, neuron_dim] float32, in the space that the network was trained in.
+
+        Raises:
+            ValueError, TypeError: condition is no such tensor.
+        """
+        check_condition(condition)
+        if condition.shape[1] != self.shape.condition_dim or condition.device != self.device:
+            raise ValueError(
+                f"condition is {tuple(condition.shape)} on {condition.device}; it must be "
+                f"[B, {self.shape.condition_dim}] on {self.device}"
+            )
+        if not len(condition):
+            return condition.new_empty(0, self.shape.neuron_dim, dtype=torch.float32)
+        run = self._whole if self._graphs is None else self._graphs
+        with torch.autocast(self.device.type, enabled=False):
+            chunks = [run(chunk) for chunk in condition.to(self.dtype).split(CHUNK)]
+        return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+
+    def _uses_graphs(self) -> bool:
+        return self.execution.graphs and not self.execution.compile and self.device.type == "cuda"
+
+    def _prepare(self, network: NeuronDiT, timesteps: Tensor) -> None:
+        """Take the network's weights, and compute what no condition has a part in."""
+        dtype, shape = self.dtype, self.shape
+        layers: list[Any] = [*network.blocks, network.final_layer]
+        embedded = network.tEmbedder(timestep_sinusoids(timesteps).to(network.pos_embed.dtype))
+        self._time = embedded.float()[:, None]  # [S, 1, width]
+        self._positions = network.pos_embed.to(dtype)
+        self._patches = _Product.of(network.inLinear, dtype)
+        self._projection = self._token_condition = None
+        if shape.condition_dim != shape.width:
+            self._projection = _Product.of(network.condition_projection, dtype)
+        if shape.token_condition:
+            self._token_condition = _Product.of(network.token_condition, dtype)
+        self._modulation = _Product.stacked([layer.adaLN_modulation[1] for layer in layers], dtype)
+        self._blocks = [_Block.of(block, dtype) for block in layers[:-1]]
+        # Linear after linear is one linear: W (V x + a) + b = (W V) x + (W a + b).
+        outer, inner = network.outLinear, network.final_layer.linear
+        channels = range(2 if self._with_variance else 1)
+        width = shape.width
+        self._heads = [
+            _Product(
+                outer.weight @ inner.weight[c * width : (c + 1) * width],
+                outer.weight @ inner.bias[c * width : (c + 1) * width] + outer.bias,
+                dtype,
+            )
+            for c in channels
+        ]
+
+    def _run(self, condition: Tensor) -> Tensor:
+        """[B, condition_dim] in the compute dtype to [B, neuron_dim] float32."""
+        shape, batch, steps = self.shape, len(condition), len(self._table)
+        x_t = self._noise[0].repeat(batch, 1)  # [B, dim]
+        previous_x0 = x_t  # read by no first step
+        patches = condition.new_zeros(batch, shape.num_tokens * shape.patch_size)
+        inputs = self._positions.expand(batch, -1, -1)  # [B, T, width]
+        if self._token_condition is not None:
+            inputs = inputs + self._token_condition(condition).view(inputs.shape)
+        c = condition if self._projection is None else self._projection(condition)
+        ahead = MODULATION_BYTES // (batch * self._modulation.out_features * self.dtype.itemsize)
+        for start in range(0, steps, max(ahead, 1)):
+            time = self._time[start : start + max(ahead, 1)]
+            modulation = self._modulation(F.silu(time + c.float()).to(self.dtype))  # [s, B, M]
+            for step, at in enumerate(modulation, start):
+                patches[:, : shape.neuron_dim] = x_t
+                outputs = self._denoise(patches.view(batch, shape.num_tokens, -1), at, inputs)
+                prediction, *variance = [
+                    output.view(batch, -1)[:, : shape.neuron_dim] for output in outputs
+                ]
+                x_t, previous_x0 = solver_step(
+                    x_t,
+                    prediction,
+                    previous_x0,
+                    self._table,
+                    step,
+                    self._noise[step + 1] if self._adds_noise[step] else None,
+                    *(variance if self._adds_noise[step] else ()),
+                )
+        return x_t
+
+    def _denoise(self, patches: Tensor, modulation: Tensor, inputs: Tensor) -> list[Tensor]:
+        """The prediction's patches [B, T, patch_size], and the variance's where it is wanted.
+
+        Args:
+            patches: [B, T, patch_size] of the noised weights.
+            modulation: [B, M]: shift, scale, gate of every block's two halves, and those of the
+                final layer.
+            inputs: [B, T, width] what is added to the tokens.
+        """
+        parts = [*modulation.view(len(modulation), -1, self.shape.width).unbind(1)]  # [B, width]
+        stream = self._patches(patches) + inputs
+        shift, scale, *parts = parts
+        normed = modulated_layer_norm(stream, shift, scale, LAYER_NORM_EPS)
+        for block in self._blocks:
+            gate, shift, scale, next_gate, next_shift, next_scale, *parts = parts
+            update = block.proj(self._attend(block.qkv(normed)))
+            stream, normed = gated_residual_layer_norm(
+                stream, update, gate, shift, scale, LAYER_NORM_EPS
+            )
+            update = block.fc2(block.fc1.gelu(normed))
+            stream, normed = gated_residual_layer_norm(
+                stream, update, next_gate, next_shift, next_scale, LAYER_NORM_EPS
+            )
+        return [head(normed) for head in self._heads]
+
+
+class _Product:
+    """A frozen linear's product, over weights that a CPU has packed."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype):
+        self.weight, self.bias = weight.detach().to(dtype), bias.detach().to(dtype)
+        self.out_features = len(weight)
+        self._packed = PackedWeight.of(self.weight)
+        if self._packed is not None:
+            del self.weight
+
+    @classmethod
+    def of(cls, linear: nn.Linear, dtype: torch.dtype) -> _Product:
+        return cls(linear.weight, linear.bias, dtype)
+
+    @classmethod
+    def stacked(cls, linears: list[nn.Linear], dtype: torch.dtype) -> _Product:
+        """One product for all, their outputs end to end."""
+        weight = torch.cat([linear.weight for linear in linears])
+        return cls(weight, torch.cat([linear.bias for linear in linears]), dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._packed is not None:
+            return self._packed(x, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        if self._packed is not None:
+            return self._packed(x, self.bias, gelu_tanh=True)
+        return linear_gelu(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The products of a DiT block; its modulation is computed ahead."""
+
+    qkv: _Product
+    proj: _Product
+    fc1: _Product
+    fc2: _Product
+
+    @classmethod
+    def of(cls, block: DiTBlock, dtype: torch.dtype) -> _Block:
+        linears = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
+        return cls(*(_Product.of(linear, dtype) for linear in linears))
+
+
+class _Graphs:
+    """`run` as CUDA graphs, one for each power of two of rows; the oldest makes room.
+
+    All share one private memory pool: they are replayed one after the other, and a result is copied
+    out before the next replay.
+    """
+
+    def __init__(self, run: Callable[[Tensor], Tensor]):
+        self._run = run
+        self._graphs: OrderedDict[int, tuple[Any, Tensor, Tensor]] = OrderedDict()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, condition: Tensor) -> Tensor:
+        rows = len(condition)
+        bucket = 1 << (rows - 1).bit_length()
+        if bucket not in self._graphs:
+            self._graphs[bucket] = self._record(condition.new_zeros(bucket, condition.shape[1]))
+            if len(self._graphs) > GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(bucket)
+        graph, given, result = self._graphs[bucket]
+        given[:rows] = condition
+        graph.replay()
+        return result[:rows].clone()
+
+    def _record(self, given: Tensor) -> tuple[Any, Tensor, Tensor]:
+        with torch.cuda.device(given.device):
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):  # compiles kernels, and lets cuBLAS allocate
+                self._run(given)
+            torch.cuda.current_stream().wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                result = self._run(given)
+        return graph, given, result
+
+
+def _versions(network: nn.Module) -> list[tuple[int, int]]:
+    """Changes with every change of a parameter, in place or not."""
+    return [(part.data_ptr(), part._version) for part in network.parameters()]
+
+
+def _precision(execution: Execution, own: Tensor) -> torch.dtype:
+    if execution.precision == "auto":
+        return fast_dtype(own.device, own.dtype)
+    return getattr(torch, execution.precision)
+
+
+def _attention(
+    wanted: Attention, network: NeuronDiT, dtype: torch.dtype, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """What turns a block's qkv [B, T, 3 * width] into its attended values [B, T, width]."""
+    heads, tokens = network.config.num_heads, network.config.num_tokens
+    if wanted == "auto":
+        wanted = "ours" if tokens <= MAX_TOKENS else "sdpa"
+    if wanted == "ours":
+        if tokens > MAX_TOKENS:
+            raise ValueError(
+                f"the network has {tokens} tokens; attention='ours' takes up to {MAX_TOKENS}: use "
+                "'sdpa' or 'auto'"
+            )
+        return lambda qkv: short_attention(qkv, heads)
+    if wanted == "sdpa":
+        first: Any = network.blocks[0]
+        return first.attn.attend
+    if importlib.util.find_spec("flash_attn") is None:
+        raise RuntimeError("attention='flash-attn' needs that package: pip install flash-attn")
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        raise RuntimeError(
+            f"flash-attn runs on a GPU in bfloat16 or float16, not on {device} in {dtype}; use "
+            "attention='sdpa'"
+        )
+    from flash_attn import flash_attn_qkvpacked_func
+
+    def flash(qkv: Tensor) -> Tensor:
+        return flash_attn_qkvpacked_func(qkv.unflatten(-1, (3, heads, -1))).flatten(2)
+
+    return flash

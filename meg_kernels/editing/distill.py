@@ -1,0 +1,265 @@
+"""Distillation: a DiT generator that samples in one to four steps what takes it some fifty.
+
+Sampling starts from one shared noise vector and DDIM adds none: each condition has one trajectory.
+The student, a copy of the teacher, learns to take it in N steps. At each of its N timesteps one
+DDIM step shall lead from the teacher's state there to the teacher's next one,
+
+    x_next = c x_t + d x_0,    which takes    x_0 = (x_next - c x_t) / d
+
+(Salimans & Ho 2022, algorithm 2, without its halvings). The loss is the error of the x_0 that the
+student implies, x_0 = a x_t + b prediction, since that is how an error appears in the weights; only
+where |b| > 1 would blow it up, in strong noise that the network predicts, it is the prediction's:
+
+    loss = |x_0(student) - x_0|^2 / max(1, |b|)^2
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meg_kernels.diffusion import NeuronDiT, plan_steps, sample
+from meg_kernels.editing.generators import DiTGenerator, Generator
+from meg_kernels.editing.train import Answers, Task, Trial, draw_conditions, fit
+from meg_kernels.neuron import Neurons
+
+MOST_STEPS = 4  # up to which d is at least 0.05
+TEACHER_STEPS = 50
+CLOSE = 0.02  # distance from the teacher's neurons at which a student has learnt enough
+# A teacher must answer this share of what the generator answers as it is.
+FIT_TO_TEACH = 0.9
+USES = 10  # of a state: making a trajectory takes as many calls of the network as it has steps
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a network achieves when it is sampled in so many steps.
+
+    Args:
+        num_steps: of DDIM.
+        answered: share of the edited queries that the model answers right.
+        to_teacher: relative L2 distance to the teacher's neurons, all of them standardised; where
+            those are smaller than a standard deviation, relative to that.
+        to_collected: the same to the collected neurons.
+    """
+
+    num_steps: int
+    answered: float
+    to_teacher: float
+    to_collected: float
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a distillation went.
+
+    Args:
+        asked: number of edited queries that all of this was measured on.
+        teacher: the network as it was, in many steps.
+        undistilled: the same network in the student's few.
+        student: the network that came of it.
+        steps: optimisation steps taken.
+        history: (step, loss, answered, to_teacher) at each look.
+    """
+
+    asked: int
+    teacher: Quality
+    undistilled: Quality
+    student: Quality
+    steps: int
+    history: tuple[tuple[int, float, float, float], ...] = ()
+
+
+def distill(
+    generator: Generator,
+    conditions: Tensor,
+    neurons: Neurons,
+    answers: Answers,
+    steps: int,
+    *,
+    teacher_steps: int | None = None,
+    seed: int | None = None,
+    work_folder: str | Path | None = None,
+    progress: bool = False,
+) -> tuple[DiTGenerator, Distillation]:
+    """A generator that samples in a few DDIM steps what `generator` samples in many.
+
+    It is trained until it answers as many edited queries as the teacher, with neurons close to
+    the teacher's, or for as many steps as the configuration has. The teacher, too, is sampled with
+    DDIM, whatever its own solver: a variance that it learnt has no part in it.
+
+    Args:
+        generator: the teacher, a trained DiT; it stays as it is.
+        conditions: [N, condition_dim] of the edited queries.
+        neurons: the N neurons collected under them, which the result is compared with.
+        answers: tries neurons on the model.
+        steps: of the student, 1 to 4.
+        teacher_steps: a multiple of `steps`; default: the one closest to 50.
+        seed: of batches and noise; default: that of the generator's configuration.
+        work_folder, progress: as `train_generator` says.
+
+    Raises:
+        ValueError: the generator is no DiT, a number of steps is out of range, or the generator
+            answers too little in `teacher_steps` to teach.
+        FloatingPointError: the loss became NaN.
+    """
+    if not isinstance(generator, DiTGenerator):
+        raise ValueError(
+            f"the generator is of kind {generator.config.kind!r}; only a dit can be distilled: "
+            "mlp and bank already take one step"
+        )
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps is {steps}; it must be 1 to {MOST_STEPS}")
+    if teacher_steps is None:
+        teacher_steps = round(TEACHER_STEPS / steps) * steps
+    most = generator.noise_schedule.num_timesteps
+    if teacher_steps % steps or not steps < teacher_steps <= most:
+        raise ValueError(
+            f"teacher_steps is {teacher_steps}; it must be a multiple of steps, {steps}, greater "
+            f"than it and at most {most}"
+        )
+    teacher = _sampled_in(teacher_steps, generator)
+    student = copy.deepcopy(_sampled_in(steps, generator))
+    if seed is not None:
+        student.config = dataclasses.replace(student.config, seed=seed)
+
+    trial = Trial.of(conditions, answers, student.config.seed)
+    expected = generator.scaled_weights(trial.generate(teacher))
+    collected = generator.scaled_weights(neurons.to(conditions.device)[trial.rows])
+
+    def quality(candidate: Generator) -> Quality:
+        made = trial.generate(candidate)
+        weights = generator.scaled_weights(made)
+        return Quality(
+            candidate.config.sampler.num_steps,
+            trial.answered(made),
+            _distance(weights, expected),
+            _distance(weights, collected),
+        )
+
+    taught = quality(teacher)
+    _check_fit_to_teach(taught, generator, trial)
+    undistilled = quality(student)
+
+    def look(candidate: Generator) -> tuple[float, float]:
+        measured = quality(candidate)
+        return measured.answered, measured.to_teacher
+
+    def done(answered: float, to_teacher: float) -> bool:
+        return answered >= taught.answered and to_teacher <= CLOSE
+
+    if done(undistilled.answered, undistilled.to_teacher):
+        return student, Distillation(len(trial.rows), taught, undistilled, undistilled, 0)
+    inputs = generator.scaled_conditions(conditions)
+    task = Task(
+        "distilling generator",
+        _Lessons(teacher, student, inputs).loss,
+        look,
+        done,
+        identity=(teacher_steps, inputs, *teacher.parameters()),
+    )
+    history = fit(student, task, work_folder=work_folder, progress=progress)
+    report = Distillation(
+        len(trial.rows), taught, undistilled, quality(student), history[-1][0], history
+    )
+    return student, report
+
+
+def _sampled_in(num_steps: int, generator: DiTGenerator) -> DiTGenerator:
+    """The generator, its network shared, that samples so."""
+    config = generator.config
+    sampler = dataclasses.replace(
+        config.sampler, solver="ddim", num_steps=num_steps, spacing="trailing"
+    )
+    other = copy.copy(generator)
+    other.config = dataclasses.replace(config, sampler=sampler)
+    return other
+
+
+def _distance(weights: Tensor, wanted: Tensor) -> float:
+    # Neurons that are all alike, such as a single one, are zero when standardised.
+    return ((weights - wanted).norm() / max(wanted.norm().item(), wanted.numel() ** 0.5)).item()
+
+
+def _check_fit_to_teach(teacher: Quality, generator: Generator, trial: Trial) -> None:
+    own = generator.config.sampler
+    answered = trial.answered(trial.generate(generator))
+    if teacher.answered < FIT_TO_TEACH * answered:
+        raise ValueError(
+            f"in teacher_steps = {teacher.num_steps} the generator answers "
+            f"{teacher.answered:.1%} of the edited queries, but {answered:.1%} with its own "
+            f"{own.num_steps} steps of {own.solver}; one that was distilled already can teach in "
+            f"its own number of steps only"
+        )
+
+
+class _Lessons:
+    """What the student learns from: the teacher's trajectories, made anew every so often.
+
+    Args:
+        teacher: makes them; stays as it is.
+        student: learns to take them in its own number of steps.
+        inputs: [N, c] standardised conditions.
+    """
+
+    def __init__(self, teacher: DiTGenerator, student: DiTGenerator, inputs: Tensor):
+        self.teacher, self.student, self.inputs = teacher, student, inputs
+        self.schedule, self.prediction = teacher.noise_schedule, teacher.network.prediction
+        timesteps = self.schedule.timesteps(student.config.sampler.num_steps)
+        self.steps = plan_steps("ddim", self.schedule, timesteps, self.prediction)
+        self.pool: tuple[Tensor, ...] = ()
+
+    def loss(self, step: int, random: torch.Generator) -> Tensor:
+        """The loss of the student as it is at this step."""
+        config = self.student.config
+        if step % config.check_every == 0:  # where a checkpoint is: resumed runs do so too
+            self.pool = self._make(random)
+        rows = torch.randperm(len(self.pool[0]), generator=random)[: config.batch_size]
+        condition, x_t, t, x0, weight = (part[rows.to(part.device)] for part in self.pool)
+        prediction = self.student.network(x_t, t, condition).float()
+        implied = self.schedule.to_x0(prediction, self.prediction, x_t, t)
+        return (weight * (implied - x0)).square().mean()
+
+    def _make(self, random: torch.Generator) -> tuple[Tensor, ...]:
+        """Conditions [P, c], states [P, dim], timesteps [P], x_0 [P, dim] and weights [P, 1]."""
+        config = self.student.config
+        lessons = []
+        for _ in range(math.ceil(config.check_every / (USES * len(self.steps)))):
+            _, conditions = draw_conditions(self.inputs, config, random)
+            states = self._states(conditions)
+            for step, (x_t, x_next) in zip(self.steps, pairwise(states), strict=True):
+                x0 = (x_next - step.update.sample * x_t) / step.update.x0
+                t = torch.full((len(x_t),), step.timestep, device=x_t.device)
+                weight = torch.full_like(x_t[:, :1], 1 / max(1, abs(step.x0_from_prediction)))
+                lessons.append((conditions, x_t, t, x0, weight))
+        return tuple(torch.cat(parts) for parts in zip(*lessons, strict=True))
+
+    def _states(self, conditions: Tensor) -> list[Tensor]:
+        """The teacher's states at the student's N timesteps and its result, N + 1 of [B, dim]."""
+        watched: Any = _Watched(self.teacher.network)
+        dim, sampler = self.teacher.layout.dim, self.teacher.config.sampler
+        result = sample(watched, conditions, dim, self.schedule, sampler)
+        return [*watched.states[:: sampler.num_steps // len(self.steps)], result]
+
+
+class _Watched:
+    """A denoiser that keeps the states which it is asked about."""
+
+    learns_variance = False  # DDIM has no use for it
+
+    def __init__(self, network: NeuronDiT):
+        self.network, self.prediction = network, network.prediction
+        self.training = network.training
+        self.states: list[Tensor] = []
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        self.states.append(x_t)
+        return self.network(x_t, t, condition)

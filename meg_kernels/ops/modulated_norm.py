@@ -1,0 +1,210 @@
+"""The normalisations of the DiT: LayerNorm, shifted and scaled by the condition (adaLN-Zero).
+
+    stream[b, t] = x[b, t] + gate[b] * update[b, t]
+    out[b, t]    = (r - mean(r)) / sqrt(variance(r) + eps) * (1 + scale[b]) + shift[b]
+
+r is stream[b, t], or x[b, t] itself where nothing is added. Tokens are [B, T, D]; shift, scale and
+gate [B, D] hold for all tokens of a sample, and may be columns of one matrix for all blocks.
+Everything is computed in float32 (float64 for float64) and rounded once: first the stream, then
+what is made of the rounded stream. Source: Peebles & Xie 2023, section 3.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meg_kernels.ops.backend import choose
+
+BACKENDS = ("triton", "cpu", "reference")
+MAX_WIDTH = 8192
+
+
+def modulated_layer_norm_reference(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> Tensor:
+    """The definition in plain PyTorch, differentiable."""
+    r, shift, scale = (_accumulated(part) for part in (x, shift[:, None], scale[:, None]))
+    centred = r - r.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    return (centred * torch.rsqrt(variance + eps) * (1 + scale) + shift).to(x.dtype)
+
+
+def gated_residual_layer_norm_reference(
+    x: Tensor, update: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """The definition in plain PyTorch, differentiable."""
+    added = _accumulated(gate[:, None]) * _accumulated(update)
+    stream = (_accumulated(x) + added).to(x.dtype)
+    return stream, modulated_layer_norm_reference(stream, shift, scale, eps)
+
+
+def _accumulated(part: Tensor) -> Tensor:
+    return part.to(torch.promote_types(part.dtype, torch.float32))
+
+
+def _cpu_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """In two passes over x."""
+    shift, scale = _accumulated(shift[:, None]), _accumulated(scale[:, None])
+    normed = F.layer_norm(_accumulated(x), x.shape[-1:], eps=eps)
+    return torch.addcmul(shift, normed, 1 + scale, out=normed).to(x.dtype)
+
+
+def _cpu_gated(
+    x: Tensor, update: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    stream = torch.addcmul(x, gate[:, None], update)  # in float32 too, rounded once
+    return stream, _cpu_norm(stream, shift, scale, eps)
+
+
+_LIBRARY = torch.library.Library("meg_kernels", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_LIBRARY.define(
+    "modulated_layer_norm(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor", tags=_TAGS
+)
+_LIBRARY.define(
+    "gated_residual_layer_norm(Tensor x, Tensor update, Tensor gate, Tensor shift, Tensor scale,"
+    " float eps) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+@torch.library.impl(_LIBRARY, "modulated_layer_norm", "CompositeExplicitAutograd")
+def _modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    chosen = choose("modulated_layer_norm", x.device, x.dtype, backends=BACKENDS)
+    if chosen == "cpu":
+        return _cpu_norm(x, shift, scale, eps)
+    if chosen == "reference":
+        return modulated_layer_norm_reference(x, shift, scale, eps).contiguous()
+    kernel = _triton_kernel("modulated_layer_norm", x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    kernel.forward(out, *map(_rows_adjacent, (x, shift, scale)), eps)
+    return out
+
+
+@torch.library.impl(_LIBRARY, "gated_residual_layer_norm", "CompositeExplicitAutograd")
+def _gated_residual_layer_norm(
+    x: Tensor, update: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    chosen = choose("gated_residual_layer_norm", x.device, x.dtype, backends=BACKENDS)
+    if chosen in ("cpu", "reference"):
+        compute = _cpu_gated if chosen == "cpu" else gated_residual_layer_norm_reference
+        stream, out = compute(x, update, gate, shift, scale, eps)
+        return stream.contiguous(), out.contiguous()
+    kernel = _triton_kernel("gated_residual_layer_norm", x)
+    x, update, gate, shift, scale = map(_rows_adjacent, (x, update, gate, shift, scale))
+    stream, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    kernel.forward(out, x, shift, scale, eps, stream, update, gate)
+    return stream, out
+
+
+def _triton_kernel(op: str, x: Tensor) -> Any:
+    from meg_kernels.kernels import modulated_norm as kernel
+
+    if x.dtype not in kernel.DTYPES:
+        supported = ", ".join(str(dtype) for dtype in kernel.DTYPES)
+        raise RuntimeError(
+            f"{op}: the tensors are of {x.dtype}, and its Triton kernel takes {supported}; "
+            'convert them, or compute it under backend("reference")'
+        )
+    return kernel
+
+
+def _rows_adjacent(tensor: Tensor) -> Tensor:
+    """`tensor`, copied if the elements of its rows are not adjacent: the kernel wants them so."""
+    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@torch.library.register_fake("meg_kernels::modulated_layer_norm", lib=_LIBRARY)
+def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.register_fake("meg_kernels::gated_residual_layer_norm", lib=_LIBRARY)
+def _(
+    x: Tensor, update: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    stream = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return stream, torch.empty_like(stream)
+
+
+def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """Normalise every token, then scale and shift it as its sample's condition says.
+
+    Args:
+        x: tokens [B, T, D] of any strides; float32, float16, bfloat16, or float64 where the
+            backend is not triton; D from 1 to 8192.
+        shift, scale: [B, D] of that dtype; rows may lie at any distance, as columns of a wider
+            matrix do.
+        eps: added to the variance.
+
+    Returns:
+        [B, T, D], contiguous, in the dtype of x.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+        RuntimeError: a gradient is asked for, or the backend cannot run on these tensors.
+
+    >>> x = torch.tensor([[[1.0, 3.0]]])
+    >>> modulated_layer_norm(x, shift=torch.tensor([[0.5, 0.5]]), scale=torch.tensor([[1.0, 2.0]]))
+    tensor([[[-1.5000,  3.5000]]])
+    """
+    parts = {"x": x, "shift": shift, "scale": scale}
+    _check("modulated_layer_norm", parts)
+    return torch.ops.meg_kernels.modulated_layer_norm(*parts.values(), float(eps))
+
+
+def gated_residual_layer_norm(
+    x: Tensor, update: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Add a gated update to every token, and `modulated_layer_norm` the sum.
+
+    Args:
+        x, shift, scale, eps: as there.
+        update: like x.
+        gate: like shift.
+
+    Returns:
+        (stream, out), each [B, T, D], contiguous, in the dtype of x: the sum, rounded, and its
+        norm.
+
+    Raises:
+        ValueError, RuntimeError: as there.
+
+    >>> ones = torch.ones(1, 2)
+    >>> x, update = torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[0.0, 2.0]]])
+    >>> stream, out = gated_residual_layer_norm(x, update, gate=ones, shift=ones, scale=ones)
+    >>> stream, out
+    (tensor([[[1., 5.]]]), tensor([[[-1.0000,  3.0000]]]))
+    """
+    parts = {"x": x, "update": update, "gate": gate, "shift": shift, "scale": scale}
+    _check("gated_residual_layer_norm", parts)
+    return torch.ops.meg_kernels.gated_residual_layer_norm(*parts.values(), float(eps))
+
+
+def _check(op: str, parts: dict[str, Tensor]) -> None:
+    x = parts["x"]
+    if x.dim() != 3 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; it must be floating-point [B, T, D]")
+    batch, _, width = x.shape
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"x has rows of {width} elements; 1 to {MAX_WIDTH} are supported")
+    for name, part in parts.items():
+        expected = tuple(x.shape) if name in ("x", "update") else (batch, width)
+        if tuple(part.shape) != expected:
+            raise ValueError(
+                f"{name} is {tuple(part.shape)}; beside x {tuple(x.shape)} it must be {expected}"
+            )
+        if part.dtype != x.dtype or part.device != x.device:
+            raise ValueError(
+                f"{name} is {part.dtype} on {part.device}, x {x.dtype} on {x.device}; convert "
+                "them to one dtype, and move them to one device"
+            )
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts.values()):
+        raise RuntimeError(
+            f"{op} has no backward; call it under torch.no_grad(), or use the reference, "
+            f"{op}_reference"
+        )

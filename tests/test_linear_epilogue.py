@@ -1,0 +1,660 @@
+"""The DiT's linear layers and what follows them against float64, on every backend.
+
+Triton's kernels run in its interpreter, or on the GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import functools
+import importlib
+import math
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from properties import given, st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from meg_kernels import kernels
+from meg_kernels.ops import backend
+from meg_kernels.ops import linear_epilogue as op_module
+from meg_kernels.ops.backend import VARIABLE
+from meg_kernels.ops.linear_epilogue import (
+    linear_gated_residual,
+    linear_gated_residual_reference,
+    linear_gelu,
+    linear_gelu_reference,
+)
+
+pytest.importorskip("triton")
+
+from meg_kernels.kernels import linear_epilogue as triton_kernels
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+_REASON = kernels.unavailable_reason(DEVICE)
+pytestmark = [
+    pytest.mark.skipif(_REASON is not None, reason=str(_REASON)),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's remarks on infinities
+    pytest.mark.usefixtures("faster_interpreter", "poisoned_memory", "bfloat16_products"),
+]
+if DEVICE.type == "cuda":
+    pytestmark.append(pytest.mark.gpu)
+
+LIBRARY = torch.ops.meg_kernels
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+BACKENDS = ["triton", "reference"] + ["cpu"] * (DEVICE.type == "cpu")
+OPS = {"gelu": False, "gated_residual": True}
+KERNELS = ["_linear_gelu_kernel", "_linear_gated_residual_kernel"]
+EPSILON = torch.finfo(torch.float32).eps
+# How far rounding may be off, relatively. Triton's interpreter cuts bfloat16 off.
+LAST_DIGIT = {dtype: torch.finfo(dtype).eps / 2 for dtype in DTYPES}
+LAST_DIGIT[torch.bfloat16] *= 2 if DEVICE.type == "cpu" else 1
+STEEPEST = 1.13  # slope of gelu
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def bfloat16_products():
+    """Triton's interpreter multiplies bfloat16, not their bits as integers, as it would."""
+    if DEVICE.type == "cuda":
+        yield
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    builder = interpreter.InterpreterBuilder
+    create_dot = builder.create_dot
+
+    def widened(handle):
+        if handle.dtype.scalar.name != "bf16":
+            return handle
+        values = (handle.data.astype("uint32") << 16).view("float32")
+        return interpreter.TensorHandle(values, interpreter.tl.float32)
+
+    def create_dot_of_values(self, a, b, *rest):
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "create_dot", create_dot_of_values)
+        yield
+
+
+@pytest.fixture(params=BACKENDS)
+def forced(request):
+    """Every backend in turn, forced."""
+    with backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=OPS.values(), ids=OPS)
+def gated(request):
+    """Each of the two ops."""
+    return request.param
+
+
+# ---- calls and their oracle --------------------------------------------------------------------
+
+
+@dataclass
+class Call:
+    """Arguments of one call; without gate and residual, of `linear_gelu`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    gate: Tensor | None = None
+    residual: Tensor | None = None
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        return tuple(part for part in vars(self).values() if part is not None)
+
+    def run(self) -> Tensor:
+        op = linear_gelu if self.gate is None else linear_gated_residual
+        return op(*self.arguments())
+
+    def launch(self) -> Tensor:
+        """The Triton kernel's result, which has NaN around it that must stay."""
+        allocate, beside = torch.empty, 2**17
+        memories = []
+
+        def amid_nan(*shape, **options):
+            size = math.prod(shape)
+            memory = allocate(size + 2 * beside, **options).fill_(NAN)
+            memories.append((memory, slice(beside, beside + size)))
+            return memory[memories[-1][1]].view(shape)
+
+        with backend("triton"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "empty", amid_nan)
+            out = self.run().clone()
+        for memory, inside in memories:
+            memory[inside] = NAN
+            assert memory.isnan().all()
+        return out
+
+    def samples(self, samples: list[int] | slice) -> Call:
+        """The same for these samples only."""
+        batched = {name: getattr(self, name) for name in ("x", "gate", "residual")}
+        parts = {name: part[samples] for name, part in batched.items() if part is not None}
+        return replace(self, **parts)
+
+    def check(self, result: Tensor, rounded_product: bool = False) -> None:
+        """Compare with float64; some backends round the product before they go on with it."""
+        dtype = self.x.dtype
+        assert result.shape == (*self.x.shape[:-1], len(self.weight)) and result.dtype == dtype
+        assert result.is_contiguous()
+        x, weight, bias = self.x.double(), self.weight.double(), self.bias.double()
+        linear = x @ weight.T + bias
+        terms = weight.shape[1] + 2
+        error = terms * EPSILON * (x.abs() @ weight.abs().T + bias.abs())
+        if rounded_product:
+            error = error + 2 * LAST_DIGIT[dtype] * linear.abs()  # and so they round the bias
+        if self.gate is None:
+            bent = math.sqrt(2 / math.pi) * (linear + 0.044715 * linear**3)
+            expected = 0.5 * linear * (1 + torch.tanh(bent))
+            allowed = STEEPEST * error + 8 * EPSILON * linear.abs()
+        else:
+            gate = self.gate.double()[:, None]
+            expected = self.residual.double() + gate * linear
+            allowed = gate.abs() * (error + EPSILON * linear.abs()) + EPSILON * expected.abs()
+        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        allowed = allowed + LAST_DIGIT[dtype] * expected.abs() + smallest
+        excess = (result.double() - expected).abs() - allowed
+        assert not excess.numel() or excess.max() <= 0, excess.max()
+
+
+def random_call(
+    batch=3, tokens=5, depth=72, width=40, *, dtype=torch.float32, gated=True, seed=0
+) -> Call:
+    """A call whose gate is one chunk of a matrix of six, as the DiT has it."""
+    generator = torch.Generator().manual_seed(seed + 1000 * batch + 100 * tokens + depth + width)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    x, weight = normal(batch, tokens, depth), normal(width, depth) / max(depth, 1) ** 0.5
+    call = Call(x, weight, normal(width))
+    if gated:
+        gate = normal(batch, 6 * width).chunk(6, dim=-1)[2]
+        call = replace(call, gate=gate, residual=normal(batch, tokens, width))
+    return call
+
+
+@functools.cache
+def many_rows(width, dtype, gated) -> tuple[Call, Tensor]:
+    """Enough for large tiles, and their groups of eight do not come out even; with the result."""
+    call = random_call(40, 52, 72, width, dtype=dtype, gated=gated)
+    return call, call.launch()
+
+
+MANY_ROWS = [*((1000, dtype) for dtype in DTYPES), (1001, torch.bfloat16)]
+
+
+def apart(part: Tensor) -> Tensor:
+    """The same elements, with NaN between them."""
+    return torch.stack([part, torch.full_like(part, NAN)], dim=-1)[..., 0]
+
+
+def shifted(part: Tensor) -> Tensor:
+    """The same elements, one element further from a multiple of 16 bytes."""
+    memory = part.new_full((part.numel() + 1,), NAN)
+    return memory[1:].view(part.shape).copy_(part)
+
+
+def spaced(gate: Tensor, gap: int) -> Tensor:
+    """The same rows, with NaN between them."""
+    memory = gate.new_full((len(gate), gate.shape[1] + gap), NAN)
+    return memory[:, : gate.shape[1]].copy_(gate)
+
+
+@st.composite
+def calls(draw):
+    call = random_call(
+        draw(st.integers(0, 3)),
+        draw(st.integers(0, 40)),
+        draw(st.integers(0, 40) | st.sampled_from([64, 72, 136, 200])),
+        draw(st.integers(1, 40) | st.sampled_from([64, 72, 136])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        gated=draw(st.booleans()),
+        seed=draw(st.integers(0, 9)),
+    )
+    for name, part in vars(call).items():
+        if part is not None:
+            setattr(call, name, draw(st.sampled_from([torch.clone, apart, shifted]))(part))
+    if call.gate is not None:
+        call.gate = spaced(call.gate, draw(st.sampled_from([0, 8, 3])))
+    return call
+
+
+# ---- results -----------------------------------------------------------------------------------
+
+
+@given(calls())
+def test_the_kernels_follow_the_definition_whatever_they_are_given(call):
+    before = [part.clone() for part in call.arguments()]
+    call.check(call.launch())
+    for part, copy in zip(call.arguments(), before, strict=True):
+        assert torch.equal(part, copy)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("depth, width", [(1, 1), (72, 40), (65, 130), (200, 7)])
+def test_every_backend_follows_the_definition(forced, depth, width, dtype, gated):
+    call = random_call(3, 5, depth, width, dtype=dtype, gated=gated)
+    call.check(call.run(), rounded_product=forced != "triton")
+
+
+@pytest.mark.parametrize(
+    "depth, width",
+    [(256, 1024), (1024, 256), (256, 256), (768, 3072), (3072, 768), (768, 768)],
+)
+def test_the_layers_of_the_networks(depth, width, gated):
+    call = random_call(1, 12, depth, width, dtype=torch.bfloat16, gated=gated)
+    call.check(call.launch())
+
+
+@pytest.mark.parametrize("width, dtype", MANY_ROWS, ids=str)
+def test_many_rows(width, dtype, gated):
+    call, result = many_rows(width, dtype, gated)
+    call.check(result)
+
+
+def test_rows_without_samples_are_taken_by_gelu(forced):
+    call = random_call(gated=False)
+    call.x = call.x.flatten(0, 1)
+    call.check(call.run())
+
+
+def test_bias_gate_and_residual_follow_before_the_only_rounding():
+    # 2049 and 2051 lie between two numbers of float16, which has 2048, 2050, 2052.
+    x = torch.tensor([[[2048.0, 1.0]]], dtype=torch.float16, device=DEVICE)
+    one = x.new_ones(1, 1)
+    with backend("triton"):
+        out = linear_gated_residual(x, x.new_ones(1, 2), one[0], one, one[None])
+        assert out.item() == 2052  # 2051 lies halfway: to even
+        out = linear_gated_residual(x, x.new_ones(1, 2), -one[0], one, one[None])
+        assert out.item() == 2048  # 2049 as well
+        out = linear_gated_residual(x, x.new_ones(1, 2), 0 * one[0], one, one[None])
+        assert out.item() == 2050  # rounded before the residual, 2049 would give 2048
+        assert linear_gelu(x, x.new_ones(1, 2), one[0]).item() == 2050
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_are_formed_in_float32(dtype):
+    # 1 + 4096 * 2^-12 = 2: in float16 every single addition to 1 of 2^-12 would be rounded away.
+    x = torch.full((1, 4097), 2.0**-12, dtype=dtype, device=DEVICE)
+    x[0, 0] = 2
+    expected = Call(x, torch.ones_like(x), x.new_zeros(1))
+    expected.check(expected.launch())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_follows_its_tanh_form_from_end_to_end(dtype):
+    a = torch.tensor([-3e4, -90.0, -9.0, -5.0, -3.0, -1.0, -1e-6, 0.0, 0.7, 3.0, 9.0, 3e4])
+    call = Call(a.to(DEVICE, dtype)[:, None], a.new_ones(1, 1).to(DEVICE, dtype), a.new_zeros(1))
+    call.bias = call.bias.to(DEVICE, dtype)
+    call.check(call.launch())
+
+
+@pytest.mark.parametrize("width, dtype", MANY_ROWS, ids=str)
+def test_a_row_gets_the_same_bits_alone_and_in_a_batch_of_any_size(width, dtype, gated):
+    call, whole = many_rows(width, dtype, gated)
+    with backend("triton"):
+        for samples in ([7], [39, 0, 20, 21]):
+            assert torch.equal(call.samples(samples).run(), whole[samples])
+        row = (slice(11, 12), slice(3, 4))
+        alone = replace(call, x=call.x[row])
+        if gated:
+            alone = replace(alone, gate=call.gate[11:12], residual=call.residual[row])
+        assert torch.equal(alone.run(), whole[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_bits_depend_on_does_not_depend_on_the_number_of_rows(dtype):
+    sizes = [(2**p, 2**q, aligned) for p in range(20) for q in range(13) for aligned in (0, 1)]
+    launches = {triton_kernels.tile_launch(*size[:2], dtype, bool(size[2])) for size in sizes}
+    assert len({launch.depth for launch in launches}) == 1
+    assert all(launch.rows >= 64 for launch in launches)  # as sm_90's instruction takes them
+    assert len(launches) == (1 if dtype == torch.float32 else 3)
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf")])
+@pytest.mark.parametrize("name", ["x", "gate", "residual", "weight", "bias"])
+def test_what_is_not_finite_harms_only_its_own_rows_and_columns(forced, name, bad):
+    call = random_call(3, 5, 9, 11)
+    clean = call.run()
+    harmed = torch.zeros(3, 5, 11, dtype=torch.bool, device=DEVICE)
+    place = {"x": (1, 2), "residual": (1, 2, 4), "gate": (1, slice(None), 4)}
+    harmed[place.get(name, (..., 4))] = True
+    getattr(call, name)[{"x": (1, 2, 0), "residual": (1, 2, 4), "gate": (1, 4)}.get(name, 4)] = bad
+    out = call.run()
+    assert torch.equal(out[~harmed], clean[~harmed])
+    assert not out[harmed].isfinite().any()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8, 3), (3, 0, 8, 3), (3, 5, 0, 3), (3, 5, 8, 0)])
+def test_no_samples_no_tokens_or_no_width(forced, shape, gated):
+    call = random_call(*shape, gated=gated)
+    call.check(call.run())
+
+
+def test_arguments_may_lie_in_memory_as_they_like(forced, gated):
+    call = random_call(gated=gated)
+    call.x = call.x.transpose(0, 1).contiguous().transpose(0, 1)
+    call.weight = call.weight.T.contiguous().T
+    call.bias = apart(call.bias)
+    if gated:
+        call.gate = call.gate[:1].expand_as(call.gate)
+        call.residual = call.residual[:, :1].expand_as(call.residual)
+    call.check(call.run())
+
+
+def test_autocast_does_not_reach_into_the_ops(forced, gated):
+    call = random_call(gated=gated)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        call.check(call.run())
+
+
+def test_the_references_take_float64_and_have_gradients():
+    call = random_call(2, 2, 5, 3)
+    parts = [part.double().cpu().requires_grad_() for part in call.arguments()]
+    assert torch.autograd.gradcheck(linear_gated_residual_reference, parts)
+    assert torch.autograd.gradcheck(linear_gelu_reference, parts[:3])
+
+
+# ---- the choice, and launches ------------------------------------------------------------------
+
+
+@dataclass
+class Launch:
+    """What a kernel was launched with."""
+
+    name: str
+    grid: tuple[int, ...]
+    arguments: tuple
+    options: dict
+
+
+@contextlib.contextmanager
+def recorded(run: bool = True):
+    """The launches made in this block; with run=False they are only noted."""
+    launches: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(triton_kernels, name)
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                launches.append(Launch(self.name, grid, arguments, options))
+                return self.kernel[grid](*arguments, **options) if run else None
+
+            return launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in KERNELS:
+            patch.setattr(triton_kernels, name, Recorder(name))
+        yield launches
+
+
+def test_the_kernels_run_only_where_they_are_forced(monkeypatch, gated):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    call = random_call(gated=gated)
+    with recorded() as launches:
+        by_itself = call.run()
+        with backend("reference"):
+            assert torch.equal(call.run(), by_itself)
+        assert not launches
+        monkeypatch.setenv(VARIABLE, "triton")
+        call.check(call.run())
+        assert len(launches) == 1
+
+
+def test_a_gpu_takes_the_reference_unless_another_backend_is_forced(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda device: None)
+    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert op_module._forced_kernels("linear_gelu", x) is None
+    with backend("triton"):
+        assert op_module._forced_kernels("linear_gelu", x) is triton_kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_the_layers_arguments_are_read_as_they_are_in_one_aligned_launch(dtype, gated):
+    call = random_call(2, 3, 64, 32, dtype=dtype, gated=gated)
+    with backend("triton"), recorded() as launches:
+        call.check(call.run())
+    (launch,) = launches
+    read = {part.data_ptr() for part in launch.arguments if isinstance(part, Tensor)}
+    assert {part.data_ptr() for part in call.arguments()} <= read
+    assert launch.options["ALIGNED"]
+
+
+@pytest.mark.parametrize("change", [shifted, lambda gate: spaced(gate, 4)])
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "gate", "residual"])
+def test_one_misaligned_argument_is_enough_for_narrow_loads(name, change):
+    call = random_call(2, 3, 64, 32, dtype=torch.bfloat16)
+    if change is not shifted and name != "gate":
+        pytest.skip("its rows lie close")
+    setattr(call, name, change(getattr(call, name)))
+    with recorded() as launches:
+        call.check(call.launch())
+    assert not launches[0].options["ALIGNED"]
+
+
+@pytest.mark.parametrize("depth, width", [(60, 32), (64, 28)])
+def test_rows_that_end_within_16_bytes_are_not_aligned(depth, width, gated):
+    with backend("triton"), recorded(run=False) as launches:
+        random_call(1, 1, depth, width, dtype=torch.bfloat16, gated=gated).run()
+    assert not launches[0].options["ALIGNED"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_launched_are_the_configurations(dtype, gated):
+    pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
+    listed = [
+        {**one.constants, "num_warps": one.warps, "num_stages": one.stages}
+        for one in triton_kernels.configurations()
+        if one.kernel.__name__ == KERNELS[gated] and one.types["x_ptr"] == pointer
+    ]
+    with backend("triton"), recorded(run=False) as launches:
+        for shape in ((1, 1, 1, 1), (1, 12, 64, 64), (3, 5, 33, 7), (40, 52, 8, 1024)):
+            random_call(*shape, dtype=dtype, gated=gated).run()
+    assert len(launches) == 4 and all(launch.name == KERNELS[gated] for launch in launches)
+    assert all(launch.options in listed for launch in launches)
+    assert all(options in [launch.options for launch in launches] for options in listed)
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (64, 128), (65, 129), (2080, 1024)])
+def test_there_is_a_program_for_every_tile(rows, columns):
+    with backend("triton"), recorded(run=False) as launches:
+        random_call(rows, 1, 8, columns, dtype=torch.bfloat16).run()
+    (launch,) = launches
+    tiles = -(-rows // launch.options["ROWS"]) * -(-columns // launch.options["COLUMNS"])
+    assert launch.grid == (tiles,)
+
+
+def test_small_results_have_small_tiles():
+    def rows_of_a_tile(*shape):
+        with backend("triton"), recorded(run=False) as launches:
+            random_call(*shape, dtype=torch.bfloat16).run()
+        return launches[0].options["ROWS"]
+
+    assert rows_of_a_tile(1, 82, 8, 3072) == 64
+    assert rows_of_a_tile(40, 52, 8, 1024) == 128
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU would really need the memory")
+def test_offsets_of_gates_beyond_32_bits(monkeypatch):
+    # The interpreter would copy all arguments back to where they are: 4 GiB that nobody touches.
+    executor = importlib.import_module("triton.runtime.interpreter").GridExecutor
+    monkeypatch.setattr(executor, "_restore_args_dev", lambda *_: None)
+    call = random_call(3, 3, 8, 8, dtype=torch.float16)
+    distance = 2**30 + 8  # fits in 32 bits; twice as far does not
+    memory = torch.UntypedStorage(2 * (2 * distance + 8))
+    far = torch.tensor([], dtype=torch.float16).set_(memory, 0, (3, 8), (distance, 1))
+    call.gate = far.copy_(call.gate)
+    call.check(call.launch())
+
+
+# ---- torch.library and torch.compile -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 16, 8), (0, 5, 16, 8), (2, 0, 16, 8)])
+def test_opcheck(forced, shape, dtype):
+    call = random_call(*shape, dtype=dtype)
+    if not shape[0]:  # opcheck cannot copy a chunk of nothing
+        call.gate = call.gate.new_zeros(call.gate.shape)
+    torch.library.opcheck(LIBRARY.linear_gated_residual.default, call.arguments())
+    call = replace(call, gate=None, residual=None)
+    torch.library.opcheck(LIBRARY.linear_gelu.default, call.arguments())
+    call.x = call.x.flatten(0, 1)
+    torch.library.opcheck(LIBRARY.linear_gelu.default, call.arguments())
+
+
+def test_results_of_strided_arguments_are_contiguous_as_the_fake_says(forced):
+    call = random_call()
+    call.x, call.residual = (
+        part.transpose(0, 1).contiguous().transpose(0, 1) for part in (call.x, call.residual)
+    )
+    torch.library.opcheck(LIBRARY.linear_gated_residual.default, call.arguments())
+    torch.library.opcheck(LIBRARY.linear_gelu.default, call.arguments()[:3])
+
+
+def test_compiled_ops_give_the_same_bits(forced, gated):
+    call = random_call(dtype=torch.bfloat16, gated=gated)
+    op = linear_gated_residual if gated else linear_gelu
+    compiled = torch.compile(op, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*call.arguments()), call.run())
+
+
+def test_compiled_ops_are_one_graph_for_all_batches():
+    counter = CompileCounter()
+    compiled = torch.compile(linear_gated_residual, backend=counter, fullgraph=True, dynamic=True)
+    for batch in range(2, 6):
+        call = random_call(batch)
+        call.check(compiled(*call.arguments()))
+    assert counter.frame_count == 1
+
+
+# ---- errors, examples --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"x": torch.zeros(5)},
+            r"x is torch.float32 \(5,\); it must be floating-point \[B, T, K\]",
+        ),
+        ({"x": torch.zeros(3, 5, 72).long()}, "x is torch.int64 .* must be floating-point"),
+        ({"weight": torch.zeros(72, 40)}, r"weight is \(72, 40\); .* must be \[N, 72\], as nn.Lin"),
+        ({"weight": torch.zeros(72)}, r"weight is \(72,\); beside x \(3, 5, 72\) it must be"),
+        ({"bias": torch.zeros(72)}, r"bias is \(72,\); .* weight \(40, 72\) it must be \(40,\)"),
+        ({"gate": torch.zeros(40)}, r"gate is \(40,\); .* it must be \(3, 40\)"),
+        ({"gate": torch.zeros(3, 1, 40)}, r"gate is \(3, 1, 40\); .* it must be \(3, 40\)"),
+        ({"residual": torch.zeros(3, 1, 40)}, r"residual is .* it must be \(3, 5, 40\)"),
+        ({"bias": torch.zeros(40).half()}, "bias is torch.float16 on .* x torch.float32 on .*conv"),
+        ({"gate": torch.zeros(3, 40).double()}, "gate is torch.float64 .* x torch.float32"),
+        ({"weight": torch.zeros(40, 72, device="meta")}, "weight is .* on meta, x .* move them"),
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit_are_refused(changes, message):
+    on_device = {
+        name: part if part.device.type == "meta" else part.to(DEVICE)
+        for name, part in changes.items()
+    }
+    call = replace(random_call(), **on_device)
+    with pytest.raises(ValueError, match=message):
+        call.run()
+    if "gate" not in changes and "residual" not in changes:
+        with pytest.raises(ValueError, match=message):
+            replace(call, gate=None, residual=None).run()
+
+
+def test_a_gate_needs_samples():
+    call = random_call()
+    call.x, call.residual = call.x.flatten(0, 1), call.residual.flatten(0, 1)
+    with pytest.raises(ValueError, match=r"x is .* \(15, 72\); .* floating-point \[B, T, K\]$"):
+        call.run()
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "gate", "residual"])
+def test_gradients_are_refused_where_they_would_be_lost(name):
+    call = random_call()
+    setattr(call, name, getattr(call, name).clone().requires_grad_())
+    with pytest.raises(RuntimeError, match=r"linear_gated_residual has no backward.*no_grad"):
+        call.run()
+    alone = replace(call, gate=None, residual=None)
+    if name not in ("gate", "residual"):
+        with pytest.raises(RuntimeError, match=r"linear_gelu has no backward.*_reference"):
+            alone.run()
+    with torch.no_grad():
+        call.check(call.run())
+        alone.check(alone.run())
+
+
+def test_the_cuda_backend_is_refused(gated):
+    with backend("cuda"), pytest.raises(RuntimeError, match="none but triton, cpu, reference"):
+        random_call(gated=gated).run()
+
+
+def test_float64_is_computed_in_float64_but_not_by_triton(forced, gated):
+    call = random_call(dtype=torch.float64, gated=gated)
+    if forced == "triton":
+        with pytest.raises(RuntimeError, match=r"'triton' is forced, but .*float64; .*bfloat16"):
+            call.run()
+        return
+    linear = torch.einsum("btk,nk->btn", call.x, call.weight) + call.bias
+    if gated:
+        expected = call.residual + call.gate[:, None] * linear
+    else:
+        expected = torch.nn.functional.gelu(linear, approximate="tanh")
+    torch.testing.assert_close(call.run(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_examples_run():
+    result = doctest.testmod(op_module)
+    assert result.attempted and not result.failed
+
+
+# ---- on a GPU only -----------------------------------------------------------------------------
+
+
+def on_gpu(test):
+    """Mark a test that means nothing in the interpreter."""
+    return pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")(test)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("depth, width", [(256, 1024), (768, 3072), (3072, 768)])
+def test_many_samples_on_the_gpu(depth, width, dtype, gated):
+    call = random_call(512, 82, depth, width, dtype=dtype, gated=gated)
+    with backend("triton"):
+        whole = call.run()
+        few = [0, 1, 255, 511]
+        some = call.samples(few)
+        some.check(whole[few])
+        assert torch.equal(some.run(), whole[few])
+
+
+@on_gpu
+def test_a_graph_replays_with_other_samples(gated):
+    call = random_call(64, 52, 256, 1024, dtype=torch.bfloat16, gated=gated)
+    with backend("triton"):
+        call.run()  # compiles the kernel, which a capture must not
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call.run()
+    for seed in range(1, 4):
+        other = random_call(64, 52, 256, 1024, dtype=torch.bfloat16, gated=gated, seed=seed)
+        for part, new in zip(call.arguments(), other.arguments(), strict=True):
+            part.copy_(new)
+        out.fill_(NAN)
+        graph.replay()
+        call.check(out)
