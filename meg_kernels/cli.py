@@ -484,8 +484,8 @@ def _print_report(report: EvaluationReport) -> None:
     )
     served = report.served
     console.print(
-        f"{served.queries} queries asked of the edited model, {served.edited} taken for edited ones; "
-        f"{served.generated} neurons generated, {served.reused} reused",
+        f"{served.queries} queries asked of the edited model, {served.edited} taken for edited "
+        f"ones; {served.generated} neurons generated, {served.reused} reused",
         highlight=False,
     )
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())

@@ -2,12 +2,13 @@
 
     out[b, t, h] = sum over s of p[s] v[b, s, h]    p = softmax(q[b, t, h] . k[b, :, h] / sqrt(D))
 
-A program serves one head of one sample: its scores all fit on the chip, so that q, k and v are read
-once, the softmax sees whole rows, and nothing is transposed in memory. Scores and sums are float32;
-probabilities are rounded to the dtype of the values that they are multiplied by.
+A program serves one head of one sample, or 32 of its queries where they are too much at once. All
+their scores fit on the chip, so that the softmax sees whole rows, and nothing is transposed in
+memory. Scores and sums are float32; probabilities are rounded to the dtype of the values that they
+are multiplied by.
 
 Shapes, dtypes and devices are the ops layer's care. The order of a sum depends on the number of
-tokens, the dtype and whether qkv is aligned to 16 bytes.
+tokens, the size of a head, the dtype and whether all heads are aligned to 16 bytes.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ _WHOLE_HEAD = 64  # columns of a head that need no loop
 
 
 @triton.jit
-def _exist(columns, head_dim, row, ALIGNED: tl.constexpr):
-    """Which columns a head has. In an aligned row a chunk of 16 bytes exists whole or not."""
+def _exist(columns, head_dim, rows, ALIGNED: tl.constexpr):
+    """Which columns a head has. In aligned rows a chunk of 16 bytes exists whole or not."""
     mask = columns < head_dim
     if ALIGNED:
-        mask = tl.max_constancy(mask, 128 // row.dtype.element_ty.primitive_bitwidth)
+        mask = tl.max_constancy(mask, 128 // rows.dtype.element_ty.primitive_bitwidth)
     return mask
 
 
 @triton.jit
-def _load(row, exists, columns, head_dim, ALIGNED: tl.constexpr):
+def _load(rows, exist, columns, head_dim, ALIGNED: tl.constexpr):
     """A tile of rows by columns, 0 where there is nothing."""
-    mask = exists[:, None] & _exist(columns, head_dim, row, ALIGNED)[None, :]
-    return tl.load(row[:, None] + columns[None, :], mask=mask, other=0)
+    mask = exist[:, None] & _exist(columns, head_dim, rows, ALIGNED)[None, :]
+    return tl.load(rows[:, None] + columns[None, :], mask=mask, other=0)
 
 
 @jit
@@ -105,7 +106,7 @@ def forward(qkv: Tensor, num_heads: int) -> Tensor:
 
     Args:
         qkv: [B, T, 3 * heads * head_dim], 1 <= T <= `MAX_TOKENS`, unit stride within a row.
-        num_heads: of the heads that query, key and value have each.
+        num_heads: of query, of key and of value.
 
     Returns:
         [B, T, heads * head_dim], contiguous.
@@ -168,9 +169,9 @@ def attention_launch(
 ) -> AttentionLaunch:
     """The launch for so many tokens, whatever the batch and the number of heads.
 
-    Heads of up to 64 columns are taken whole, each warp 16 queries, as matrix instructions like it.
-    Wider heads, float32 (which has no such instruction that keeps its digits) and what does not
-    lie at 16 bytes share one launch, whose tiles fit in the registers of any of them.
+    Heads of up to 64 columns are taken whole, 16 queries a warp, as matrix instructions like it.
+    Wider heads, float32 (of which no such instruction keeps all digits) and what does not lie at 16
+    bytes share one launch, whose tiles fit in the registers for any of them.
     """
     if dtype == torch.float32 or head_dim > _WHOLE_HEAD or not aligned:
         return AttentionLaunch(32, MAX_TOKENS, 32, 8, True, aligned)

@@ -19,8 +19,7 @@ from torch import Tensor
 from meg_kernels.ops.backend import choose
 
 BACKENDS = ("triton", "cpu", "reference")
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DTYPES = (*TRITON_DTYPES, torch.float64)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_TOKENS = 128
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 128
 
@@ -64,14 +63,14 @@ def _short_attention(qkv: Tensor, num_heads: int) -> Tensor:
         return short_attention_reference(qkv, num_heads)
     if chosen == "cpu":
         return _cpu(qkv, num_heads)
-    if qkv.dtype not in TRITON_DTYPES:
-        supported = ", ".join(str(dtype) for dtype in TRITON_DTYPES)
+    from meg_kernels.kernels import short_attention as triton_kernel
+
+    if qkv.dtype not in triton_kernel.DTYPES:
+        supported = ", ".join(str(dtype) for dtype in triton_kernel.DTYPES)
         raise RuntimeError(
             f"short_attention: qkv is {qkv.dtype}, and its Triton kernel takes {supported}; "
             'convert it, or compute it under backend("reference")'
         )
-    from meg_kernels.kernels import short_attention as triton_kernel
-
     return triton_kernel.forward(qkv if qkv.stride(-1) == 1 else qkv.contiguous(), num_heads)
 
 
