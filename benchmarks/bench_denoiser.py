@@ -40,7 +40,7 @@ from meg_kernels.precision import fast_dtype
 GPU = torch.cuda.is_available()
 SCHEDULE = NoiseSchedule()
 RELEASED = SamplerConfig("ddpm", 50, "respaced")
-# Of the default, so few answer as well as 50 (benchmarks/quality). A trained DiT-B, which predicts v,
+# What answers the default's give in so few: benchmarks/quality. A trained DiT-B, which predicts v,
 # was not tried yet.
 STEPS = {"DiT-B": 4, "default": 2}
 WIDTHS = (1153, 5121, 8193)  # SmolLM2-135M with a bias; Phi-2; GPT-J
@@ -112,14 +112,16 @@ class Task:
         """The weights, once: what a step on few samples waits for."""
         return sum(p.numel() for p in self.dit.parameters()) * self.dtype.itemsize
 
-    def case(self, what: str, steps: int) -> Case:
+    def case(self, what: str, steps: int, items: int = 1) -> Case:
+        """So many steps on the batch; of each of `items` that it is divided into."""
         shape = {
             "network": self.name,
             "neuron": self.dit.config.neuron_dim,
             "batch": len(self.condition),
             "steps": steps,
         }
-        return Case(what, shape, self.dtype, steps * self.bytes, steps * self.flops)
+        moved, flops = steps * self.bytes // items, steps * self.flops // items
+        return Case(what, shape, self.dtype, moved, flops)
 
 
 @pytest.fixture
@@ -179,7 +181,7 @@ def test_neurons(race: Race, task: Task, device: torch.device):
         return task.check(config, results[OURS])
 
     race(
-        task.case("generate neurons", config.num_steps),
+        task.case("generate neurons", config.num_steps, items=batch),
         Way(OURS, ours, items=batch),
         Way("as released", paper.plainly(RELEASED), items=batch),
         gate=gate,
@@ -344,7 +346,7 @@ def test_solver_step(race: Race, op_backend: str, batch: int, dim=5121):
     one = steps[5]
 
     def eager(x_t=x_t, prediction=prediction, previous=previous) -> tuple[Tensor, Tensor]:
-        x0 = one.x0_from_sample * x_t + one.x0_from_prediction * prediction
+        x0 = one.x0_from_sample * x_t + one.x0_from_prediction * prediction.to(x_t.dtype)
         update = one.update
         x_next = update.sample * x_t + update.x0 * x0 + update.previous_x0 * previous
         return x_next, x0

@@ -72,6 +72,10 @@ def each(*kernels: str, only: str = "", architectures: tuple[int, ...] = ARCHITE
     return parametrize
 
 
+def test_no_launcher_has_anything_compiled_that_is_not_listed(report):
+    assert report["launches"] == []
+
+
 @each("forward", "backward_rows", "sum_rows", "gate", "solver_step")
 def test_code_fits_the_chip_and_does_not_spill(compiled):
     assert compiled.spills == compiled.stack == compiled.local == 0

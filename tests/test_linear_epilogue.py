@@ -220,10 +220,11 @@ def calls(draw):
         seed=draw(st.integers(0, 9)),
     )
     for name, part in vars(call).items():
+        layouts = [torch.clone, apart, shifted]
+        if name == "gate":
+            layouts += [functools.partial(spaced, gap=gap) for gap in (0, 8, 3)]
         if part is not None:
-            setattr(call, name, draw(st.sampled_from([torch.clone, apart, shifted]))(part))
-    if call.gate is not None:
-        call.gate = spaced(call.gate, draw(st.sampled_from([0, 8, 3])))
+            setattr(call, name, draw(st.sampled_from(layouts))(part))
     return call
 
 
@@ -345,7 +346,7 @@ def test_arguments_may_lie_in_memory_as_they_like(forced, gated):
     call.weight = call.weight.T.contiguous().T
     call.bias = apart(call.bias)
     if gated:
-        call.gate = call.gate[:1].expand_as(call.gate)
+        call.gate = apart(call.gate[:1]).expand_as(call.gate)
         call.residual = call.residual[:, :1].expand_as(call.residual)
     call.check(call.run())
 
@@ -431,16 +432,20 @@ def test_the_layers_arguments_are_read_as_they_are_in_one_aligned_launch(dtype, 
     assert launch.options["ALIGNED"]
 
 
-@pytest.mark.parametrize("change", [shifted, lambda gate: spaced(gate, 4)])
-@pytest.mark.parametrize("name", ["x", "weight", "bias", "gate", "residual"])
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        *((name, shifted) for name in ("x", "weight", "bias", "gate", "residual")),
+        ("gate", functools.partial(spaced, gap=4)),
+    ],
+)
 def test_one_misaligned_argument_is_enough_for_narrow_loads(name, change):
-    call = random_call(2, 3, 64, 32, dtype=torch.bfloat16)
-    if change is not shifted and name != "gate":
-        pytest.skip("its rows lie close")
-    setattr(call, name, change(getattr(call, name)))
-    with recorded() as launches:
-        call.check(call.launch())
-    assert not launches[0].options["ALIGNED"]
+    for gated in {True, name in ("gate", "residual")}:
+        call = random_call(2, 3, 64, 32, dtype=torch.bfloat16, gated=gated)
+        setattr(call, name, change(getattr(call, name)))
+        with recorded() as launches:
+            call.check(call.launch())
+        assert not launches[0].options["ALIGNED"]
 
 
 @pytest.mark.parametrize("depth, width", [(60, 32), (64, 28)])

@@ -54,7 +54,7 @@ _LIBRARY.define(
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     kernels = _forced_kernels("linear_gelu", x)
     if kernels is None:
-        return linear_gelu_reference(x, weight, bias).contiguous()
+        return linear_gelu_reference(x, weight, bias)
     out = kernels.linear_gelu(_as_rows(x), weight.contiguous(), bias.contiguous())
     return out.view(*x.shape[:-1], len(weight))
 
