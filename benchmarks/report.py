@@ -247,6 +247,7 @@ def plot_steps(studies: Sequence[Record], axes: Any) -> None:
 
 def plot_roofline(run: Run, axes: Any) -> bool:
     """Achieved rate against arithmetic intensity, under what the machine can do at most."""
+    import matplotlib
     import numpy as np
 
     points = [record for record in run.records if "of_ceiling" in record]
@@ -266,8 +267,9 @@ def plot_roofline(run: Run, axes: Any) -> bool:
                 rate = record["flops"] / way["seconds"]["median"]
                 series = achieved.setdefault(f"{record['what']}: {name}", [])
                 series.append((record["flops"] / record["bytes"], rate))
+    axes.set_prop_cycle("color", matplotlib.colormaps["tab20"].colors)  # there are many series
     for label, series in achieved.items():
-        axes.scatter(*zip(*series, strict=True), label=label, s=14, alpha=0.8)
+        axes.scatter(*zip(*series, strict=True), label=label, s=14)
     axes.set(xscale="log", yscale="log", xlabel="FLOP / byte", ylabel="FLOP / s")
     axes.legend(fontsize=7)
     return True

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -99,10 +101,10 @@ def name_of(configuration: Configuration) -> str:
     return "-".join([kernel, configuration.types[rows].removeprefix("*"), *constants])
 
 
-def compile_all(architecture: int) -> Iterator[Compiled]:
-    """Every configuration for one chip."""
-    codes = []
-    for configuration in configurations():
+def compile_all(architecture: int, op: int) -> list[Compiled]:
+    """Every configuration of `OPS[op]` for one chip."""
+    codes, everything = [], []
+    for configuration in OPS[op].configurations():
         source = triton.compiler.ASTSource(
             configuration.kernel, configuration.types, configuration.constants
         )
@@ -116,7 +118,7 @@ def compile_all(architecture: int) -> Iterator[Compiled]:
         products = [at for at, opcode in enumerate(own) if re.match(r"FMUL|FFMA|\w+MMA\b", opcode)]
         wide = [at for at, opcode in enumerate(own) if opcode.startswith("LDG.E.128")]
         multiplied = next((at for at in products if wide and at > wide[0]), 0)
-        yield Compiled(
+        compiled = Compiled(
             architecture,
             name_of(configuration),
             32 * configuration.warps,
@@ -128,7 +130,9 @@ def compile_all(architecture: int) -> Iterator[Compiled]:
             in_flight=sum(at < multiplied for at in wide),
             matrix=dict(Counter(re.findall(r"^\w+MMA\b", "\n".join(own), re.MULTILINE))),
         )
+        everything.append(compiled)
     assert next(opcodes, None) is None
+    return everything
 
 
 def machine_code(cubin: bytes) -> bytes:
@@ -273,5 +277,7 @@ def launch_solver_step() -> None:
 
 if __name__ == "__main__":
     launches = unlisted_launches()
-    compiled = [asdict(one) for chip in ARCHITECTURES for one in compile_all(chip)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        work = zip(*itertools.product(ARCHITECTURES, range(len(OPS))), strict=True)
+        compiled = [asdict(one) for some in pool.map(compile_all, *work) for one in some]
     print(json.dumps({"launches": launches, "compiled": compiled}))

@@ -565,7 +565,6 @@ def test_compiled_ops_are_one_graph_for_all_batches():
         ({"gate": torch.zeros(3, 40).double()}, "gate is torch.float64 .* x torch.float32"),
         ({"weight": torch.zeros(40, 72, device="meta")}, "weight is .* on meta, x .* move them"),
     ],
-    ids=str,
 )
 def test_arguments_that_do_not_fit_are_refused(changes, message):
     on_device = {

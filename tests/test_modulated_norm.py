@@ -499,7 +499,6 @@ def test_compiled_ops_are_one_graph_for_all_batches():
         ({"gate": torch.zeros(3, 64).half()}, "gate is torch.float16 .* x torch.float32 on .*conv"),
         ({"scale": torch.zeros(3, 64, device="meta")}, "scale is .* on meta, x .* move them"),
     ],
-    ids=str,
 )
 def test_arguments_that_do_not_fit_are_refused(changes, message):
     on_device = {
