@@ -1,14 +1,16 @@
 """How many sampling steps a generator needs: the same trained network, sampled in more or fewer.
 
     meg demo --out build/demo
-    python -m benchmarks.quality.steps build/demo --name demo
+    meg distill build/demo --steps 2 --out build/demo-2
+    python -m benchmarks.quality.steps build/demo --name demo --students build/demo-2
 
 For each number of steps and solver, every edited fact gets its generated neuron, without the gate,
 and the model is asked the fact's query and paraphrases (Reliability and Generality, AG). With
 snapping the generator is asked about the edited query for all of them, without it about each
 wording's own condition. Distances to the collected neurons are relative to those neurons' spread
 around their mean: 1 is as far off as the mean neuron. The answer is the fewest steps whose
-Reliability and Generality are both within half a point of 50 DDIM steps'.
+Reliability and Generality are both within half a point of 50 DDIM steps'. Students, distilled from
+that generator, are asked in their own steps.
 
 Writes benchmarks/results/steps-NAME.json, from which `python -m benchmarks.report` makes the
 README's table and the plot. Rows that are in it already are not measured again.
@@ -41,6 +43,7 @@ SAMPLERS = [
     *(SamplerConfig("dpmsolver++", steps) for steps in (3, 4, 8, 16)),
 ]
 WITHIN = 0.005
+STUDENT = ", distilled"  # after the solver's name
 
 
 def label(sampler: SamplerConfig, snap: bool) -> str:
@@ -111,7 +114,7 @@ def fewest(rows: list[dict[str, Any]], snap: bool) -> int | None:
     >>> fewest(rows, snap=True)
     4
     """
-    rows = [row for row in rows if row["snap"] == snap]
+    rows = [row for row in rows if row["snap"] == snap and not row["solver"].endswith(STUDENT)]
     full = next(
         (row for row in rows if (row["solver"], row["steps"]) == ("ddim", REFERENCE.num_steps)),
         None,
@@ -132,6 +135,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="what `meg edit` or `meg demo --out` saved")
     parser.add_argument("--name", required=True, help="of the data, in the result's name")
+    parser.add_argument("--students", type=Path, nargs="*", default=[], help="folders as well")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
 
@@ -160,6 +164,20 @@ def main() -> None:
             bar.set_postfix_str(label(sampler, snap))
             content["rows"].append(study.measure(sampler, snap))
             write_json(path, content)
+    study.editor.detach()
+    for folder in arguments.students:
+        student = Study(MeGEditor.from_pretrained(folder, device=arguments.device))
+        with student.editor.serving():
+            for snap in (True, False):
+                row = student.measure(student.trained.sampler, snap)
+                row["solver"] += STUDENT
+                same = (row["solver"], row["steps"], snap)
+                content["rows"] = [
+                    other
+                    for other in content["rows"]
+                    if (other["solver"], other["steps"], other["snap"]) != same
+                ] + [row]
+                write_json(path, content)
     for snap in (True, False):
         content["fewest" + ("_snap" if snap else "")] = fewest(content["rows"], snap)
     write_json(path, content)
