@@ -2,7 +2,8 @@
 
 "As released" is what the paper's code is described to run: DiT-B in float32, 50 steps of ancestral
 DDPM with the learned variance, adaLN computed anew at every step, no graph. It is `sample` over the
-plain `NeuronDiT`, which diffusers' schedulers are the oracle of in the tests.
+plain `NeuronDiT`, which diffusers' schedulers are the oracle of in the tests. "Compiled" is the
+same loop over the network under torch.compile.
 
 All networks have random weights, every one of which matters: what answers the neurons of a trained
 network give in so few steps is measured in benchmarks/quality.
@@ -13,13 +14,14 @@ is timed it is off by no more than the network's roundings add up to.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import Case, Passed, Race, Way, cold_caches
@@ -35,6 +37,9 @@ from meg_kernels.diffusion import (
     plan_steps,
     sample,
 )
+from meg_kernels.editing.generators import GeneratorConfig, build_generator
+from meg_kernels.editing.train import descend
+from meg_kernels.neuron import NeuronLayout
 from meg_kernels.precision import fast_dtype
 
 GPU = torch.cuda.is_available()
@@ -54,6 +59,14 @@ PLAIN, OURS = "plain float32", "ours"
 ROUNDINGS_A_BLOCK = 10
 
 
+def scramble(network: nn.Module) -> None:
+    """Random weights, the same each time, none of which leaves the result as it is."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1)
+
+
 @dataclass(frozen=True)
 class Task:
     """A network and conditions for it, on the device."""
@@ -64,12 +77,8 @@ class Task:
 
     @classmethod
     def of(cls, name: str, width: int, batch: int, device: torch.device) -> Task:
-        torch.manual_seed(0)
         dit = NeuronDiT(NETWORKS[name](width))
-        with torch.no_grad():
-            for parameter in dit.parameters():
-                scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
-                parameter.normal_(std=scale)
+        scramble(dit)
         condition = torch.randn(batch, dit.config.condition_dim)
         return cls(name, dit.eval().to(device), condition.to(device))
 
@@ -77,6 +86,13 @@ class Task:
         return lambda: sample(
             self.dit, self.condition, self.dit.config.neuron_dim, SCHEDULE, config
         )
+
+    def compiled(self, config: SamplerConfig) -> Callable[[], Tensor]:
+        """The same with the network, and its loop's every step, under torch.compile."""
+        compiled = Task(self.name, copy.copy(self.dit), self.condition)
+        for name in ("forward", "forward_with_variance"):
+            setattr(compiled.dit, name, torch.compile(getattr(self.dit, name)))
+        return compiled.plainly(config)
 
     def fast(self, config: SamplerConfig, precision: str = "auto") -> Callable[[], Tensor]:
         sampler = NeuronSampler(self.dit, SCHEDULE, config, Execution(precision=precision))
@@ -184,12 +200,27 @@ def test_neurons(race: Race, task: Task, device: torch.device):
         task.case("generate neurons", config.num_steps, items=batch),
         Way(OURS, ours, items=batch),
         Way("as released", paper.plainly(RELEASED), items=batch),
+        Way("as released, compiled", paper.compiled(RELEASED), items=batch),
         gate=gate,
         rounds=1,
     )
     graphs = Execution(graphs=False)
     eager = NeuronSampler(task.dit, SCHEDULE, config, graphs)
     race.benchmark.extra_info["shares"] = shares(lambda: eager(task.condition))
+    race.benchmark.extra_info["neighbours"] = neighbours(task, config)
+
+
+def neighbours(task: Task, config: SamplerConfig) -> float:
+    """How far a neuron is from itself generated alone or among others: the most, of 1 to 64.
+
+    In a batch of one size its bits are the same whatever the others are; in another size a product
+    may add in another order.
+    """
+    sampler = NeuronSampler(task.dit, SCHEDULE, config)
+    alone = sampler(task.condition[:1])
+    sizes = (2, 3, 8, 17, 64)
+    among = [sampler(task.condition[:size])[:1] for size in sizes]
+    return max(float((other - alone).norm() / alone.norm()) for other in among)
 
 
 @each(("DiT-B", 1153, 64))
@@ -216,7 +247,47 @@ def test_each_saving(race: Race, task: Task):
     race(task.case("each saving", 10), ways[-1], *ways[:-1], gate=gate, rounds=2)
 
 
-# ---- a step --------------------------------------------------------------------------------------
+# ---- training ---------------------------------------------------------------------------------
+
+
+@each(("DiT-B", 1153, 64), ("default", 1153, 128))
+def test_training(race: Race, task: Task):
+    """A step of training as `fit` takes it, against the same in float32 by AdamW's default."""
+    config = GeneratorConfig.dit_b() if task.name == "DiT-B" else GeneratorConfig()
+    layout = NeuronLayout(576, 576, True, "identity")
+    weights = normal(race.device, len(task.condition), layout.dim, dtype=torch.float32)
+
+    def way(name: str, plain: bool) -> Way:
+        generator = build_generator(config, layout, task.condition.shape[1]).to(race.device)
+        scramble(generator.train())
+        parameters = generator.parameters()
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=None if plain else True)
+        deepest = generator.network.blocks[0].attn.qkv.weight
+
+        def loss() -> Tensor:
+            return generator.loss(task.condition, weights, torch.Generator().manual_seed(0))
+
+        def run() -> Tensor:
+            if plain:
+                optimizer.zero_grad()
+                loss().backward()
+                optimizer.step()
+            else:
+                descend(optimizer, loss, race.device)
+            return deepest.grad
+
+        return Way(name, run)
+
+    def gate(results: dict[str, Tensor]) -> Passed:
+        gradient = {OURS: results[OURS].to(task.dtype)}
+        roundings = 2 * ROUNDINGS_A_BLOCK * config.depth
+        return Passed.close(gradient, results[PLAIN], PLAIN, ops=roundings)
+
+    case = task.case("training step", 1)
+    race(replace(case, flops=3 * case.flops), way(OURS, False), way(PLAIN, True), gate=gate)
+
+
+# ---- a step -------------------------------------------------------------------------------------
 
 
 @each(*((name, width, batch) for name in NETWORKS for width in WIDTHS for batch in BATCHES))

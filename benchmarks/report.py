@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import in_units
+from benchmarks.quality.steps import means
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
@@ -106,6 +107,7 @@ TABLES = [
     Table("collection", "Collecting neurons; seconds a fact"),
     Table("generate neurons", "Generating neurons; seconds a neuron"),
     Table("each saving", "What each saving is worth: the same DiT-B, 10 steps on 64 neurons"),
+    Table("training step", "A step of training the generator"),
     Table("denoising step", "A denoising step", _of_one_width),
     Table("gated residual and LayerNorm", "Gated residual, LayerNorm and modulation", _readable),
     Table("short attention", "Attention from the packed qkv", _readable),
@@ -139,6 +141,8 @@ def _cells(record: Record) -> dict[str, str]:
         )
     if "of_ceiling" in record:
         cells["of the machine's ceiling"] = f"{record['of_ceiling']:.0%} of {record['ceiling']}"
+    if "neighbours" in record:
+        cells["alone or among others"] = f"off by {record['neighbours']:.1e}"
     return cells
 
 
@@ -210,17 +214,17 @@ def between_markers(text: str, name: str, content: str) -> str | None:
 
 def steps_table(study: Record) -> str:
     """A Markdown table of benchmarks.quality.steps: one line for each solver and step count."""
-    columns = ["solver", "steps", "distance", "Reliability", "Generality", "without snapping"]
+    columns = ["solver", "steps", "seeds", "distance"]
+    columns += ["Reliability", "Generality", "without snapping"]
     lines = [columns, ["---"] * len(columns)]
-    alone = {(r["solver"], r["steps"]): r["generality"] for r in study["rows"] if not r["snap"]}
-    snapped = {(r["solver"], r["steps"]): r for r in study["rows"] if r["snap"]}
-    for (solver, steps), row in sorted(snapped.items()):
-        shares = [row["reliability"], row["generality"], alone[solver, steps]]
-        cells = [f"{value:.3f}" for value in (row["distance"], *shares)]
-        lines.append([solver, str(steps), *cells])
+    alone = means(study["rows"], snap=False)
+    for (solver, steps), mean in means(study["rows"], snap=True).items():
+        shares = [mean["distance"], mean["reliability"], mean["generality"]]
+        cells = [f"{value:.3f}" for value in (*shares, alone[solver, steps]["generality"])]
+        lines.append([solver, str(steps), str(mean["seeds"]), *cells])
     ceiling = study["collected"]
     shares = [f"{ceiling[name]:.3f}" for name in ("reliability", "generality")]
-    lines.append(["collected neurons", "", "0", *shares, ""])
+    lines.append(["collected neurons", "", "", "0", *shares, ""])
     title = f"**{study['data']}, {study['facts']} facts**"
     return "\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines)])
 
@@ -229,11 +233,13 @@ def plot_steps(studies: Sequence[Record], axes: Any) -> None:
     """Generality against the number of steps, on each data set, with and without snapping."""
     for study, color in zip(studies, ("C0", "C1", "C2", "C3"), strict=False):
         for snap, style in ((True, "-"), (False, "--")):
-            rows = [r for r in study["rows"] if r["solver"] == "ddim" and r["snap"] == snap]
-            rows.sort(key=lambda row: row["steps"])
+            points = {
+                steps: mean["generality"]
+                for (solver, steps), mean in means(study["rows"], snap).items()
+                if solver == "ddim"
+            }
+            steps, generality = [*points], [*points.values()]
             label = study["data"] + ("" if snap else ", without snapping")
-            generality = [row["generality"] for row in rows]
-            steps = [row["steps"] for row in rows]
             axes.plot(steps, generality, style, color=color, marker="o", label=label)
         axes.axhline(study["collected"]["generality"], color=color, linewidth=0.8, linestyle=":")
     axes.set(xscale="log", xlabel="DDIM steps", ylabel="Generality AG (dotted: collected neurons)")

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from meg_kernels.editing.editor import EditReport, MeGEditor
     from meg_kernels.editing.evaluate import EvaluationReport
     from meg_kernels.editing.facts import Fact
+    from meg_kernels.editing.generators import GeneratorConfig
+    from meg_kernels.editing.train import Training
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,6 +52,7 @@ class GeneratorKind(str, Enum):
     """The weight generators."""
 
     dit = "dit"
+    dit_b = "dit-b"
     mlp = "mlp"
     bank = "bank"
 
@@ -61,6 +64,11 @@ class GateKind(str, Enum):
     familiarity = "familiarity"
 
 
+Folder = Annotated[Path, typer.Argument(help="What `meg edit` saved.")]
+Out = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Folder for the result. Default: FOLDER, whose generator it replaces."),
+]
 Device = Annotated[str, typer.Option(help="Torch device, e.g. cpu, cuda, cuda:1.")]
 DtypeOption = Annotated[
     Dtype,
@@ -77,7 +85,9 @@ Layer = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(help="Edited feed-forward layer, from 0. Default: two thirds up the model."),
 ]
-Generator = Annotated[GeneratorKind, typer.Option(help="What makes the neurons.")]
+Generator = Annotated[
+    GeneratorKind, typer.Option(help="What makes the neurons; dit-b: a DiT of the paper's size.")
+]
 Gate = Annotated[GateKind, typer.Option(help="What tells edited queries from others.")]
 Encoder = Annotated[str, typer.Option(help="Text encoder: a folder or a Hugging Face model id.")]
 
@@ -132,7 +142,7 @@ def edit(
 
 @app.command(epilog="**Example:** `meg evaluate edited --json report.json`")
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="What `meg edit` saved.")],
+    folder: Folder,
     facts: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="The edited facts with other paraphrases or locality queries."),
@@ -156,7 +166,7 @@ def evaluate(
     epilog='**Example:** `meg ask edited "What is the capital of France?" "Who wrote Emma?"`'
 )
 def ask(
-    folder: Annotated[Path, typer.Argument(help="What `meg edit` saved.")],
+    folder: Folder,
     prompts: Annotated[list[str], typer.Argument(help="Questions, or sentences to complete.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 32,
     device: Device = "cpu",
@@ -166,9 +176,32 @@ def ask(
     _print_answers(_load(folder, device, dtype), prompts, max_new_tokens)
 
 
+@app.command(epilog="**Example:** `meg train edited --generator mlp --out edited-mlp`")
+def train(
+    folder: Folder,
+    generator: Generator = GeneratorKind.dit,
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Train another generator on the neurons that an edit collected.
+
+    An interrupted training resumes when it is started again with the same arguments.
+    """
+    out = folder if out is None else out
+    editor = _load(folder, device, None)
+    with _work_folder(out, "train") as work:
+        config = _generator_config(generator, seed)
+        training = editor.train(config, work_folder=work, progress=True)
+        editor.save_pretrained(out)
+    seconds = editor.edits.report.seconds["generator"]
+    console.print(f"{_trained(training)}, in {seconds:.1f} s", highlight=False)
+    console.print(f"saved to {out}", markup=False)
+
+
 @app.command(epilog="**Example:** `meg distill edited --steps 2`")
 def distill(
-    folder: Annotated[Path, typer.Argument(help="What `meg edit` saved.")],
+    folder: Folder,
     steps: Annotated[int, typer.Option(help="Sampling steps from now on, 1 to 4.")],
     teacher_steps: Annotated[
         Optional[int],  # noqa: UP045
@@ -177,10 +210,7 @@ def distill(
             "closest to 50."
         ),
     ] = None,
-    out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Folder for the result. Default: FOLDER, whose generator it replaces."),
-    ] = None,
+    out: Out = None,
     seed: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(help="Of the training. Default: the edit's."),
@@ -311,12 +341,12 @@ def _editor(
 ) -> MeGEditor:
     import torch
 
-    from meg_kernels import EditorConfig, EncoderTuningConfig, GeneratorConfig, MeGEditor
+    from meg_kernels import EditorConfig, EncoderTuningConfig, MeGEditor
 
     config = EditorConfig(
         layer=layer,
         encoder_tuning=EncoderTuningConfig(seed=seed),
-        generator=GeneratorConfig(kind=generator.value, seed=seed),
+        generator=_generator_config(generator, seed),
         gate=gate.value,
         snap=snap,
         seed=seed,
@@ -325,6 +355,14 @@ def _editor(
         return MeGEditor.for_model(
             model, config, encoder=encoder, dtype=getattr(torch, dtype.value), device=device
         )
+
+
+def _generator_config(kind: GeneratorKind, seed: int) -> GeneratorConfig:
+    from meg_kernels import GeneratorConfig
+
+    if kind is GeneratorKind.dit_b:
+        return GeneratorConfig.dit_b(seed=seed)
+    return GeneratorConfig(kind=kind.value, seed=seed)
 
 
 def _load(folder: Path, device: str, dtype: Dtype | None) -> MeGEditor:
@@ -386,13 +424,17 @@ def _print_edit(report: EditReport, n: int) -> None:
     table.add_row(
         "generator",
         f"{seconds['generator']:.1f}",
-        f"{training.answered:.1%} of edited queries answered after {training.steps} steps",
+        _trained(training),
     )
     table.add_row("all", f"{sum(seconds.values()):.1f}", "")
     console.print(table)
     for fact in report.unlearnt:
         text = f"{fact.id}: {fact.query!r} -> {fact.answer!r}"
         errors.print(f"[yellow]not learnt:[/] {escape(text)}")
+
+
+def _trained(training: Training) -> str:
+    return f"{training.answered:.1%} of edited queries answered after {training.steps} steps"
 
 
 def _print_distillation(report: Distillation) -> None:

@@ -203,7 +203,7 @@ class FamiliarityNetwork(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         classes = self.head.out_features
         labels = torch.randint(classes, (len(queries),), generator=generator).to(queries.device)
-        optimizer = torch.optim.AdamW(self.parameters(), lr=learning_rate)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=learning_rate, fused=True)
         self.train()
         with torch.random.fork_rng([queries.device] if queries.device.type == "cuda" else []):
             torch.manual_seed(seed)  # dropout draws from torch's own generator

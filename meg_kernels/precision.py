@@ -25,11 +25,21 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def fast_products(device: torch.device) -> contextlib.AbstractContextManager:
-    """Autocast to bfloat16 where the device multiplies it natively, else nothing."""
+@contextlib.contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
+    """For training: autocast to bfloat16 where the device multiplies it natively, else nothing."""
     if not multiplies_bfloat16(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+        yield
+        return
+    with torch.autocast(device.type, torch.bfloat16), _quick_backward(device, torch.bfloat16):
+        yield
+
+
+def _quick_backward(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Inside, attention has the backward pass that is quickest on `device`."""
+    # On CPUs scaled_dot_product_attention's fused backward is slow in bfloat16.
+    slow = device.type == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled()
+    return sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext()
 
 
 def fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -58,12 +68,10 @@ def frozen_products(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterato
         with torch.autocast(own.device.type, dtype, enabled=dtype != own.dtype):
             yield
         return
-    # scaled_dot_product_attention's fused backward is slow in bfloat16 on CPUs.
-    slow = own.dtype == torch.bfloat16 and learns
     packs = torch.backends.mkldnn.is_available()
     with (
         products_replaced({part: _Frozen(part, dtype) for part in frozen} if packs else {}),
-        sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext(),
+        _quick_backward(own.device, own.dtype),
     ):
         yield
 

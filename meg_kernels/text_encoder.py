@@ -159,7 +159,8 @@ class TextEncoder(nn.Module):
         # Batches of equal size: a last batch of a few pairs would have few negatives.
         batches_an_epoch = max(1, round(len(facts) / config.batch_size))
         total = config.epochs * batches_an_epoch
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate)
+        parameters = self.model.parameters()
+        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total)
         losses = []
         self.requires_grad_(True).train()

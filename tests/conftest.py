@@ -1,6 +1,7 @@
 """What every test shares: one thread, short property tests, tiny random language models.
 
-And, for those who test kernels, a faster Triton interpreter and poisoned memory.
+And, for those who test kernels, a faster Triton interpreter, which multiplies bfloat16, and
+poisoned memory.
 """
 
 from __future__ import annotations
@@ -141,4 +142,28 @@ def poisoned_memory():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", poisoned(torch.empty))
         patch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+        yield
+
+
+@pytest.fixture(scope="module")
+def bfloat16_products():
+    """Triton's interpreter multiplies bfloat16, not their bits as integers, as it would."""
+    if torch.cuda.is_available():
+        yield
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    builder = interpreter.InterpreterBuilder
+    create_dot = builder.create_dot
+
+    def widened(handle):
+        if handle.dtype.scalar.name != "bf16":
+            return handle
+        values = (handle.data.astype("uint32") << 16).view("float32")
+        return interpreter.TensorHandle(values, interpreter.tl.float32)
+
+    def create_dot_of_values(self, a, b, *rest):
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "create_dot", create_dot_of_values)
         yield

@@ -14,13 +14,13 @@ from test_editor import CONFIG, make_encoder, make_language_model
 from typer.testing import CliRunner
 
 import meg_kernels
-from meg_kernels import EditorConfig, MeGEditor, cli, write_facts
+from meg_kernels import EditorConfig, GeneratorConfig, MeGEditor, cli, write_facts
 from meg_kernels.editing import shipped
 from meg_kernels.editing.distill import Distillation, Quality
 from meg_kernels.editing.evaluate import METRICS
 
 EDITED = FACTS[:4]
-COMMANDS = ("edit", "evaluate", "ask", "distill", "demo", "info")
+COMMANDS = ("edit", "evaluate", "ask", "train", "distill", "demo", "info")
 SHARES = {*METRICS, "score"}
 
 
@@ -185,6 +185,36 @@ def cells(shown, title) -> list[str]:
     """Of the table's row that starts so."""
     (line,) = [line for line in shown.splitlines() if line.startswith(f"│ {title} ")]
     return [cell.strip() for cell in line.strip("│ ").split("│")]
+
+
+def test_train_puts_another_generator_in_place_and_keeps_the_neurons(
+    edited_dit, tmp_path, monkeypatch
+):
+    manifest = (edited_dit / "meg.json").read_bytes()
+    tiny = dataclasses.replace(CONFIG.generator, kind="mlp", seed=3)
+    asked = []
+    monkeypatch.setattr(cli, "_generator_config", lambda *given: (asked.append(given), tiny)[1])
+    out = tmp_path / "mlp"
+    shown = run("train", edited_dit, "--generator", "mlp", "--seed", 3, "--out", out)
+    assert asked == [(cli.GeneratorKind.mlp, 3)]
+    assert "100.0% of edited queries answered after" in shown
+    assert f"saved to {out}" in " ".join(shown.split())
+    assert (edited_dit / "meg.json").read_bytes() == manifest
+    assert [path.name for path in tmp_path.iterdir()] == ["mlp"]  # no work is left
+    before, after = MeGEditor.from_pretrained(edited_dit), MeGEditor.from_pretrained(out)
+    assert after.config.generator == tiny and after.facts == before.facts
+    assert torch.equal(after.edits.neurons.key, before.edits.neurons.key)
+    assert after.generate([f.query for f in EDITED], 5) == [f.answer for f in EDITED]
+
+
+def test_each_generator_has_a_configuration():
+    for kind in cli.GeneratorKind:
+        made = cli._generator_config(kind, 7)
+        assert made.seed == 7 and made.kind == kind.value.removesuffix("-b")
+    published = GeneratorConfig.paper().dit(5121, 768)
+    big = cli._generator_config(cli.GeneratorKind.dit_b, 0)
+    assert big.dit(5121, 768) == dataclasses.replace(published, condition_dropout=0.0)
+    assert big.standardize and big.sampler.num_steps == 4
 
 
 def test_distill_replaces_the_generator_by_one_of_fewer_steps(edited_dit, tmp_path):

@@ -533,6 +533,43 @@ def test_an_interrupted_edit_resumes_with_the_work_that_was_done(tmp_path, monke
 # Adding and removing
 
 
+@pytest.mark.parametrize("kind", ["dit", "bank"])
+def test_another_generator_is_trained_on_the_same_neurons(editor, tmp_path, kind):
+    before = editor.edits
+    config = dataclasses.replace(CONFIG.generator, kind=kind, seed=4)
+    training = editor.train(config)
+    after = editor.edits
+    assert training.answered == 1.0 and after.report.training == training
+    assert after.generator.config == editor.config.generator == config
+    assert after.neurons is before.neurons and after.gate is before.gate
+    assert before.generator.config.kind == "mlp"  # as it was
+    editor.save_pretrained(tmp_path)
+    editor.detach()
+    loaded = MeGEditor.from_pretrained(tmp_path, editor.model, editor.tokenizer)
+    assert loaded.config.generator == config
+    assert loaded.generate(QUERIES, MOST) == ANSWERS
+
+
+def test_an_interrupted_training_leaves_the_generator_and_goes_on(editor, tmp_path, monkeypatch):
+    before, config = editor.edits, dataclasses.replace(CONFIG.generator, kind="dit", seed=4)
+    steps = []
+    step = torch.optim.AdamW.step
+
+    def interrupted(optimizer, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == config.check_every + 5:
+            raise KeyboardInterrupt
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        editor.train(config, work_folder=tmp_path)
+    assert editor.edits is before and editor.config.generator.kind == "mlp"
+    taken = len(steps)
+    training = editor.train(config, work_folder=tmp_path)
+    assert len(steps) - taken == training.steps - config.check_every
+
+
 @pytest.mark.parametrize("kind", ["mlp", "bank"])
 def test_added_facts_join_those_that_keep_their_neurons(editor, bank, kind):
     editor = bank if kind == "bank" else editor

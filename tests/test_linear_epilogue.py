@@ -57,30 +57,6 @@ STEEPEST = 1.13  # slope of gelu
 NAN = float("nan")
 
 
-@pytest.fixture(scope="module")
-def bfloat16_products():
-    """Triton's interpreter multiplies bfloat16, not their bits as integers, as it would."""
-    if DEVICE.type == "cuda":
-        yield
-        return
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    builder = interpreter.InterpreterBuilder
-    create_dot = builder.create_dot
-
-    def widened(handle):
-        if handle.dtype.scalar.name != "bf16":
-            return handle
-        values = (handle.data.astype("uint32") << 16).view("float32")
-        return interpreter.TensorHandle(values, interpreter.tl.float32)
-
-    def create_dot_of_values(self, a, b, *rest):
-        return create_dot(self, widened(a), widened(b), *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder, "create_dot", create_dot_of_values)
-        yield
-
-
 @pytest.fixture(params=BACKENDS)
 def forced(request):
     """Every backend in turn, forced."""

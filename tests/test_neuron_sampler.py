@@ -301,3 +301,10 @@ def test_results_survive_the_next_replay():
     kept = first.clone()
     sampler(condition + 1)
     assert torch.equal(first, kept)
+
+
+def test_a_compiled_loop_gives_the_same_neurons():
+    dit, config = network(depth=1), SamplerConfig("dpmsolver++", 3)
+    sampler = NeuronSampler(dit, SCHEDULE, config, Execution(precision="float32", compile=True))
+    condition = conditions(3, dit)
+    torch.testing.assert_close(sampler(condition), plainly(dit, condition, config), **CLOSE)

@@ -2,13 +2,14 @@
 
     meg demo --out build/demo
     meg distill build/demo --steps 2 --out build/demo-2
-    python -m benchmarks.quality.steps build/demo --name demo --students build/demo-2
+    python -m benchmarks.quality.steps build/demo --name demo --seeds 0 1 2 --students build/demo-2
 
 For each number of steps and solver, every edited fact gets its generated neuron, without the gate,
 and the model is asked the fact's query and paraphrases (Reliability and Generality, AG). With
 snapping the generator is asked about the edited query for all of them, without it about each
-wording's own condition. Distances to the collected neurons are relative to those neurons' spread
-around their mean: 1 is as far off as the mean neuron. The answer is the fewest steps whose
+wording's own condition. For each seed another generator is trained on the same neurons; only the
+first is sampled in every way. Distances to the collected neurons are relative to those neurons'
+spread around their mean: 1 is as far off as the mean neuron. The answer is the fewest steps whose
 Reliability and Generality are both within half a point of 50 DDIM steps'. Students, distilled from
 that generator, are asked in their own steps.
 
@@ -21,6 +22,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import operator
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ SAMPLERS = [
     *(SamplerConfig("ddim", steps) for steps in (1, 2, 3, 4, 8, 16)),
     *(SamplerConfig("dpmsolver++", steps) for steps in (3, 4, 8, 16)),
 ]
+AGAIN = [REFERENCE, *(SamplerConfig("ddim", steps) for steps in (1, 2, 4, 8))]  # of other seeds
 WITHIN = 0.005
 STUDENT = ", distilled"  # after the solver's name
 
@@ -67,6 +71,11 @@ class Study:
             editor.model, editor.tokenizer, self.edits.facts, editor.template
         )
 
+    def of_seed(self, seed: int) -> Study:
+        """The same with a generator that is trained from another seed."""
+        self.editor.train(dataclasses.replace(self.trained, seed=seed), progress=True)
+        return Study(self.editor)
+
     def measure(self, sampler: SamplerConfig, snap: bool) -> dict[str, Any]:
         """One row of the table."""
         self.generator.config = dataclasses.replace(self.trained, sampler=sampler)
@@ -83,6 +92,7 @@ class Study:
             "solver": sampler.solver,
             "steps": sampler.num_steps,
             "snap": snap,
+            "seed": self.trained.seed,
             "reliability": metrics.reliability_ag,
             "generality": metrics.generality_ag,
             "distance": self.distance(self.flat(own)),
@@ -106,26 +116,46 @@ class Study:
         return float((flat - collected).norm(dim=1).mean() / spread)
 
 
+def means(rows: list[dict[str, Any]], snap: bool) -> dict[tuple[str, int], dict[str, float]]:
+    """The means over the seeds, by solver and number of steps, and how many seeds there are.
+
+    >>> row = {"solver": "ddim", "steps": 2, "snap": True, "distance": 0.2, "reliability": 1.0}
+    >>> rows = [{**row, "generality": 0.9}, {**row, "generality": 1.0}]
+    >>> means(rows, snap=True)["ddim", 2]["generality"]
+    0.95
+    """
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["snap"] == snap:
+            groups.setdefault((row["solver"], row["steps"]), []).append(row)
+    return {
+        key: {
+            name: statistics.fmean(row[name] for row in group)
+            for name in ("distance", "reliability", "generality")
+        }
+        | {"seeds": len(group)}
+        for key, group in sorted(groups.items())
+    }
+
+
 def fewest(rows: list[dict[str, Any]], snap: bool) -> int | None:
     """The fewest steps of any solver that answer within half a point of the reference.
 
     >>> row = {"solver": "ddim", "snap": True, "reliability": 1.0, "generality": 0.9}
+    >>> row |= {"distance": 0.2}
     >>> rows = [{**row, "steps": 50}, {**row, "steps": 2, "generality": 0.89}, {**row, "steps": 4}]
     >>> fewest(rows, snap=True)
     4
     """
-    rows = [row for row in rows if row["snap"] == snap and not row["solver"].endswith(STUDENT)]
-    full = next(
-        (row for row in rows if (row["solver"], row["steps"]) == ("ddim", REFERENCE.num_steps)),
-        None,
-    )
-    if full is None:
+    every = means(rows, snap)
+    if (full := every.get((REFERENCE.solver, REFERENCE.num_steps))) is None:
         return None
     return min(
-        row["steps"]
-        for row in rows
-        if row["reliability"] >= full["reliability"] - WITHIN
-        and row["generality"] >= full["generality"] - WITHIN
+        steps
+        for (solver, steps), mean in every.items()
+        if not solver.endswith(STUDENT)
+        and mean["reliability"] >= full["reliability"] - WITHIN
+        and mean["generality"] >= full["generality"] - WITHIN
     )
 
 
@@ -135,6 +165,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="what `meg edit` or `meg demo --out` saved")
     parser.add_argument("--name", required=True, help="of the data, in the result's name")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[], help="besides the folder's own")
     parser.add_argument("--students", type=Path, nargs="*", default=[], help="folders as well")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -151,19 +182,24 @@ def main() -> None:
         "protocol": study.evaluation.protocol(),
         "versions": {name: version_of(name) for name in ("torch", "transformers")},
     }
-    done = {(row["solver"], row["steps"], row["snap"]) for row in content["rows"]}
+    done = {(row["seed"], row["solver"], row["steps"], row["snap"]) for row in content["rows"]}
     with study.editor.serving():
         content["collected"] = content.get("collected") or study.ceiling()
+    own = study.trained.seed
+    for seed in (own, *(seed for seed in arguments.seeds if seed != own)):
         todo = [
             (sampler, snap)
-            for sampler in SAMPLERS
+            for sampler in (SAMPLERS if seed == own else AGAIN)
             for snap in (True, False)
-            if (sampler.solver, sampler.num_steps, snap) not in done
+            if (seed, sampler.solver, sampler.num_steps, snap) not in done
         ]
-        for sampler, snap in (bar := tqdm(todo, unit="row")):
-            bar.set_postfix_str(label(sampler, snap))
-            content["rows"].append(study.measure(sampler, snap))
-            write_json(path, content)
+        if todo and seed != own:
+            study = study.of_seed(seed)
+        with study.editor.serving():
+            for sampler, snap in (bar := tqdm(todo, desc=f"seed {seed}", unit="row")):
+                bar.set_postfix_str(label(sampler, snap))
+                content["rows"].append(study.measure(sampler, snap))
+                write_json(path, content)
     study.editor.detach()
     for folder in arguments.students:
         student = Study(MeGEditor.from_pretrained(folder, device=arguments.device))
@@ -171,12 +207,9 @@ def main() -> None:
             for snap in (True, False):
                 row = student.measure(student.trained.sampler, snap)
                 row["solver"] += STUDENT
-                same = (row["solver"], row["steps"], snap)
-                content["rows"] = [
-                    other
-                    for other in content["rows"]
-                    if (other["solver"], other["steps"], other["snap"]) != same
-                ] + [row]
+                key = operator.itemgetter("seed", "solver", "steps", "snap")
+                others = [other for other in content["rows"] if key(other) != key(row)]
+                content["rows"] = [*others, row]
                 write_json(path, content)
     for snap in (True, False):
         content["fewest" + ("_snap" if snap else "")] = fewest(content["rows"], snap)

@@ -17,6 +17,7 @@ becomes a CUDA graph for each batch size among powers of two.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable
@@ -158,28 +159,25 @@ class NeuronSampler:
     def _prepare(self, network: NeuronDiT, timesteps: Tensor) -> None:
         """Take the network's weights, and compute what no condition has a part in."""
         dtype, shape = self.dtype, self.shape
+        # A compiler packs constants itself, and refuses what is packed.
+        product = functools.partial(_Product, dtype=dtype, packs=not self.execution.compile)
         layers: list[Any] = [*network.blocks, network.final_layer]
         embedded = network.tEmbedder(timestep_sinusoids(timesteps).to(network.pos_embed.dtype))
         self._time = embedded.float()[:, None]  # [S, 1, width]
         self._positions = network.pos_embed.to(dtype)
-        self._patches = _Product.of(network.inLinear, dtype)
+        self._patches = product([network.inLinear])
         self._projection = self._token_condition = None
         if shape.condition_dim != shape.width:
-            self._projection = _Product.of(network.condition_projection, dtype)
+            self._projection = product([network.condition_projection])
         if shape.token_condition:
-            self._token_condition = _Product.of(network.token_condition, dtype)
-        self._modulation = _Product.stacked([layer.adaLN_modulation[1] for layer in layers], dtype)
-        self._blocks = [_Block.of(block, dtype) for block in layers[:-1]]
+            self._token_condition = product([network.token_condition])
+        self._modulation = product([layer.adaLN_modulation[1] for layer in layers])
+        self._blocks = [_Block.of(block, product) for block in layers[:-1]]
         # Linear after linear is one linear: W (V x + a) + b = (W V) x + (W a + b).
         outer, inner = network.outLinear, network.final_layer.linear
         channels = range(2 if self._with_variance else 1)
-        width = shape.width
         self._heads = [
-            _Product(
-                outer.weight @ inner.weight[c * width : (c + 1) * width],
-                outer.weight @ inner.bias[c * width : (c + 1) * width] + outer.bias,
-                dtype,
-            )
+            product([_folded(outer, inner, slice(c * shape.width, (c + 1) * shape.width))])
             for c in channels
         ]
 
@@ -240,25 +238,30 @@ class NeuronSampler:
         return [head(normed) for head in self._heads]
 
 
-class _Product:
-    """A frozen linear's product, over weights that a CPU has packed."""
+def _folded(outer: nn.Linear, inner: nn.Linear, rows: slice) -> nn.Linear:
+    """`outer` after these rows of `inner`."""
+    folded = nn.Linear(inner.in_features, outer.out_features, device="meta")
+    folded.weight = nn.Parameter(outer.weight @ inner.weight[rows])
+    folded.bias = nn.Parameter(outer.weight @ inner.bias[rows] + outer.bias)
+    return folded
 
-    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype):
-        self.weight, self.bias = weight.detach().to(dtype), bias.detach().to(dtype)
-        self.out_features = len(weight)
-        self._packed = PackedWeight.of(self.weight)
+
+class _Product:
+    """The product of frozen linears, their outputs end to end, over weights that a CPU has packed.
+
+    Args:
+        linears: of the same input.
+        dtype: of the product.
+        packs: rearrange the weights, where that is faster.
+    """
+
+    def __init__(self, linears: list[nn.Linear], dtype: torch.dtype, packs: bool):
+        self.weight = torch.cat([linear.weight.detach() for linear in linears]).to(dtype)
+        self.bias = torch.cat([linear.bias.detach() for linear in linears]).to(dtype)
+        self.out_features = len(self.weight)
+        self._packed = PackedWeight.of(self.weight) if packs else None
         if self._packed is not None:
             del self.weight
-
-    @classmethod
-    def of(cls, linear: nn.Linear, dtype: torch.dtype) -> _Product:
-        return cls(linear.weight, linear.bias, dtype)
-
-    @classmethod
-    def stacked(cls, linears: list[nn.Linear], dtype: torch.dtype) -> _Product:
-        """One product for all, their outputs end to end."""
-        weight = torch.cat([linear.weight for linear in linears])
-        return cls(weight, torch.cat([linear.bias for linear in linears]), dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._packed is not None:
@@ -281,9 +284,9 @@ class _Block:
     fc2: _Product
 
     @classmethod
-    def of(cls, block: DiTBlock, dtype: torch.dtype) -> _Block:
+    def of(cls, block: DiTBlock, product: Callable[[list[nn.Linear]], _Product]) -> _Block:
         linears = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
-        return cls(*(_Product.of(linear, dtype) for linear in linears))
+        return cls(*(product([linear]) for linear in linears))
 
 
 class _Graphs:

@@ -395,6 +395,40 @@ class MeGEditor:
             report=dataclasses.replace(before.report, unlearnt=unlearnt, calibration=calibration),
         )
 
+    def train(
+        self,
+        generator: GeneratorConfig,
+        *,
+        work_folder: str | Path | None = None,
+        progress: bool = False,
+    ) -> Training:
+        """Train another generator on the collected neurons, in place of the present one.
+
+        Args:
+            generator: its kind, network and training.
+            work_folder: keeps a checkpoint, so that an interrupted training resumes.
+            progress: show a progress bar.
+
+        Raises:
+            RuntimeError: nothing is edited.
+        """
+        before = self.edits
+        made = build_generator(generator, self.attached.layout, self.encoder.dim)
+        seconds = {k: v for k, v in before.report.seconds.items() if k != "distill"}
+        with _timed(seconds, "generator"):
+            training = train_generator(
+                made,
+                before.queries,
+                before.neurons,
+                self._answers(before.facts),
+                work_folder=work_folder,
+                progress=progress,
+            )
+        report = dataclasses.replace(before.report, training=training, seconds=seconds)
+        self._edits = dataclasses.replace(before, generator=made, report=report)
+        self.config = dataclasses.replace(self.config, generator=generator)
+        return training
+
     def distill(
         self,
         steps: int,

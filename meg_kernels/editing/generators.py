@@ -105,6 +105,20 @@ class GeneratorConfig:
         }
         return cls(**(published | changes))
 
+    @classmethod
+    def dit_b(cls, **changes: Any) -> GeneratorConfig:
+        """DiT-B's network on the default's scales, trained and sampled in few steps like it."""
+        ours: dict[str, Any] = {
+            "condition_dropout": 0.0,
+            "standardize": True,
+            "sampler": SamplerConfig("ddim", 4),
+            "learning_rate": 3e-4,
+            "ema_decay": cls.ema_decay,
+            "condition_noise": cls.condition_noise,
+            "check_every": 25,
+        }
+        return cls.paper(**(ours | changes))
+
     def dit(self, neuron_dim: int, condition_dim: int) -> DiTConfig:
         shared = {f.name for f in dataclasses.fields(DiTConfig)} & {
             f.name for f in dataclasses.fields(self)

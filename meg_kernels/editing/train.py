@@ -10,6 +10,7 @@ enough of them are answered. A checkpoint after each look makes it resumable.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from meg_kernels.editing.generators import Generator, GeneratorConfig, NeuronBank
@@ -186,7 +188,7 @@ def fit(
     config = generator.config
     device = next(generator.parameters()).device
     averaged = copy.deepcopy(generator)
-    optimizer = torch.optim.AdamW(generator.parameters(), lr=config.learning_rate)
+    optimizer = torch.optim.AdamW(generator.parameters(), lr=config.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: (
@@ -202,15 +204,12 @@ def fit(
     total_loss = 0.0
     with tqdm(total=config.max_steps, initial=step, desc=task.name, disable=not progress) as bar:
         while step < config.max_steps and not (history and task.done(*history[-1][2:])):
-            with fast_products(device):
-                loss = task.loss(step, random)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss = descend(optimizer, functools.partial(task.loss, step, random), device)
             schedule.step()
             step += 1
             total_loss += loss.item() if device.type == "cpu" else 0.0
-            _average(averaged, generator, min(config.ema_decay, step / (step + 10)))
+            average = get_ema_multi_avg_fn(min(config.ema_decay, step / (step + 10)))
+            average([*averaged.parameters()], [*generator.parameters()], None)
             bar.update()
             if step % config.check_every == 0 or step == config.max_steps:
                 taken = step - (history[-1][0] if history else 0)
@@ -228,6 +227,18 @@ def fit(
     return tuple(history)
 
 
+def descend(
+    optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], device: torch.device
+) -> Tensor:
+    """One step down `loss`, in bfloat16 where `device` multiplies it; returns the loss."""
+    with fast_products(device):
+        value = loss()
+    optimizer.zero_grad()
+    value.backward()
+    optimizer.step()
+    return value.detach()
+
+
 def draw_conditions(
     inputs: Tensor, config: GeneratorConfig, random: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -241,12 +252,6 @@ def draw_conditions(
 def _sample_rows(n: int, seed: int) -> Tensor:
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return order[:MOST_LOOKED_AT]
-
-
-@torch.no_grad()
-def _average(averaged: Generator, generator: Generator, decay: float) -> None:
-    for mean, new in zip(averaged.parameters(), generator.parameters(), strict=True):
-        mean.lerp_(new, 1 - decay)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @functools.cache
@@ -59,6 +60,28 @@ def jit(function: Callable) -> Any:
         if parameter.annotation != "tl.constexpr"
     ]
     return triton.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)
+
+
+def rows_adjacent(tensor: Tensor) -> Tensor:
+    """`tensor`, copied if the elements of its rows are not adjacent: kernels want them so."""
+    return tensor if tensor.shape[-1] < 2 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def aligned(*tensors: Tensor, elements: int | None = None) -> bool:
+    """Whether all rows of them start and end at so many elements: then accesses can be as wide.
+
+    Default: at 16 bytes. A row alone counts the stride of the batch that it was cut from, and so
+    gets the same bits.
+    """
+    for tensor in tensors:
+        *steps, _ = tensor.stride()
+        size = tensor.element_size()
+        addresses = tensor.data_ptr() | tensor.shape[-1] * size
+        for step in steps:
+            addresses |= step * size
+        if addresses % (16 if elements is None else elements * size):
+            return False
+    return True
 
 
 @dataclass(frozen=True)

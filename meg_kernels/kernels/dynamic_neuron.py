@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meg_kernels.kernels import Configuration, jit
+from meg_kernels.kernels import Configuration, aligned, jit
 
 # The kernels get the activation as a number at run time: it is one scalar a row, and there are five
 # times fewer kernels to compile.
@@ -195,7 +195,7 @@ def forward(
     if rows == 0:
         return
     launch = row_launch(
-        max(x.shape[-1], y.shape[-1]), y.dtype, _aligned(out, y, x), _aligned(key, value)
+        max(x.shape[-1], y.shape[-1]), y.dtype, aligned(out, y, x), aligned(key, value)
     )
     with torch.cuda.device_of(y):
         _forward_kernel[(rows,)](
@@ -387,8 +387,8 @@ def backward(
         launch = row_launch(
             max(x.shape[-1], grad.shape[-1]),
             x.dtype,
-            _aligned(written, grad, x),
-            _aligned(key, value),
+            aligned(written, grad, x),
+            aligned(key, value),
         )
         with torch.cuda.device_of(x):
             _backward_rows_kernel[(rows,)](
@@ -446,7 +446,7 @@ def _sum_rows(
 ) -> None:
     """sums[i], totals[i] = sums of weights[m] * rows[m] and of weights[m] over neuron i's rows."""
     width = 0 if sums is None else rows.shape[-1]
-    launch = sum_launch(rows.dtype, _aligned(rows) if sums is None else _aligned(rows, sums))
+    launch = sum_launch(rows.dtype, aligned(rows) if sums is None else aligned(rows, sums))
     programs_per_neuron = max(triton.cdiv(width, launch.columns), 1)
     with torch.cuda.device_of(rows):
         _sum_rows_kernel[((len(first) - 1) * programs_per_neuron,)](
@@ -560,7 +560,7 @@ def configurations() -> Iterator[Configuration]:
                 others = {"index": torch.int64, "hidden": accumulate, "dbefore": accumulate}
                 constants = launch.constants(dtype)
                 yield Configuration.of(kernel, dtype, others, constants, launch.warps)
-        for tile in dict.fromkeys(sum_launch(dtype, aligned) for aligned in (True, False)):
+        for tile in dict.fromkeys(sum_launch(dtype, wide) for wide in (True, False)):
             others = {"weights": accumulate, "order": torch.int64, "first": torch.int64}
             constants = tile.constants(dtype)
             yield Configuration.of(_sum_rows_kernel, dtype, others, constants, tile.warps)
@@ -578,18 +578,3 @@ def _tokens(x: Tensor) -> int:
 def _row_strides(x: Tensor) -> tuple[int, int]:
     """Elements from sample to sample, and from token to token."""
     return (x.stride(0), x.stride(1)) if x.dim() == 3 else (x.stride(0), 0)
-
-
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether all rows of them start and end at 16 bytes: then every access can be that wide.
-
-    A row alone counts the stride of the batch that it was cut from, and so gets the same bits.
-    """
-    addresses = 0
-    for tensor in tensors:
-        *steps, _ = tensor.stride()
-        size = tensor.element_size()
-        addresses |= tensor.data_ptr() | tensor.shape[-1] * size
-        for step in steps:
-            addresses |= step * size
-    return addresses % 16 == 0

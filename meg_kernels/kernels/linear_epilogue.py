@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meg_kernels.kernels import Configuration, jit
+from meg_kernels.kernels import Configuration, aligned, jit
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _GROUP = tl.constexpr(8)  # row tiles that share the weight they find in L2
@@ -132,7 +132,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     (rows, depth), columns = x.shape, len(weight)
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     if out.numel() > 0:
-        launch = tile_launch(rows, columns, x.dtype, _aligned(out, x, weight, bias))
+        launch = tile_launch(rows, columns, x.dtype, aligned(out, x, weight, bias))
         with torch.cuda.device_of(x):
             _linear_gelu_kernel[launch.grid(rows, columns)](
                 out,
@@ -213,8 +213,8 @@ def linear_gated_residual(
     (rows, depth), columns = x.shape, len(weight)
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     if out.numel() > 0:
-        aligned = _aligned(out, x, weight, bias, gate, residual)
-        launch = tile_launch(rows, columns, x.dtype, aligned)
+        wide = aligned(out, x, weight, bias, gate, residual)
+        launch = tile_launch(rows, columns, x.dtype, wide)
         with torch.cuda.device_of(x):
             _linear_gated_residual_kernel[launch.grid(rows, columns)](
                 out,
@@ -296,16 +296,3 @@ def configurations() -> Iterator[Configuration]:
             for launch in dict.fromkeys(launches):
                 constants = launch.constants()
                 yield Configuration.of(kernel, dtype, {}, constants, launch.warps, launch.stages)
-
-
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether all rows of them start at 16 bytes, and so end there: then all accesses are as wide.
-
-    The gate's rows, which may end elsewhere, are as long as the result's.
-    """
-    addresses = 0
-    for tensor in tensors:
-        addresses |= tensor.data_ptr()
-        for step in tensor.stride()[:-1]:
-            addresses |= step * tensor.element_size()
-    return addresses % 16 == 0

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meg_kernels.kernels import Configuration, jit
+from meg_kernels.kernels import Configuration, aligned, jit
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 8192
@@ -153,7 +153,7 @@ def forward(
     gated = stream is not None
     if stream is None or update is None or gate is None:
         stream, update, gate = out, x, shift  # no more than places: nothing is read or written
-    launch = norm_launch(width, x.dtype, _aligned(out, stream, x, update, gate, shift, scale))
+    launch = norm_launch(width, x.dtype, aligned(out, stream, x, update, gate, shift, scale))
     with torch.cuda.device_of(x):
         _modulated_norm_kernel[(triton.cdiv(batch * tokens, launch.rows),)](
             out,
@@ -229,18 +229,3 @@ def configurations() -> Iterator[Configuration]:
             launch = norm_launch(width, dtype, aligned=True)
             kernel, constants = _modulated_norm_kernel, launch.constants()
             yield Configuration.of(kernel, dtype, {}, constants, launch.warps)
-
-
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether all rows of them start and end at 16 bytes: then every access can be that wide.
-
-    A row alone counts the stride of the batch that it was cut from, and so gets the same bits.
-    """
-    addresses = 0
-    for tensor in tensors:
-        *steps, _ = tensor.stride()
-        size = tensor.element_size()
-        addresses |= tensor.data_ptr() | tensor.shape[-1] * size
-        for step in steps:
-            addresses |= step * size
-    return addresses % 16 == 0

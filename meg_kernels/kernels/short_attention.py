@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meg_kernels.kernels import Configuration, jit
+from meg_kernels.kernels import Configuration, aligned, jit
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_TOKENS = 128
@@ -115,7 +115,8 @@ def forward(qkv: Tensor, num_heads: int) -> Tensor:
     width = packed // 3
     head_dim = width // num_heads
     out = torch.empty(batch, tokens, width, dtype=qkv.dtype, device=qkv.device)
-    launch = attention_launch(tokens, head_dim, qkv.dtype, _aligned(qkv, head_dim))
+    heads = qkv.unflatten(-1, (-1, head_dim))
+    launch = attention_launch(tokens, head_dim, qkv.dtype, aligned(heads))
     with torch.cuda.device_of(qkv):
         _short_attention_kernel[(batch * num_heads, triton.cdiv(tokens, launch.queries))](
             out,
@@ -191,13 +192,3 @@ def configurations() -> Iterator[Configuration]:
         for launch in dict.fromkeys(launches):
             constants = launch.constants()
             yield Configuration.of(_short_attention_kernel, dtype, {}, constants, launch.warps)
-
-
-def _aligned(qkv: Tensor, head_dim: int) -> bool:
-    """Whether all heads start and end at 16 bytes: then every access can be that wide.
-
-    A sample alone counts the stride of the batch that it was cut from, and gets the same bits.
-    """
-    size = qkv.element_size()
-    steps = (qkv.stride(0), qkv.stride(1), head_dim)
-    return not any(address % 16 for address in (qkv.data_ptr(), *(step * size for step in steps)))

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meg_kernels.kernels import Configuration, jit
+from meg_kernels.kernels import Configuration, aligned, jit
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Elements that lie together in aligned rows: 16 bytes of float32, 8 of a prediction in 16 bits.
@@ -130,7 +130,7 @@ def forward(
     if x_t.numel() == 0:
         return
     read = [part for part in (x_t, prediction, previous_x0, noise, variance) if part is not None]
-    launch = StepLaunch(_aligned(x_next, x0, *read))
+    launch = StepLaunch(aligned(x_next, x0, *read, elements=_VECTOR.value))
     programs_per_row = triton.cdiv(dim, launch.block)
     with torch.cuda.device_of(x_t):
         _solver_step_kernel[(batch * programs_per_row,)](
@@ -187,16 +187,3 @@ def configurations() -> Iterator[Configuration]:
         for launch in (StepLaunch(aligned=True), StepLaunch(aligned=False)):
             constants = launch.constants()
             yield Configuration.of(_solver_step_kernel, dtype, others, constants, launch.warps)
-
-
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether all rows of them start and end at a vector.
-
-    A row alone counts the stride of the batch that it was cut from, as every row of it does.
-    """
-    vector = _VECTOR.value
-    return all(
-        tensor.data_ptr() % (vector * tensor.element_size()) == 0
-        and all(size % vector == 0 for size in (tensor.shape[-1], *tensor.stride()[:-1]))
-        for tensor in tensors
-    )

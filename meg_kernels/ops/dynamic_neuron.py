@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meg_kernels.kernels import rows_adjacent
 from meg_kernels.neuron import ACTIVATIONS, Neurons
 from meg_kernels.ops import native
 from meg_kernels.ops.backend import backend, choose, forced_backend
@@ -168,11 +169,6 @@ def _implementation(chosen: str) -> tuple[Callable[..., None], Callable[..., tup
     return _reference_forward, _eager_backward
 
 
-def _rows_adjacent(tensor: Tensor) -> Tensor:
-    """`tensor`, copied if the elements of its rows are not adjacent: kernels want them so."""
-    return tensor if tensor.shape[-1] < 2 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _is_empty(x: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether there are no tokens, no neurons or no width: kernels need not know that."""
     return x.numel() == 0 or len(key) == 0 or value.shape[-1] == 0
@@ -188,9 +184,9 @@ def _forward_into(
         return
     chosen = choose("dynamic_neuron", x.device, y.dtype, x.dtype, key.dtype)
     run, _ = _implementation(chosen)
-    rows = [_rows_adjacent(part) for part in (out, x, key, value)]
+    rows = [rows_adjacent(part) for part in (out, x, key, value)]
     target, x, key, value = rows
-    y = target if out is y else _rows_adjacent(y)
+    y = target if out is y else rows_adjacent(y)
     with torch.autocast(x.device.type, enabled=False):
         bias = None if bias is None else bias.contiguous()
         run(target, y, x, key, bias, value, index.contiguous(), activation)
@@ -238,8 +234,8 @@ def _dynamic_neuron_backward(
         _, run = _implementation(chosen)
         with torch.autocast(x.device.type, enabled=False):
             gradients = run(
-                _rows_adjacent(gradient), _rows_adjacent(x), _rows_adjacent(key),
-                None if bias is None else bias.contiguous(), _rows_adjacent(value),
+                rows_adjacent(gradient), rows_adjacent(x), rows_adjacent(key),
+                None if bias is None else bias.contiguous(), rows_adjacent(value),
                 index.contiguous(), activation, tuple(needs),
             )  # fmt: skip
     return tuple(

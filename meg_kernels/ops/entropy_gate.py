@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from meg_kernels.kernels import rows_adjacent
 from meg_kernels.ops import native
 from meg_kernels.ops.backend import choose
 
@@ -65,8 +66,7 @@ def _entropy_gate(logits: Tensor, threshold: float) -> tuple[Tensor, ...]:
     if chosen in ("cpu", "reference"):
         decision = entropy_gate_reference(logits, threshold)
         return decision.entropy, decision.index, decision.rows, decision.count
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
+    logits = rows_adjacent(logits)
     counter = torch.zeros(1, dtype=torch.int32, device=logits.device)
     if chosen == "cuda":
         return native.entropy_gate(logits, threshold, counter)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meg_kernels.kernels import rows_adjacent
 from meg_kernels.ops.backend import choose, forced_backend
 
 BACKENDS = ("triton", "cpu", "reference")
@@ -66,9 +67,8 @@ def _linear_gated_residual(
     kernels = _forced_kernels("linear_gated_residual", x)
     if kernels is None:
         return linear_gated_residual_reference(x, weight, bias, gate, residual).contiguous()
-    gate = gate if gate.stride(-1) == 1 else gate.contiguous()
     out = kernels.linear_gated_residual(
-        _as_rows(x), weight.contiguous(), bias.contiguous(), gate, _as_rows(residual)
+        _as_rows(x), weight.contiguous(), bias.contiguous(), rows_adjacent(gate), _as_rows(residual)
     )
     return out.view(residual.shape)
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meg_kernels.kernels import rows_adjacent
 from meg_kernels.ops.backend import choose
 
 BACKENDS = ("triton", "cpu", "reference")
@@ -81,7 +82,7 @@ def _modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -
         return modulated_layer_norm_reference(x, shift, scale, eps).contiguous()
     kernel = _triton_kernel("modulated_layer_norm", x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    kernel.forward(out, *map(_rows_adjacent, (x, shift, scale)), eps)
+    kernel.forward(out, *map(rows_adjacent, (x, shift, scale)), eps)
     return out
 
 
@@ -95,7 +96,7 @@ def _gated_residual_layer_norm(
         stream, out = compute(x, update, gate, shift, scale, eps)
         return stream.contiguous(), out.contiguous()
     kernel = _triton_kernel("gated_residual_layer_norm", x)
-    x, update, gate, shift, scale = map(_rows_adjacent, (x, update, gate, shift, scale))
+    x, update, gate, shift, scale = map(rows_adjacent, (x, update, gate, shift, scale))
     stream, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     kernel.forward(out, x, shift, scale, eps, stream, update, gate)
     return stream, out
@@ -111,11 +112,6 @@ def _triton_kernel(op: str, x: Tensor) -> Any:
             'convert them, or compute it under backend("reference")'
         )
     return kernel
-
-
-def _rows_adjacent(tensor: Tensor) -> Tensor:
-    """`tensor`, copied if the elements of its rows are not adjacent: the kernel wants them so."""
-    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @torch.library.register_fake("meg_kernels::modulated_layer_norm", lib=_LIBRARY)

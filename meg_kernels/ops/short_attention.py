@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meg_kernels.kernels import rows_adjacent
 from meg_kernels.ops.backend import choose
 
 BACKENDS = ("triton", "cpu", "reference")
@@ -71,7 +72,7 @@ def _short_attention(qkv: Tensor, num_heads: int) -> Tensor:
             f"short_attention: qkv is {qkv.dtype}, and its Triton kernel takes {supported}; "
             'convert it, or compute it under backend("reference")'
         )
-    return triton_kernel.forward(qkv if qkv.stride(-1) == 1 else qkv.contiguous(), num_heads)
+    return triton_kernel.forward(rows_adjacent(qkv), num_heads)
 
 
 @torch.library.register_fake("meg_kernels::short_attention", lib=_LIBRARY)
