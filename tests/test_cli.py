@@ -214,7 +214,7 @@ def test_each_generator_has_a_configuration():
     published = GeneratorConfig.paper().dit(5121, 768)
     big = cli._generator_config(cli.GeneratorKind.dit_b, 0)
     assert big.dit(5121, 768) == dataclasses.replace(published, condition_dropout=0.0)
-    assert big.standardize and big.sampler.num_steps == 4
+    assert big.standardize and big.sampler.num_steps == 2
 
 
 def test_distill_replaces_the_generator_by_one_of_fewer_steps(edited_dit, tmp_path):

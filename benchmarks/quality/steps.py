@@ -45,6 +45,7 @@ SAMPLERS = [
     *(SamplerConfig("ddim", steps) for steps in (1, 2, 3, 4, 8, 16)),
     *(SamplerConfig("dpmsolver++", steps) for steps in (3, 4, 8, 16)),
 ]
+RELEASED = SamplerConfig("ddpm", 50, "respaced")
 AGAIN = [REFERENCE, *(SamplerConfig("ddim", steps) for steps in (1, 2, 4, 8))]  # of other seeds
 WITHIN = 0.005
 STUDENT = ", distilled"  # after the solver's name
@@ -70,6 +71,11 @@ class Study:
         self.evaluation = Evaluation(
             editor.model, editor.tokenizer, self.edits.facts, editor.template
         )
+
+    def samplers(self) -> list[SamplerConfig]:
+        """In which it is sampled; one that learnt a variance also as the paper's authors do."""
+        learnt = self.generator.network.learns_variance
+        return [*SAMPLERS, *([RELEASED] if learnt else [])]
 
     def of_seed(self, seed: int) -> Study:
         """The same with a generator that is trained from another seed."""
@@ -189,7 +195,7 @@ def main() -> None:
     for seed in (own, *(seed for seed in arguments.seeds if seed != own)):
         todo = [
             (sampler, snap)
-            for sampler in (SAMPLERS if seed == own else AGAIN)
+            for sampler in (study.samplers() if seed == own else AGAIN)
             for snap in (True, False)
             if (seed, sampler.solver, sampler.num_steps, snap) not in done
         ]

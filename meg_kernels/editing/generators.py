@@ -111,7 +111,7 @@ class GeneratorConfig:
         ours: dict[str, Any] = {
             "condition_dropout": 0.0,
             "standardize": True,
-            "sampler": SamplerConfig("ddim", 4),
+            "sampler": SamplerConfig("ddim", 2),
             "learning_rate": 3e-4,
             "ema_decay": cls.ema_decay,
             "condition_noise": cls.condition_noise,
