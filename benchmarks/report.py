@@ -3,8 +3,8 @@
     python -m benchmarks.report [JSON ...]      default: all of benchmarks/results/
 
 Tables go between the README's markers `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->`
-(for studies of sampling steps `<!-- steps:begin -->` and `<!-- steps:end -->`), or to the screen
-where it has none; plots go to benchmarks/plots/. Nothing is written that was not measured: what a
+(for studies of sampling steps and of quality, `steps` and `quality`), or to the screen where it has
+none; plots go to benchmarks/plots/. Nothing is written that was not measured: what a
 file does not hold is a row that the table does not have.
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.measure import in_units
@@ -23,7 +24,7 @@ from benchmarks.quality.steps import means
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
-RACES, STEPS = "benchmarks", "steps"  # the README's markers
+RACES, STEPS, QUALITY = "benchmarks", "steps", "quality"  # the README's markers
 NOTHING = "no neurons"  # the baseline that does less than we do: there a speed-up is a cost
 
 Record = Mapping[str, Any]  # the extra_info of a race: benchmarks.measure.Race
@@ -142,7 +143,8 @@ def _cells(record: Record) -> dict[str, str]:
     if "of_ceiling" in record:
         cells["of the machine's ceiling"] = f"{record['of_ceiling']:.0%} of {record['ceiling']}"
     if "neighbours" in record:
-        cells["alone or among others"] = f"off by {record['neighbours']:.1e}"
+        off = record["neighbours"]
+        cells["alone or among others"] = f"off by {off:.1e}" if off else "the same bits"
     return cells
 
 
@@ -245,6 +247,69 @@ def plot_steps(studies: Sequence[Record], axes: Any) -> None:
     axes.set(xscale="log", xlabel="DDIM steps", ylabel="Generality AG (dotted: collected neurons)")
     axes.set_xticks([1, 2, 4, 8, 16, 50], ["1", "2", "4", "8", "16", "50"])
     axes.minorticks_off()
+    axes.legend(fontsize=8)
+
+
+# ---- studies of quality -----------------------------------------------------------------------
+
+
+def quality_table(study: Record) -> str:
+    """A Markdown table of benchmarks.quality.study: one line for each number and generator."""
+    columns = ["facts", "generator", "seeds", "Reliability", "Generality", "Locality", "Score"]
+    columns += ["Generality, collected", "Generality, without snapping", "edited in"]
+    lines = [columns, ["---"] * len(columns)]
+    groups: dict[tuple[int, str], list[Record]] = {}
+    for row in study["rows"]:
+        groups.setdefault((row["facts"], row["generator"]), []).append(row)
+    for (n, generator), rows in groups.items():
+        shares = [
+            spread([row[of][name] for row in rows])
+            for of, name in (
+                ("metrics", "reliability_ag"),
+                ("metrics", "generality_ag"),
+                ("metrics", "locality_ag"),
+                ("metrics", "score"),
+                ("collected", "generality_ag"),
+                ("without_snapping", "generality_ag"),
+            )
+        ]
+        others = ("collect", "encoder", "gate")
+        seconds = fmean(
+            sum(row["seconds"][stage] for stage in others) + row["training_seconds"] for row in rows
+        )
+        lines.append([str(n), generator, str(len(rows)), *shares, f"{seconds:.0f} s"])
+    title = f"**{study['data']}**"
+    return "\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """The mean of some runs, and how far the outermost ones are apart.
+
+    >>> spread([0.95]), spread([0.9, 1.0]), spread([None])
+    ('0.950', '0.950 (0.900 to 1.000)', '–')
+    """
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    ends = f" ({min(known):.3f} to {max(known):.3f})" if min(known) < max(known) else ""
+    return f"{fmean(known):.3f}{ends}"
+
+
+def plot_trade_offs(studies: Sequence[Record], axes: Any) -> None:
+    """Generality against Locality over the gate's thresholds, with the calibrated one marked."""
+    curves = [
+        (f"{study['data']}, {row['facts']} facts", row)
+        for study in studies
+        for row in study["rows"]
+        if "curve" in row and row["seed"] == 0
+    ]
+    for number, (label, row) in enumerate(curves):
+        points = sorted((p["locality_ag"], p["generality_ag"]) for p in row["curve"])
+        color = f"C{number}"
+        axes.plot(*zip(*points, strict=True), color=color, label=label)
+        chosen = row["metrics"]
+        axes.plot(chosen["locality_ag"], chosen["generality_ag"], "o", color=color)
+    axes.set(xlabel="Locality AG", ylabel="Generality AG (dot: the calibrated threshold)")
     axes.legend(fontsize=8)
 
 
@@ -377,6 +442,12 @@ def main(arguments: Sequence[str]) -> int:
             plot_steps(studies, axes)
         image = f"![{plot.stem}]({plot.relative_to(README.parent)})"
         sections[STEPS] = "\n\n".join([*map(steps_table, studies), image])
+    if qualities := [content for content in contents if content.get("study") == QUALITY]:
+        plot = FOLDER / "plots" / "trade-off.png"
+        with _figure(plot, "the similarity gate's thresholds") as axes:
+            plot_trade_offs(qualities, axes)
+        image = f"![{plot.stem}]({plot.relative_to(README.parent)})"
+        sections[QUALITY] = "\n\n".join([*map(quality_table, qualities), image])
     if not sections:
         print("no races in these files; pytest writes them with --benchmark-json", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import platform
 import shutil
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from meg_kernels.editing.evaluate import EvaluationReport
     from meg_kernels.editing.facts import Fact
     from meg_kernels.editing.generators import GeneratorConfig
+    from meg_kernels.editing.layers import LayerComparison
     from meg_kernels.editing.train import Training
+    from meg_kernels.integrations.lm_eval import TaskScores
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,10 +67,12 @@ class GateKind(str, Enum):
     familiarity = "familiarity"
 
 
+Facts = Annotated[Path, typer.Argument(help="CounterFact or ZsRE JSON, or JSON lines.")]
+Model = Annotated[str, typer.Option(help="smollm2, a folder, or a Hugging Face id.")]
 Folder = Annotated[Path, typer.Argument(help="What `meg edit` saved.")]
 Out = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(help="Folder for the result. Default: FOLDER, whose generator it replaces."),
+    typer.Option(help="Folder for the result. Default: FOLDER, whose edits it replaces."),
 ]
 Device = Annotated[str, typer.Option(help="Torch device, e.g. cpu, cuda, cuda:1.")]
 DtypeOption = Annotated[
@@ -94,11 +99,9 @@ Encoder = Annotated[str, typer.Option(help="Text encoder: a folder or a Hugging 
 
 @app.command(epilog="**Example:** `meg edit facts.jsonl --model smollm2 --out edited`")
 def edit(
-    facts: Annotated[Path, typer.Argument(help="CounterFact or ZsRE JSON, or JSON lines.")],
+    facts: Facts,
     out: Annotated[Path, typer.Option(help="Folder for the edited model.")],
-    model: Annotated[
-        str, typer.Option(help="smollm2, a folder, or a Hugging Face id.")
-    ] = "smollm2",
+    model: Model = "smollm2",
     limit: Limit = None,
     tuning: Annotated[
         Optional[Path],  # noqa: UP045
@@ -110,6 +113,10 @@ def edit(
     on_conflict: Annotated[
         str, typer.Option(help="Facts that contradict each other: error, or keep the first.")
     ] = "error",
+    skip_known: Annotated[
+        bool,
+        typer.Option("--skip-known", help="Leave out facts that the model answers so already."),
+    ] = False,
     layer: Layer = None,
     generator: Generator = GeneratorKind.dit,
     gate: Gate = GateKind.similarity,
@@ -132,12 +139,107 @@ def edit(
     edited = read_facts(facts, limit, on_conflict=on_conflict)  # type: ignore[arg-type]
     others = _tuning_facts(facts, tuning, edited)
     editor = _editor(model, encoder, layer, generator, gate, snap, seed, device, dtype)
+    if skip_known:
+        total, edited = len(edited), editor.unknown(edited, progress=True)
+        left = total - len(edited)
+        console.print(f"left out: {left} of {total} facts, which the model answers so already")
     # Beside the result, so that it is found again; gone when the result is written.
     with _work_folder(out, "edit") as work:
         report = editor.edit(edited, tuning=others, work_folder=work, progress=True)
         editor.save_pretrained(out)
     _print_edit(report, len(edited))
     console.print(f"saved to {out}; ask it: meg ask {out} {edited[0].query!r}", markup=False)
+
+
+@app.command(epilog="**Example:** `meg add edited more.jsonl`")
+def add(
+    folder: Folder,
+    facts: Facts,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="In place of edited facts with the same query or id."),
+    ] = False,
+    limit: Limit = None,
+    out: Out = None,
+    device: Device = "cpu",
+) -> None:
+    """Edit further FACTS into an edited model; those that are in it keep their neurons.
+
+    An interrupted addition resumes when it is started again with the same arguments.
+    """
+    from meg_kernels.editing.facts import read_facts
+
+    out = folder if out is None else out
+    added = read_facts(facts, limit)
+    editor = _load(folder, device, None)
+    with _work_folder(out, "add") as work:
+        report = editor.add(added, replace=replace, work_folder=work, progress=True)
+        editor.save_pretrained(out)
+    _print_edit(report, len(editor.facts))
+    console.print(f"{len(editor.facts)} facts are edited; saved to {out}", markup=False)
+
+
+@app.command(epilog="**Example:** `meg remove edited dynamite`")
+def remove(
+    folder: Folder,
+    ids: Annotated[list[str], typer.Argument(help="The facts' ids.")],
+    out: Out = None,
+    device: Device = "cpu",
+) -> None:
+    """Take edits back: the base model answers their queries again."""
+    out = folder if out is None else out
+    editor = _load(folder, device, None)
+    editor.remove(ids)
+    editor.save_pretrained(out)
+    console.print(f"{len(editor.facts)} facts are edited; saved to {out}", markup=False)
+
+
+@app.command("layers", epilog="**Example:** `meg layers facts.jsonl --limit 32 --plot layers.png`")
+def compare_layers(
+    facts: Facts,
+    model: Model = "smollm2",
+    limit: Limit = None,
+    layers: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Which, e.g. 4,8,12. Default: every second one. The one that `meg edit` takes by "
+            "default is always among them."
+        ),
+    ] = None,
+    json: JsonOut = None,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Draw them here, as PNG, PDF or SVG; needs matplotlib."),
+    ] = None,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Compare feed-forward layers, to choose the one to edit.
+
+    Some tens of facts with paraphrases are enough. An interrupted comparison resumes when it is
+    started again with the same arguments.
+    """
+    import torch
+
+    from meg_kernels.editing.facts import read_facts
+    from meg_kernels.editing.layers import compare_layers, plot_layers, require_matplotlib
+    from meg_kernels.integrations.pretrained import load_language_model
+
+    chosen = None if layers is None else _numbers(layers)
+    asked = read_facts(facts, limit)
+    if plot is not None:
+        require_matplotlib()  # now, not when the work is done
+    with console.status(f"loading {escape(model)}"):
+        loaded, tokenizer = load_language_model(model, getattr(torch, dtype.value), device)
+    with _work_folder(json or plot or Path("layers"), "layers") as work:
+        comparison = compare_layers(
+            loaded, tokenizer, asked, chosen, work_folder=work, progress=True
+        )
+        _print_layers(comparison)
+        _write_report(json, {"model": model} | comparison.to_dict())
+        if plot is not None:
+            plot_layers(comparison, plot)
+            console.print(f"plot in {plot}", markup=False)
 
 
 @app.command(epilog="**Example:** `meg evaluate edited --json report.json`")
@@ -148,18 +250,41 @@ def evaluate(
         typer.Option(help="The edited facts with other paraphrases or locality queries."),
     ] = None,
     limit: Limit = None,
+    tasks: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of lm-evaluation-harness, e.g. arc_easy,piqa; needs lm-eval."),
+    ] = None,
+    task_path: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder with further tasks, as YAML."),
+    ] = None,
+    task_limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Examples of each task. Default: all."),
+    ] = None,
     json: JsonOut = None,
     device: Device = "cpu",
     dtype: LoadDtype = None,
 ) -> None:
-    """Measure Reliability, Generality and Locality of an edited model."""
+    """Measure Reliability, Generality and Locality of an edited model, and its general ability."""
     from meg_kernels.editing.facts import read_facts
 
+    if tasks is not None:
+        from meg_kernels.integrations.lm_eval import evaluate_tasks
+    elif task_path is not None or task_limit is not None:
+        raise typer.BadParameter("--task-path and --task-limit need --tasks")
     editor = _load(folder, device, dtype)
     asked = editor.facts[:limit] if facts is None else read_facts(facts, limit)
     report = editor.evaluate(asked, progress=True)
+    report = dataclasses.replace(report, perplexity=editor.perplexity(progress=True))
     _print_report(report)
-    _write_report(json, report.to_dict())
+    content = report.to_dict()
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",")]
+        scores = evaluate_tasks(editor, names, task_path=task_path, limit=task_limit)
+        _print_tasks(scores)
+        content["tasks"] = dataclasses.asdict(scores)
+    _write_report(json, content)
 
 
 @app.command(
@@ -302,7 +427,8 @@ def info() -> None:
 def main() -> None:
     """Run `meg`; what a user can mend is told in one line, without a traceback."""
     # Loading bars of other libraries tell a user nothing.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in ("transformers", "lm_eval"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.showwarning = lambda message, *rest, **more: errors.print(
         f"[yellow]{escape(str(message))}[/]"
     )
@@ -400,6 +526,13 @@ def _work_folder(out: Path, command: str) -> Iterator[Path]:
     shutil.rmtree(work, ignore_errors=True)
 
 
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of layers like 4,8,12") from None
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -435,6 +568,40 @@ def _print_edit(report: EditReport, n: int) -> None:
 
 def _trained(training: Training) -> str:
     return f"{training.answered:.1%} of edited queries answered after {training.steps} steps"
+
+
+def _print_layers(comparison: LayerComparison) -> None:
+    table = Table(
+        Column("layer", no_wrap=True),
+        "learnt",
+        "Reliability AG",
+        "Generality AG",
+        "steps",
+        "s/fact",
+        "norm",
+        title=f"{comparison.n} facts, each with its own collected neuron",
+        title_justify="left",
+    )
+    best = comparison.best
+    for quality in comparison.layers:
+        default = " (default)" if quality.layer == comparison.default else ""
+        table.add_row(
+            f"{quality.layer}{default}",
+            _share(quality.learnt),
+            _share(quality.reliability),
+            _share(quality.generality),
+            f"{quality.steps:.1f}",
+            f"{quality.seconds:.2f}",
+            f"{quality.norm:.2f}",
+            style="bold" if quality is best else "",
+        )
+    console.print(table)
+    by = "Reliability, without paraphrases" if best.generality is None else "Generality"
+    console.print(f"best by {by}: layer {best.layer}; edit it: meg edit ... --layer {best.layer}")
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _print_distillation(report: Distillation) -> None:
@@ -502,18 +669,15 @@ def _print_report(report: EvaluationReport) -> None:
         title_justify="left",
     )
 
-    def show(value: float | None) -> str:
-        return "–" if value is None else f"{value:.3f}"
-
     for kind in ("reliability", "generality", "locality"):
         cells = [
-            show(getattr(metrics, f"{kind}_{setting}"))
+            _share(getattr(metrics, f"{kind}_{setting}"))
             for metrics in (report.base, report.metrics)
             for setting in ("ag", "tf")
         ]
         ceiling = None if report.collected is None else getattr(report.collected, f"{kind}_ag")
-        table.add_row(kind.capitalize(), str(queries[kind]), *cells, show(ceiling))
-    table.add_row("Score", "", show(report.base.score), "", show(report.metrics.score), "", "")
+        table.add_row(kind.capitalize(), str(queries[kind]), *cells, _share(ceiling))
+    table.add_row("Score", "", _share(report.base.score), "", _share(report.metrics.score), "", "")
     console.print(table)
     protocol = report.protocol
     console.print(
@@ -530,8 +694,27 @@ def _print_report(report: EvaluationReport) -> None:
         f"ones; {served.generated} neurons generated, {served.reused} reused",
         highlight=False,
     )
+    if (read := report.perplexity) is not None:
+        console.print(
+            f"perplexity of {read.passages} passages on other things ({read.tokens} tokens): base "
+            f"{read.base:.3f}, edited {read.edited:.3f}; {read.accepted} taken for edited queries",
+            highlight=False,
+        )
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
     console.print(f"seconds: {seconds}", highlight=False)
+
+
+def _print_tasks(scores: TaskScores) -> None:
+    table = Table("task", "metric", "base", "edited", title="Tasks", title_justify="left")
+    for score in scores.scores:
+        stderr = "" if score.stderr is None else f" ± {score.stderr:.3f}"
+        table.add_row(score.task, score.metric, f"{score.base:.3f}{stderr}", f"{score.edited:.3f}")
+    console.print(table)
+    console.print(
+        f"lm_eval {scores.version}; the gate saw {scores.contexts} different contexts and took "
+        f"{scores.accepted} for edited queries",
+        highlight=False,
+    )
 
 
 def _write_report(path: Path | None, content: dict[str, Any]) -> None:

@@ -14,13 +14,31 @@ from test_editor import CONFIG, make_encoder, make_language_model
 from typer.testing import CliRunner
 
 import meg_kernels
-from meg_kernels import EditorConfig, GeneratorConfig, MeGEditor, cli, write_facts
+from meg_kernels import (
+    EditorConfig,
+    FactsError,
+    GeneratorConfig,
+    MeGEditor,
+    cli,
+    write_facts,
+)
 from meg_kernels.editing import shipped
 from meg_kernels.editing.distill import Distillation, Quality
 from meg_kernels.editing.evaluate import METRICS
 
 EDITED = FACTS[:4]
-COMMANDS = ("edit", "evaluate", "ask", "train", "distill", "demo", "info")
+COMMANDS = (
+    "edit",
+    "add",
+    "remove",
+    "layers",
+    "evaluate",
+    "ask",
+    "train",
+    "distill",
+    "demo",
+    "info",
+)
 SHARES = {*METRICS, "score"}
 
 
@@ -39,6 +57,8 @@ def tiny_settings():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meg_kernels, "EditorConfig", configure)
+        # The tiny encoder takes 32 tokens.
+        patch.setattr("meg_kernels.editing.editor.shipped_passages", lambda: UNRELATED)
         patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
         patch.setattr(cli.console, "width", 300, raising=False)
         yield
@@ -151,7 +171,7 @@ def test_ask_shows_base_and_edited_answers_side_by_side(edited):
 
 
 def assert_report(content, n):
-    parts = {"n", "metrics", "base", "collected", "protocol", "seconds", "served"}
+    parts = {"n", "metrics", "base", "collected", "protocol", "seconds", "served", "perplexity"}
     assert set(content) == parts
     assert content["n"] == n
     for part in ("metrics", "base", "collected"):
@@ -185,6 +205,35 @@ def cells(shown, title) -> list[str]:
     """Of the table's row that starts so."""
     (line,) = [line for line in shown.splitlines() if line.startswith(f"│ {title} ")]
     return [cell.strip() for cell in line.strip("│ ").split("│")]
+
+
+def test_facts_that_the_model_knows_can_be_left_out(models, tuning_file, tmp_path, edited):
+    base = MeGEditor.from_pretrained(edited[0]).generate_base([EDITED[0].query], 16)
+    known = dataclasses.replace(EDITED[0], answer=base[0].split(".")[0])
+    write_facts(tmp_path / "facts.jsonl", [known, *EDITED[1:]])
+    more = ("--tuning", tuning_file, "--layer", 1, "--generator", "bank", "--skip-known")
+    out = tmp_path / "edited"
+    shown = run("edit", tmp_path / "facts.jsonl", *models, "--out", out, *more)
+    assert "left out: 1 of 4 facts" in shown
+    assert MeGEditor.from_pretrained(out).facts == EDITED[1:]
+
+
+def test_facts_are_added_changed_and_removed(edited, tmp_path):
+    out = shutil.copytree(edited[0], tmp_path / "edited")
+    further = FACTS[4]
+    write_facts(tmp_path / "more.jsonl", [further])
+    assert "5 facts are edited" in run("add", out, tmp_path / "more.jsonl")
+    assert further.answer in run("ask", out, further.query, "--max-new-tokens", 3)
+    changed = dataclasses.replace(EDITED[0], answer=EDITED[1].answer)
+    write_facts(tmp_path / "more.jsonl", [changed])
+    with pytest.raises(FactsError, match="answered with both"):
+        run("add", out, tmp_path / "more.jsonl")
+    assert "5 facts are edited" in run("add", out, tmp_path / "more.jsonl", "--replace")
+    assert "4 facts are edited" in run("remove", out, further.id)
+    editor = MeGEditor.from_pretrained(out)
+    assert editor.facts == [*EDITED[1:], changed]
+    assert editor.generate([EDITED[0].query], 3) == [changed.answer]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["edited", "more.jsonl"]
 
 
 def test_train_puts_another_generator_in_place_and_keeps_the_neurons(

@@ -68,8 +68,12 @@ def question(i: int) -> str:
     return " ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 2 + i % 5))
 
 
-def argmax_tokens(model, tokenizer, query):
-    tokens, answer = tokenizer(f"Q: {query}\nA:").input_ids, []
+def in_template(query, fact):
+    return f"Q: {query}\nA:"
+
+
+def argmax_tokens(model, tokenizer, query, fact=None, prompting=in_template):
+    tokens, answer = tokenizer(prompting(query, fact)).input_ids, []
     while len(answer) < MOST and not {EOS, LINE} & set(answer):
         logits = model(torch.tensor([tokens + answer]), use_cache=False).logits
         answer.append(int(logits[0, -1].argmax()))
@@ -123,7 +127,7 @@ class Shift:
         return self.size * torch.randn(32, generator=generator)
 
 
-def slow_metrics(model, tokenizer, facts, mounting):
+def slow_metrics(model, tokenizer, facts, mounting, prompting=in_template):
     """The definitions, spelt out for one query after the other."""
     shares = {name: [] for name in METRICS}
     for i, fact in enumerate(facts):
@@ -133,7 +137,7 @@ def slow_metrics(model, tokenizer, facts, mounting):
         for kind, query in queries:
             before = argmax_tokens(model, tokenizer, query) if kind == "locality" else None
             with mounting([query], [i]):
-                after = argmax_tokens(model, tokenizer, query)
+                after = argmax_tokens(model, tokenizer, query, i, prompting)
                 if kind == "locality":
                     wanted, right = before, after == before
                 else:
@@ -141,7 +145,7 @@ def slow_metrics(model, tokenizer, facts, mounting):
                     said = spelt(tokenizer, after).casefold()
                     answer = fact.answer.casefold()
                     right = said == answer or said.startswith(f"{answer}. ")
-                prompt = tokenizer(f"Q: {query}\nA:").input_ids
+                prompt = tokenizer(prompting(query, i)).input_ids
                 logits = model(torch.tensor([prompt + wanted]), use_cache=False).logits[0]
             hits = [int(logits[len(prompt) - 1 + k].argmax()) == t for k, t in enumerate(wanted)]
             shares[f"{kind}_ag"].append(right)
@@ -175,6 +179,23 @@ def test_each_query_is_mounted_with_its_own_fact(model, tokenizer, facts):
     assert set(edit.mounted) == set(expected)
     # Twice where the argmax must be asked for after the answer's beginning.
     assert Counter(expected) <= Counter(edit.mounted)
+
+
+def test_an_edit_that_stands_in_the_prompt_is_asked_with_it_and_the_base_model_without(
+    model, tokenizer, facts
+):
+    def prompting(query, fact):
+        return f"Q: {facts[fact].answer}\nA: {query}\nA:"
+
+    def plain(queries, owners):
+        return contextlib.nullcontext()
+
+    expected = slow_metrics(model, tokenizer, facts, plain, prompting)
+    assert 0 < expected["locality_ag"] < expected["locality_tf"] < 1
+    for batch_size in (5, 64):
+        evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, batch_size)
+        metrics = Metrics.of(evaluation.verdicts(plain, prompting=prompting))
+        assert shares(metrics) == pytest.approx(expected, abs=SHARES)
 
 
 @pytest.mark.parametrize("batch_size", [5, 64])

@@ -116,12 +116,14 @@ def test_main_prints_the_tables_where_the_readme_has_no_markers(
 
 def steps_study(**changes) -> dict:
     """What benchmarks.quality.steps writes."""
-    row = {"solver": "ddim", "distance": 0.25, "reliability": 1.0, "generality": 0.9}
+    row = {"solver": "ddim", "seed": 0, "distance": 0.25, "reliability": 1.0, "generality": 0.9}
     rows = [
         {**row, "steps": 50, "snap": True},
         {**row, "steps": 2, "snap": True, "distance": 0.5},
+        {**row, "steps": 2, "snap": True, "distance": 0.7, "generality": 0.8, "seed": 1},
         {**row, "steps": 50, "snap": False, "generality": 0.8},
         {**row, "steps": 2, "snap": False, "generality": 0.7},
+        {**row, "steps": 2, "snap": False, "generality": 0.8, "seed": 1},
     ]
     collected = {"reliability": 1.0, "generality": 0.95}
     return {"study": "steps", "data": "demo", "facts": 64, "rows": rows, "collected": collected}
@@ -140,10 +142,10 @@ def test_a_study_of_steps_is_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
     assert text.startswith(f"{BEGIN}races{END}")  # no races were in the file
     lines = [line for line in text.splitlines() if line.startswith("| ddim")]
     assert lines == [
-        "| ddim | 2 | 0.500 | 1.000 | 0.900 | 0.700 |",
-        "| ddim | 50 | 0.250 | 1.000 | 0.900 | 0.800 |",
+        "| ddim | 2 | 2 | 0.600 | 1.000 | 0.850 | 0.750 |",
+        "| ddim | 50 | 1 | 0.250 | 1.000 | 0.900 | 0.800 |",
     ]
-    assert "| collected neurons |  | 0 | 1.000 | 0.950 |  |" in text
+    assert "| collected neurons |  |  | 0 | 1.000 | 0.950 |  |" in text
     assert (tmp_path / "benchmarks" / "plots" / "steps.png").stat().st_size > 1000
 
 

@@ -83,13 +83,32 @@ def test_a_network_learns_until_all_queries_are_answered(toy, kind):
     generator, training = toy.train(dataclasses.replace(TOY, kind=kind))
     assert training.answered == 1.0
     assert training.steps < TOY.max_steps
-    assert [step for step, _, _ in training.history] == list(
+    assert [step for step, *_ in training.history] == list(
         range(TOY.check_every, training.steps + 1, TOY.check_every)
     )
-    assert all(answered < 1 for _, _, answered in training.history[:-1])
+    *earlier, (_, _, _, off) = training.history
+    assert not any(answered == 1 and off <= TOY.close for _, _, answered, off in earlier)
+    wanted = generator.scaled_weights(toy.neurons)
+    made = generator.scaled_weights(generator.generate(toy.conditions))
+    assert off == pytest.approx(float((made - wanted).norm() / wanted.norm()), rel=1e-3)
     assert training.history[-1][1] < training.history[0][1]
     assert bool((toy.distances(generator.generate(toy.conditions)) < 0.3).all())
     assert not generator.training
+
+
+def test_neurons_that_answer_are_brought_closer_for_as_many_steps_again(toy):
+    """Whichever comes first: that they are close, or twice the steps that the answers took."""
+
+    def looks(close: float) -> list[tuple[int, float]]:
+        _, training = toy.train(dataclasses.replace(TOY, close=close))
+        return [(step, off) for step, _, answered, off in training.history if answered == 1]
+
+    far = looks(close=1e-9)
+    first, _ = far[0]
+    assert [step for step, _ in far] == list(range(first, 2 * first + 1, TOY.check_every))
+    (step, off), (_, after) = far[0], far[1]
+    assert looks(close=off) == [(step, off)]
+    assert looks(close=(off + after) / 2) == far[:2]
 
 
 def test_a_bank_answers_at_once(toy):
@@ -114,7 +133,7 @@ def test_enough_is_a_share_of_what_can_be_reached(toy):
     # 0.7 of the four that can be reached are 2.8: three answers of five are enough.
     _, training = toy.train(dataclasses.replace(TOY, enough=0.7), answers=without_one)
     assert training.answered >= 3 / 5 - 1e-6
-    assert all(answered < 2.8 / 5 for _, _, answered in training.history[:-1])
+    assert any(answered < 3 / 5 for _, _, answered, _ in training.history)
     assert training.steps < TOY.max_steps
 
 
@@ -122,7 +141,7 @@ def test_training_ends_with_the_steps_it_may_take(toy):
     config = dataclasses.replace(TOY, max_steps=50)
     _, training = toy.train(config, answers=toy.only_the_collected)
     assert training.answered == 0
-    assert training.steps == 50 and [step for step, _, _ in training.history] == [20, 40, 50]
+    assert training.steps == 50 and [step for step, *_ in training.history] == [20, 40, 50]
 
 
 def test_the_loss_of_a_look_is_the_mean_since_the_look_before(toy):
@@ -137,7 +156,7 @@ def test_the_loss_of_a_look_is_the_mean_since_the_look_before(toy):
     generator.loss = noting
     training = train_generator(generator, toy.conditions, toy.neurons, toy.only_the_collected)
     means = [sum(losses[i : i + 20]).item() / len(losses[i : i + 20]) for i in (0, 20, 40)]
-    assert [mean for _, mean, _ in training.history] == pytest.approx(means, rel=1e-5)
+    assert [mean for _, mean, *_ in training.history] == pytest.approx(means, rel=1e-5)
 
 
 def test_the_averaged_weights_are_those_that_generate(toy, monkeypatch):
@@ -255,7 +274,7 @@ def test_the_papers_preset_trains_on_a_small_network(toy):
     # Weights of a few hundredths, as the preset's scale wants them.
     toy.neurons = LAYOUT.unpack(0.01 * LAYOUT.pack(toy.neurons))
     generator, training = toy.train(config, answers=toy.only_the_collected)
-    losses = [loss for _, loss, _ in training.history]
+    losses = [loss for _, loss, *_ in training.history]
     assert len(losses) == 3 and all(torch.tensor(losses).isfinite())
     assert losses[-1] < losses[0]
     assert bool(generator.generate(toy.conditions).is_finite().all())

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from meg_kernels.diffusion import NeuronDiT, plan_steps, sample
 from meg_kernels.editing.generators import DiTGenerator, Generator
-from meg_kernels.editing.train import Answers, Task, Trial, draw_conditions, fit
+from meg_kernels.editing.train import Answers, Task, Trial, distance, draw_conditions, fit
 from meg_kernels.neuron import Neurons
 
 MOST_STEPS = 4  # up to which d is at least 0.05
@@ -141,8 +141,8 @@ def distill(
         return Quality(
             candidate.config.sampler.num_steps,
             trial.answered(made),
-            _distance(weights, expected),
-            _distance(weights, collected),
+            distance(weights, expected),
+            distance(weights, collected),
         )
 
     taught = quality(teacher)
@@ -153,18 +153,19 @@ def distill(
         measured = quality(candidate)
         return measured.answered, measured.to_teacher
 
-    def done(answered: float, to_teacher: float) -> bool:
+    def as_good(answered: float, to_teacher: float) -> bool:
         return answered >= taught.answered and to_teacher <= CLOSE
 
-    if done(undistilled.answered, undistilled.to_teacher):
+    if as_good(undistilled.answered, undistilled.to_teacher):
         return student, Distillation(len(trial.rows), taught, undistilled, undistilled, 0)
     inputs = generator.scaled_conditions(conditions)
     task = Task(
         "distilling generator",
         _Lessons(teacher, student, inputs).loss,
         look,
-        done,
+        done=lambda history: as_good(*history[-1][2:]),
         identity=(teacher_steps, inputs, *teacher.parameters()),
+        max_steps=student.config.steps_for(len(inputs)),
     )
     history = fit(student, task, work_folder=work_folder, progress=progress)
     report = Distillation(
@@ -182,11 +183,6 @@ def _sampled_in(num_steps: int, generator: DiTGenerator) -> DiTGenerator:
     other = copy.copy(generator)
     other.config = dataclasses.replace(config, sampler=sampler)
     return other
-
-
-def _distance(weights: Tensor, wanted: Tensor) -> float:
-    # Neurons that are all alike, such as a single one, are zero when standardised.
-    return ((weights - wanted).norm() / max(wanted.norm().item(), wanted.numel() ** 0.5)).item()
 
 
 def _check_fit_to_teach(teacher: Quality, generator: Generator, trial: Trial) -> None:

@@ -29,14 +29,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.editing.collect import Collection, CollectionConfig, collect
 from meg_kernels.editing.distill import Distillation, distill
-from meg_kernels.editing.evaluate import Evaluation, EvaluationReport, evaluate
+from meg_kernels.editing.evaluate import (
+    Evaluation,
+    EvaluationReport,
+    evaluate,
+    unknown_facts,
+)
 from meg_kernels.editing.facts import Fact, FactsError, check_facts, unrelated_to
+from meg_kernels.editing.general_ability import Perplexity, perplexity
 from meg_kernels.editing.generators import (
     Generator,
     GeneratorConfig,
     NeuronBank,
     build_generator,
 )
+from meg_kernels.editing.layers import default_layer
 from meg_kernels.editing.neuron_cache import NeuronCache, Served
 from meg_kernels.editing.prompting import (
     PromptTemplate,
@@ -48,7 +55,11 @@ from meg_kernels.editing.prompting import (
     target_tokens,
 )
 from meg_kernels.editing.saving import load_editor, save_editor
-from meg_kernels.editing.shipped import shipped_tuning_facts, shipped_unrelated_queries
+from meg_kernels.editing.shipped import (
+    shipped_passages,
+    shipped_tuning_facts,
+    shipped_unrelated_queries,
+)
 from meg_kernels.editing.train import Answers, Training, train_generator
 from meg_kernels.familiarity import (
     Calibration,
@@ -58,7 +69,6 @@ from meg_kernels.familiarity import (
     transplant,
 )
 from meg_kernels.integrations.pretrained import DEFAULT_ENCODER, load_language_model
-from meg_kernels.integrations.transformers import decoder_layers
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import LowerLayers, attach
 from meg_kernels.precision import frozen_products
@@ -237,8 +247,7 @@ class MeGEditor:
         name: str | None = None,
     ):
         config = config or EditorConfig()
-        depth = len(decoder_layers(model))
-        self.layer = 2 * depth // 3 if config.layer is None else config.layer
+        self.layer = default_layer(model) if config.layer is None else config.layer
         self.template = config.template or PromptTemplate.for_model(model)
         self.config = dataclasses.replace(config, layer=self.layer, template=self.template)
         self.model, self.tokenizer, self.encoder = model.eval(), tokenizer, encoder
@@ -335,34 +344,53 @@ class MeGEditor:
         self,
         facts: Sequence[Fact],
         *,
+        replace: bool = False,
         work_folder: str | Path | None = None,
         progress: bool = False,
     ) -> EditReport:
         """Edit further facts. Those edited before keep their neurons.
 
+        Args:
+            facts: what shall be answered as well.
+            replace: put them in place of facts with the same query or id, instead of refusing.
+            work_folder: keeps finished work, so that an interrupted addition resumes.
+            progress: show progress bars.
+
         Raises:
-            FactsError: a query or id is edited already; remove it first.
+            FactsError: a query or id is edited already.
             RuntimeError: nothing was edited yet; call `edit`.
         """
         before = self.edits
         if not facts:
             raise FactsError("there are no facts to add")
-        check_facts([*before.facts, *facts])
+        check_facts(facts)
+        rows = list(range(len(before.facts)))
+        if replace:
+            ids, queries = {fact.id for fact in facts}, {fact.normalized_query for fact in facts}
+            rows = [
+                row
+                for row in rows
+                if before.facts[row].id not in ids
+                and before.facts[row].normalized_query not in queries
+            ]
+        kept = [before.facts[row] for row in rows]
+        check_facts([*kept, *facts])
         seconds: dict[str, float] = {}
         with _timed(seconds, "collect"):
             collection = self._collect(facts, before.initial, work_folder, progress)
         with _timed(seconds, "encoder"):
-            queries = torch.cat([before.queries, self._encode([fact.query for fact in facts])])
+            new = self._encode([fact.query for fact in facts])
         return self._finish(
-            [*before.facts, *facts],
-            queries,
-            Neurons.cat([before.neurons, collection.neurons]),
+            [*kept, *facts],
+            torch.cat([before.queries[rows], new]),
+            Neurons.cat([before.neurons[rows], collection.neurons]),
             collection,
             before.held_out,
             copy.deepcopy(before.generator),
             seconds,
             work_folder,
             progress,
+            kept,
         )
 
     def remove(self, ids: Sequence[str]) -> None:
@@ -561,6 +589,11 @@ class MeGEditor:
         answers = greedy_answers(self.model, self.tokenizer, texts, max_new_tokens, **generation)
         return [answer_text(self.tokenizer, answer) for answer in answers]
 
+    def unknown(self, facts: Sequence[Fact], *, progress: bool = False) -> list[Fact]:
+        """Those of `facts` which the base model does not answer already."""
+        with self.serving():
+            return unknown_facts(self.model, self.tokenizer, facts, self.template, progress)
+
     def evaluate(
         self, facts: Sequence[Fact] | None = None, *, progress: bool = False
     ) -> EvaluationReport:
@@ -602,6 +635,29 @@ class MeGEditor:
                 progress=progress,
             )
         return dataclasses.replace(report, served=self.served.since(before))
+
+    def perplexity(
+        self, texts: Sequence[str] | None = None, *, progress: bool = False
+    ) -> Perplexity:
+        """How well base and edited model predict text that has nothing to do with the edits.
+
+        Args:
+            texts: passages; the gate sees each one's first sentence, and its neuron, if any, stays
+                mounted for the whole passage. Default: the package's.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: no texts, or one of a single token.
+        """
+
+        @contextmanager
+        def edited(query: str) -> Iterator[bool]:
+            with self.routed([query]) as routing:
+                yield bool(routing.edited)
+
+        texts = shipped_passages() if texts is None else texts
+        with self.serving():
+            return perplexity(self.model, self.tokenizer, texts, edited, progress)
 
     # Keeping
 
@@ -665,7 +721,11 @@ class MeGEditor:
         )
 
     def _usable_for_tuning(self, tuning: Sequence[Fact], facts: Sequence[Fact]) -> list[Wordings]:
-        usable = [fact for fact in unrelated_to(tuning, facts) if fact.paraphrases]
+        usable = []
+        for fact in unrelated_to(tuning, facts):
+            same = tuple(dict.fromkeys((fact.query, *fact.paraphrases)))
+            if len(same) > 1:
+                usable.append(Wordings(same, tuple(other.query for other in fact.locality)))
         if len(usable) < FEWEST_TUNING_FACTS:
             raise FactsError(
                 f"{len(usable)} of {len(tuning)} tuning facts have a paraphrase and neither query "
@@ -673,10 +733,7 @@ class MeGEditor:
                 "needed: pass others"
             )
         random.Random(self.config.seed).shuffle(usable)
-        return [
-            Wordings((fact.query, *fact.paraphrases), tuple(q.query for q in fact.locality))
-            for fact in usable[: self.config.most_tuning_facts]
-        ]
+        return usable[: self.config.most_tuning_facts]
 
     def _tune_encoder(
         self, wordings: Sequence[Wordings], unrelated: Sequence[str], progress: bool
@@ -728,8 +785,9 @@ class MeGEditor:
         seconds: dict[str, float],
         work_folder: str | Path | None,
         progress: bool,
+        kept: Sequence[Fact] = (),
     ) -> EditReport:
-        """Gate and generator for these facts; `collection` is of the new ones among them."""
+        """Gate and generator for these facts: those that are kept, then those just collected."""
         with _timed(seconds, "gate"):
             gate, calibration = self._make_gate(queries, held_out, progress)
         with _timed(seconds, "generator"):
@@ -738,13 +796,13 @@ class MeGEditor:
                 queries,
                 neurons,
                 self._answers(facts),
-                keep_scales=len(neurons) > len(collection.neurons),
+                keep_scales=bool(kept),
                 work_folder=work_folder,
                 progress=progress,
             )
-        new = facts[-len(collection.neurons) :]
-        kept = [] if self._edits is None or len(new) == len(facts) else self._edits.report.unlearnt
-        unlearnt = kept + collection.unlearnt(new)
+        unlearnt = collection.unlearnt(facts[len(kept) :])
+        if kept:
+            unlearnt = [fact for fact in self.edits.report.unlearnt if fact in kept] + unlearnt
         report = EditReport(unlearnt, calibration, training, seconds)
         self._edits = Edits(
             facts, queries, neurons, collection.initial, held_out, gate, generator, report

@@ -14,9 +14,10 @@ the figure to look at. Every report carries the protocol by which it was made.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.editing.facts import Fact
+from meg_kernels.editing.general_ability import Perplexity
 from meg_kernels.editing.neuron_cache import Served
 from meg_kernels.editing.prompting import (
     IGNORED,
@@ -48,6 +50,41 @@ METRICS = (
 Mounting = Callable[[Sequence[str], Sequence[int]], AbstractContextManager]
 """Mounts the neurons for these queries, which belong to these facts."""
 
+Prompting = Callable[[str, int], str]
+"""The prompt in which an edited model gets this query, which belongs to this fact."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question and what it is asked for.
+
+    Args:
+        kind: reliability, generality or locality.
+        fact: the number of the fact that it belongs to.
+        query: what is asked.
+        prompt: the same in the template.
+    """
+
+    kind: str
+    fact: int
+    query: str
+    prompt: str = field(compare=False)  # an edit may word it otherwise
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a model answered a question.
+
+    Args:
+        question: that was asked.
+        right: whether the greedy answer as a whole was the wanted one.
+        hits: the share of the wanted answer's tokens that the argmax hit.
+    """
+
+    question: Question
+    right: bool
+    hits: float
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -59,6 +96,15 @@ class Metrics:
     generality_tf: float | None = None
     locality_ag: float | None = None
     locality_tf: float | None = None
+
+    @classmethod
+    def of(cls, verdicts: Iterable[Verdict]) -> Metrics:
+        """The means over the questions of each kind."""
+        shares: dict[str, list[float]] = {metric: [] for metric in METRICS}
+        for verdict in verdicts:
+            shares[f"{verdict.question.kind}_ag"].append(float(verdict.right))
+            shares[f"{verdict.question.kind}_tf"].append(verdict.hits)
+        return cls(**{name: fmean(values) if values else None for name, values in shares.items()})
 
     @property
     def score(self) -> float | None:
@@ -85,6 +131,7 @@ class EvaluationReport:
         protocol: everything needed to repeat the measurement.
         seconds: of each stage.
         served: what the edited model was asked, and how many neurons that took.
+        perplexity: on text that has nothing to do with the facts. None if not asked for.
     """
 
     n: int
@@ -94,6 +141,7 @@ class EvaluationReport:
     protocol: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
     served: Served = field(default_factory=Served)
+    perplexity: Perplexity | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -104,17 +152,13 @@ class EvaluationReport:
             "protocol": self.protocol,
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
             "served": asdict(self.served),
+            "perplexity": None if self.perplexity is None else asdict(self.perplexity),
         }
 
 
-@dataclass(frozen=True)
-class _Question:
-    """One prompt to be answered, and by what it is judged."""
-
-    kind: str  # reliability, generality or locality
-    fact: int
-    query: str
-    prompt: str
+def has_own_neuron(question: Question) -> bool:
+    """Whether a neuron was collected for it: none was for locality queries."""
+    return question.kind != "locality"
 
 
 class Evaluation:
@@ -124,7 +168,8 @@ class Evaluation:
         model, tokenizer: the model.
         facts: what it was edited with.
         template: how queries become prompts.
-        max_new_tokens: the longest answer; must hold the longest of the facts' answers.
+        max_new_tokens: the longest answer; must hold the longest of the facts' answers. Default:
+            16, or as many as that.
         batch_size: prompts at once. Base and edited model see the same batches, so that they
             differ by the neurons alone.
 
@@ -138,22 +183,24 @@ class Evaluation:
         tokenizer: PreTrainedTokenizerBase,
         facts: Sequence[Fact],
         template: PromptTemplate,
-        max_new_tokens: int = 16,
+        max_new_tokens: int | None = None,
         batch_size: int = 64,
     ):
         if not facts:
             raise ValueError("there are no facts to evaluate")
         self.model, self.tokenizer, self.facts, self.template = model, tokenizer, facts, template
-        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.batch_size = batch_size
         targets = [
             target_tokens(tokenizer, template.format(fact.query), fact.answer)[1] for fact in facts
         ]
-        if (longest := max(map(len, targets))) > max_new_tokens:
+        longest = max(map(len, targets))
+        self.max_new_tokens = max(16, longest) if max_new_tokens is None else max_new_tokens
+        if longest > self.max_new_tokens:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens}, but the longest answer has {longest} tokens"
             )
         questions = [
-            _Question(kind, i, query, template.format(query))
+            Question(kind, i, query, template.format(query))
             for i, fact in enumerate(facts)
             for kind, queries in (
                 ("reliability", [fact.query]),
@@ -166,7 +213,8 @@ class Evaluation:
         self._batches = [
             questions[i : i + batch_size] for i in range(0, len(questions), batch_size)
         ]
-        self._base_answers: dict[_Question, list[int]] | None = None
+        self._base_answers: dict[Question, list[int]] | None = None
+        self._base_verdicts: list[Verdict] = []
 
     def protocol(self) -> dict[str, Any]:
         """How this evaluation measures."""
@@ -188,37 +236,63 @@ class Evaluation:
 
     def base(self, progress: bool = False) -> Metrics:
         """The metrics of the model as it is: its Locality is 1 by definition."""
-        answers: dict[_Question, list[int]] = {}
-        metrics = self._run(lambda queries, facts: nullcontext(), answers, "base model", progress)
-        self._base_answers = answers
-        return metrics
+        return Metrics.of(self.base_verdicts(progress))
+
+    def base_verdicts(self, progress: bool = False) -> list[Verdict]:
+        """The same, question by question; the base model is asked once."""
+        if self._base_answers is None:
+            answers: dict[Question, list[int]] = {}
+            mounting: Mounting = lambda queries, facts: nullcontext()  # noqa: E731
+            self._base_verdicts = self._ask(mounting, "base model", progress, answers=answers)
+            self._base_answers = answers
+        return self._base_verdicts
 
     def edited(self, mounting: Mounting, progress: bool = False) -> Metrics:
         """The metrics with the neurons that `mounting` mounts; asks the base model first."""
-        if self._base_answers is None:
-            self.base(progress)
-        return self._run(mounting, {}, "edited model", progress)
+        return Metrics.of(self.verdicts(mounting, progress))
+
+    def verdicts(
+        self,
+        mounting: Mounting,
+        progress: bool = False,
+        among: Callable[[Question], bool] | None = None,
+        prompting: Prompting | None = None,
+    ) -> list[Verdict]:
+        """The same, question by question, or among some of the questions.
+
+        Args:
+            mounting: of neurons, or of any other edit.
+            progress: show a progress bar.
+            among: the questions that are asked; default: all.
+            prompting: for an edit that stands in the prompt. The base model gets the template's.
+        """
+        self.base_verdicts(progress)
+        return self._ask(mounting, "edited model", progress, among, prompting=prompting)
 
     def collected(self, mounting: Mounting, progress: bool = False) -> Metrics:
         """The same without locality queries, which have no neuron of their own."""
-        return self._run(mounting, {}, "collected neurons", progress, skip="locality")
+        return Metrics.of(self._ask(mounting, "collected neurons", progress, has_own_neuron))
 
     @torch.no_grad()
-    def _run(
+    def _ask(
         self,
         mounting: Mounting,
-        answers: dict[_Question, list[int]],
         name: str,
         progress: bool,
-        skip: str | None = None,
-    ) -> Metrics:
-        results: dict[str, list[float]] = {metric: [] for metric in METRICS}
+        among: Callable[[Question], bool] | None = None,
+        answers: dict[Question, list[int]] | None = None,
+        prompting: Prompting | None = None,
+    ) -> list[Verdict]:
+        answers = {} if answers is None else answers
+        verdicts = []
         for asked in tqdm(
             self._batches, desc=f"evaluating {name}", disable=not progress, leave=False
         ):
-            batch = [question for question in asked if question.kind != skip]
+            batch = [question for question in asked if among is None or among(question)]
             if not batch:
                 continue
+            if prompting is not None:
+                batch = [replace(q, prompt=prompting(q.query, q.fact)) for q in batch]
             with mounting([q.query for q in batch], [q.fact for q in batch]):
                 said = greedy_answers(
                     self.model, self.tokenizer, [q.prompt for q in batch], self.max_new_tokens
@@ -232,18 +306,10 @@ class Evaluation:
                 else:
                     text = answer_text(self.tokenizer, tokens)
                     right = answers_match(text, self.facts[question.fact].answer)
-                results[f"{question.kind}_ag"].append(float(right))
-                results[f"{question.kind}_tf"].append(hit)
-        return Metrics(
-            **{
-                metric: sum(values) / len(values) if values else None
-                for metric, values in results.items()
-            }
-        )
+                verdicts.append(Verdict(question, right, hit))
+        return verdicts
 
-    def _wanted(
-        self, batch: list[_Question], answers: dict[_Question, list[int]]
-    ) -> list[list[int]]:
+    def _wanted(self, batch: list[Question], answers: dict[Question, list[int]]) -> list[list[int]]:
         """The tokens each answer is compared with; an edited answer's come without their end."""
         base = self._base_answers or answers
         return [
@@ -251,7 +317,7 @@ class Evaluation:
             for question in batch
         ]
 
-    def _answer_tokens(self, question: _Question) -> list[int]:
+    def _answer_tokens(self, question: Question) -> list[int]:
         """The target without its end; a full stop that shares a token with the answer stays."""
         answer = self.facts[question.fact].answer
         target = target_tokens(self.tokenizer, question.prompt, answer)[1][:-1]
@@ -259,7 +325,7 @@ class Evaluation:
 
     def _hits(
         self,
-        batch: list[_Question],
+        batch: list[Question],
         said: list[list[int]],
         wanted: list[list[int]],
         mounting: Mounting,
@@ -280,6 +346,20 @@ class Evaluation:
         for i, share in zip(missed, shares.tolist(), strict=True):
             hits[i] = share
         return hits
+
+
+def unknown_facts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    template: PromptTemplate,
+    progress: bool = False,
+) -> list[Fact]:
+    """The facts that the model does not answer: greedily, as a whole, to the query itself."""
+    bare = [replace(fact, paraphrases=(), locality=()) for fact in facts]
+    verdicts = Evaluation(model, tokenizer, bare, template).base_verdicts(progress)
+    known = {verdict.question.fact for verdict in verdicts if verdict.right}
+    return [fact for place, fact in enumerate(facts) if place not in known]
 
 
 def evaluate(

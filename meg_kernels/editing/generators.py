@@ -12,6 +12,7 @@ out; conditions are centred and scaled to unit variance).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from meg_kernels.diffusion import (
 from meg_kernels.neuron import NeuronLayout, Neurons
 
 PAPER_WEIGHT_STD = 0.01
+FEWEST_STEPS, PASSES = 3000, 100  # a training may take, if nothing else is asked for
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,15 @@ class GeneratorConfig:
         standardize: centre and scale weights and conditions by the data; otherwise, as in the
             paper, weights are divided by 0.01 and conditions stay unit vectors.
         sampler: solver and steps of the DiT.
-        batch_size, learning_rate, max_steps, warmup_steps: of AdamW with a cosine schedule.
+        batch_size, learning_rate, warmup_steps: of AdamW with a cosine schedule.
+        max_steps: at which that ends; default: 3000, or 100 passes over the facts if more.
         ema_decay: of the averaged weights, which are the ones that generate.
         condition_noise: standard deviation of noise added to half of the training conditions, in
             units of theirs.
         check_every: steps between two looks at the answers of generated neurons.
-        enough: stop when this share of the edited queries is answered right.
+        enough: training has done its work when this share of the edited queries is answered right,
+        close: and the neurons are within this distance of the collected ones, relative to the
+            spread of those; or when it took twice the steps that the answers took.
         seed: of the initial weights, batches and noise.
     """
 
@@ -68,12 +73,13 @@ class GeneratorConfig:
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(num_steps=2))
     batch_size: int = 128
     learning_rate: float = 1e-3
-    max_steps: int = 3000
+    max_steps: int | None = None
     warmup_steps: int = 20
     ema_decay: float = 0.98
     condition_noise: float = 0.1
     check_every: int = 50
     enough: float = 1.0
+    close: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,8 +88,8 @@ class GeneratorConfig:
         if not 0 < self.enough <= 1:
             raise ValueError(f"enough is {self.enough}; it must be above 0 and at most 1")
         for name in ("batch_size", "max_steps", "warmup_steps", "check_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
 
     @classmethod
     def paper(cls, **changes: Any) -> GeneratorConfig:
@@ -118,6 +124,15 @@ class GeneratorConfig:
             "check_every": 25,
         }
         return cls.paper(**(ours | changes))
+
+    def steps_for(self, facts: int) -> int:
+        """The most steps of training on so many facts.
+
+        >>> GeneratorConfig().steps_for(64), GeneratorConfig().steps_for(10_000)
+        (3000, 7813)
+        """
+        passes = math.ceil(PASSES * facts / self.batch_size)
+        return self.max_steps or max(FEWEST_STEPS, passes)
 
     def dit(self, neuron_dim: int, condition_dim: int) -> DiTConfig:
         shared = {f.name for f in dataclasses.fields(DiTConfig)} & {

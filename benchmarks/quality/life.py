@@ -1,0 +1,116 @@
+"""The life of an edited model: facts are added, taken back and changed; what does the rest do?
+
+    meg edit ../shared/data/counterfact_500.json --limit 256 --out build/edited
+    python -m benchmarks.quality.life build/edited ../shared/data/counterfact_500.json
+
+Adds the 64 facts that follow the edited ones in the file, removes 32 edited ones, and changes the
+answers of 16 others, each to the answer of the next. The queries and paraphrases of all other
+facts, and the locality queries of all, are asked before and after each: answers that are not the
+same, word for word, are counted. Seconds are beside those that the model's first edit took.
+
+Writes benchmarks/results/life.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from meg_kernels import Fact, MeGEditor
+from meg_kernels.editing.facts import read_facts
+from meg_kernels.editing.prompting import answers_match
+from meg_kernels.storage import write_json
+
+RESULT = Path(__file__).parents[1] / "results" / "life.json"
+ADDED, REMOVED, CHANGED = 64, 32, 16
+AT_ONCE = 64
+
+
+def asked(facts: Sequence[Fact]) -> list[str]:
+    """The queries and paraphrases of facts."""
+    return [query for fact in facts for query in (fact.query, *fact.paraphrases)]
+
+
+def answers(editor: MeGEditor, queries: Sequence[str]) -> dict[str, str]:
+    queries = sorted(dict.fromkeys(queries), key=len)
+    said: list[str] = []
+    with editor.serving():
+        for start in range(0, len(queries), AT_ONCE):
+            said += editor.generate(queries[start : start + AT_ONCE], 16)
+    return dict(zip(queries, said, strict=True))
+
+
+def right(editor: MeGEditor, facts: Sequence[Fact]) -> float:
+    """The share of these facts' queries that are answered with their answer."""
+    said = answers(editor, [fact.query for fact in facts])
+    return sum(answers_match(said[fact.query], fact.answer) for fact in facts) / len(facts)
+
+
+def step(
+    editor: MeGEditor, name: str, run: Callable[[], Any], touched: Sequence[Fact], again: float
+) -> dict[str, Any]:
+    """Run one change of the edits, and tell what it took and what else it changed."""
+    touched_queries = {fact.normalized_query for fact in touched}
+    others = [fact for fact in editor.facts if fact.normalized_query not in touched_queries]
+    local = [query.query for fact in editor.facts for query in fact.locality]
+    before = answers(editor, asked(others)), answers(editor, local)
+    started = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - started
+    after = answers(editor, asked(others)), answers(editor, local)
+    kinds = ("other facts", "locality")
+    row = {"what": name, "facts": len(touched), "seconds": seconds, "of_again": seconds / again}
+    for kind, old, new in zip(kinds, before, after, strict=True):
+        row[kind] = {"asked": len(old), "changed": sum(old[query] != new[query] for query in old)}
+    print(json.dumps(row))
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="what `meg edit` saved")
+    parser.add_argument("data", type=Path, help="the file that its facts are from")
+    arguments = parser.parse_args()
+    editor = MeGEditor.from_pretrained(arguments.folder)
+    known = {fact.normalized_query for fact in editor.facts}
+    facts = read_facts(arguments.data, on_conflict="first")
+    added = [fact for fact in facts if fact.normalized_query not in known][:ADDED]
+    removed, changing = editor.facts[:REMOVED], editor.facts[REMOVED : REMOVED + CHANGED]
+    next_answers = [fact.answer for fact in (*changing[1:], changing[0])]
+    changed = [
+        dataclasses.replace(fact, answer=answer)
+        for fact, answer in zip(changing, next_answers, strict=True)
+    ]
+    again = sum(editor.edits.report.seconds.values())
+    base = editor.generate_base([fact.query for fact in removed], 16)
+    rows = [
+        step(editor, "add", lambda: editor.add(added), added, again),
+        step(editor, "remove", lambda: editor.remove([f.id for f in removed]), removed, again),
+        step(editor, "change", lambda: editor.add(changed, replace=True), changed, again),
+    ]
+    back = answers(editor, [fact.query for fact in removed])
+    content = {
+        "study": "life",
+        "facts": len(known),
+        "again_seconds": again,
+        "rows": rows,
+        "added_right": right(editor, added),
+        "changed_right": right(editor, changed),
+        "removed_as_base": sum(
+            back[fact.query] == said for fact, said in zip(removed, base, strict=True)
+        )
+        / len(removed),
+    }
+    write_json(RESULT, content)
+    print(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""General ability: whether an edited model still reads what it was not edited on as it did before.
+
+    perplexity = exp(mean over all tokens of -log p(token | the passage before it))
+
+The edited model meets a passage as it meets a query. The gate sees the passage's beginning, its
+first sentence; if it takes that for an edited query, the neuron is mounted for the whole passage.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from meg_kernels.editing.prompting import score_targets, target_batch
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What a model makes of text, before and after it was edited.
+
+    Args:
+        base, edited: perplexity of the base and of the edited model; equal where no passage was
+            accepted.
+        passages: how many there were.
+        accepted: of them, those whose beginning the gate took for an edited query.
+        tokens: that were predicted: all but each passage's first.
+    """
+
+    base: float
+    edited: float
+    passages: int
+    accepted: int
+    tokens: int
+
+
+_SENTENCE = re.compile(r".*?(?:[.!?][\"'”’)\]]*(?=\s|$)|(?=\n)|$)", re.DOTALL)
+
+
+def first_sentence(text: str) -> str:
+    """What the gate sees of a text: its beginning, to the first full stop, question mark or
+    exclamation mark that white space follows, or to the first line break.
+
+    >>> first_sentence("Pi is 3.14 or so. It has no end.")
+    'Pi is 3.14 or so.'
+    >>> first_sentence('"Who is there?" she asked.')
+    '"Who is there?"'
+    """
+    found = _SENTENCE.match(text.strip())
+    assert found is not None  # the end of the text matches
+    return found.group()
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    edited: Callable[[str], AbstractContextManager[bool]],
+    progress: bool = False,
+) -> Perplexity:
+    """The perplexity of `texts`, with and without the edits.
+
+    Args:
+        model, tokenizer: the base model.
+        texts: passages, read without a template and one at a time, up to the model's context
+            length.
+        edited: mounts the neuron for this query, if it is an edited one, and says whether it is.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no texts, or one of a single token.
+    """
+    if isinstance(texts, str):
+        raise TypeError("texts is a str; pass a list of texts")
+    if not texts:
+        raise ValueError("there are no texts to read")
+    longest = model.config.max_position_embeddings
+    base_loss = edited_loss = 0.0  # nats
+    accepted = counted = 0
+    for text in tqdm(texts, desc="reading", unit="passage", disable=not progress, leave=False):
+        tokens = tokenizer(text).input_ids[:longest]
+        if len(tokens) < 2:
+            raise ValueError(f"the text {text!r} has {len(tokens)} tokens; two are needed at least")
+        batch = target_batch(model, tokenizer, [(tokens[:1], tokens[1:])])
+        predicted = len(tokens) - 1
+        base_loss += predicted * score_targets(model, batch).losses.item()
+        with edited(first_sentence(text)) as taken:
+            edited_loss += predicted * score_targets(model, batch).losses.item()
+        accepted += taken
+        counted += predicted
+    return Perplexity(
+        math.exp(base_loss / counted),
+        math.exp(edited_loss / counted),
+        len(texts),
+        accepted,
+        counted,
+    )

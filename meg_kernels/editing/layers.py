@@ -1,0 +1,232 @@
+"""Choosing the edited layer (paper, appendix A.4): what neurons are worth in each of them.
+
+Neurons are collected in one layer after the other, and the model is asked with each fact's own:
+no gate and no generator decide here, so that a layer takes seconds instead of a whole edit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from meg_kernels.editing.collect import CollectionConfig, collect
+from meg_kernels.editing.evaluate import Evaluation
+from meg_kernels.editing.facts import Fact
+from meg_kernels.editing.prompting import PromptTemplate
+from meg_kernels.integrations.transformers import decoder_layer, decoder_layers, feed_forward
+from meg_kernels.nn import attach
+from meg_kernels.storage import CorruptFileError, fingerprint, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerQuality:
+    """What neurons in one layer are worth.
+
+    Args:
+        layer: 0-based.
+        learnt: share of the facts that the model answers in every framing that they were fitted in.
+        reliability, generality: AG, with each fact's own collected neuron; generality is None if
+            no fact has a paraphrase.
+        steps: SGD steps, mean over the facts.
+        seconds: that collecting took, per fact.
+        norm: of the neurons, L2, mean over the facts.
+    """
+
+    layer: int
+    learnt: float
+    reliability: float
+    generality: float | None
+    steps: float
+    seconds: float
+    norm: float
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """The layers side by side.
+
+    Args:
+        layers: in ascending order.
+        default: the layer that an editor takes by itself.
+        n: facts.
+        protocol: everything needed to repeat the comparison.
+    """
+
+    layers: list[LayerQuality]
+    default: int
+    n: int
+    protocol: dict[str, Any]
+
+    @property
+    def best(self) -> LayerQuality:
+        """The highest Generality, or Reliability where there are no paraphrases.
+
+        Among equals the highest layer: the fewer layers above it, the cheaper a step of SGD.
+        """
+        return max(
+            self.layers,
+            key=lambda q: (q.reliability if q.generality is None else q.generality, q.layer),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "n": self.n,
+            "best": self.best.layer,
+            "default": self.default,
+            "layers": [asdict(quality) for quality in self.layers],
+            "protocol": self.protocol,
+        }
+
+
+def default_layer(model: PreTrainedModel) -> int:
+    """The layer that is edited if none is named: two thirds up."""
+    return 2 * len(decoder_layers(model)) // 3
+
+
+def compare_layers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    layers: Sequence[int] | None = None,
+    config: CollectionConfig | None = None,
+    *,
+    template: PromptTemplate | None = None,
+    work_folder: str | Path | None = None,
+    progress: bool = False,
+) -> LayerComparison:
+    """Collect neurons for `facts` in several layers, and ask the model with them.
+
+    Args:
+        model, tokenizer: a causal language model of a supported family; it stays as it is.
+        facts: what shall be answered; some tens are enough.
+        layers: 0-based; default: every second one. The editor's default layer is always among them.
+        config: how neurons are fitted.
+        template: how queries become prompts; default: the model's own.
+        work_folder: keeps finished layers, so that an interrupted comparison of the same facts
+            with the same configuration resumes. Default: nothing is kept.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: no facts, or a layer that the model does not have.
+        FloatingPointError: the fit diverged; a smaller learning rate helps.
+    """
+    if layers is None:
+        layers = range(0, len(decoder_layers(model)), 2)
+    chosen = sorted({*layers, default_layer(model)})
+    for layer in chosen:
+        decoder_layer(model, layer)
+    config, template = config or CollectionConfig(), template or PromptTemplate.for_model(model)
+    # Locality queries have no neuron of their own.
+    asked = [dataclasses.replace(fact, locality=()) for fact in facts]
+    evaluation = Evaluation(model, tokenizer, asked, template)
+    settings = [asdict(config), [asdict(fact) for fact in asked], evaluation.protocol()]
+    qualities = []
+    for layer in (bar := tqdm(chosen, desc="comparing", unit="layer", disable=not progress)):
+        bar.set_postfix_str(f"layer {layer}")
+        path = None
+        if work_folder is not None:
+            # Another model, fact or setting has another identity: results never mix.
+            weight = feed_forward(model, layer).output_projection.weight
+            path = Path(work_folder) / f"layer-{layer}-{fingerprint(settings, weight)}.json"
+        quality = _kept(path)
+        if quality is None:
+            quality = _measure(evaluation, layer, config, progress)
+            if path is not None:
+                write_json(path, asdict(quality))
+        qualities.append(quality)
+    wanted = ("prompt_template", "decoding", "ag", "queries", "dtype", "device")
+    protocol = {name: evaluation.protocol()[name] for name in wanted}
+    protocol["collection"] = asdict(config)
+    return LayerComparison(qualities, default_layer(model), len(facts), protocol)
+
+
+def _measure(
+    evaluation: Evaluation, layer: int, config: CollectionConfig, progress: bool
+) -> LayerQuality:
+    attached = attach(evaluation.model, layer)
+    try:
+        started = time.perf_counter()
+        collection = collect(
+            attached,
+            evaluation.tokenizer,
+            evaluation.facts,
+            config,
+            template=evaluation.template,
+            progress=progress,
+        )
+        seconds = time.perf_counter() - started
+
+        def own(queries: Sequence[str], owners: Sequence[int]) -> AbstractContextManager:
+            return attached.neurons(collection.neurons, torch.tensor(owners))
+
+        metrics = evaluation.collected(own, progress)
+    finally:
+        attached.detach()
+    assert metrics.reliability_ag is not None  # every fact has a query
+    return LayerQuality(
+        layer,
+        collection.learnt.double().mean().item(),
+        metrics.reliability_ag,
+        metrics.generality_ag,
+        collection.steps.double().mean().item(),
+        seconds / len(evaluation.facts),
+        attached.layout.pack(collection.neurons).norm(dim=1).mean().item(),
+    )
+
+
+def _kept(path: Path | None) -> LayerQuality | None:
+    """The layer that was finished before, if there is a sound file of it."""
+    if path is None or not path.exists():
+        return None
+    try:
+        return LayerQuality(**read_json(path))
+    except CorruptFileError as error:
+        log.warning("%s; it is made again", error)
+        return None
+
+
+def plot_layers(comparison: LayerComparison, path: str | Path) -> None:
+    """Draw Reliability, Generality and SGD steps over the layers, in the format of the suffix.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: matplotlib does not know the suffix.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    rows, best = comparison.layers, comparison.best
+    layers = [quality.layer for quality in rows]
+    figure = Figure((7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(best.layer, color="0.85", linewidth=6, zorder=0, label=f"best: {best.layer}")
+    axes.plot(layers, [quality.reliability for quality in rows], "o-", label="Reliability")
+    if best.generality is not None:
+        axes.plot(layers, [quality.generality for quality in rows], "s-", label="Generality")
+    axes.set(xlabel="edited layer", ylabel="share answered (AG)", ylim=(-0.02, 1.02), xticks=layers)
+    axes.legend(loc="lower left")
+    steps = axes.twinx()
+    steps.plot(layers, [quality.steps for quality in rows], "^:", color="0.5")
+    steps.set(ylabel="SGD steps a fact (dotted)", ylim=(0, None))
+    axes.set_title(f"{comparison.n} facts, each with its own collected neuron")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def require_matplotlib() -> None:
+    """Raise ImportError, with the fix, where plots cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("plots need matplotlib; run: pip install matplotlib")
