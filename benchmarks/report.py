@@ -442,7 +442,8 @@ def main(arguments: Sequence[str]) -> int:
             plot_steps(studies, axes)
         image = f"![{plot.stem}]({plot.relative_to(README.parent)})"
         sections[STEPS] = "\n\n".join([*map(steps_table, studies), image])
-    if qualities := [content for content in contents if content.get("study") == QUALITY]:
+    qualities = [content for content in contents if content.get("study") == QUALITY]
+    if qualities := [content for content in qualities if content["rows"]]:
         plot = FOLDER / "plots" / "trade-off.png"
         with _figure(plot, "the similarity gate's thresholds") as axes:
             plot_trade_offs(qualities, axes)

@@ -49,6 +49,10 @@ def interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
 
+def forbidden(*args, **kwargs):
+    raise AssertionError("work was done")
+
+
 def measured_layers(monkeypatch) -> list[int]:
     """The layers that are measured from now on."""
     measured, measure = [], comparing._measure
@@ -212,7 +216,7 @@ def test_a_damaged_file_is_made_again(model, tokenizer, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("layer", [-1, DEPTH])
 def test_a_layer_that_is_not_there_is_refused_before_any_work(model, tokenizer, monkeypatch, layer):
-    monkeypatch.setattr(comparing, "_measure", interrupt)
+    monkeypatch.setattr(comparing, "_measure", forbidden)
     with pytest.raises(ValueError, match=rf"^layer is {layer}; the model has layers 0 to 2$"):
         compare_layers(model, tokenizer, ASKED, [1, layer])
 
@@ -315,14 +319,14 @@ def test_the_command_plots(folder, command):
 
 
 def test_without_matplotlib_a_plot_is_refused_before_any_work(command, monkeypatch, capsys):
-    monkeypatch.setattr(comparing, "_measure", interrupt)
+    monkeypatch.setattr(comparing, "_measure", forbidden)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said = fails(monkeypatch, capsys, *command, "--plot", "layers.png")
     assert said == "error: plots need matplotlib; run: pip install matplotlib"
 
 
 def test_what_a_user_can_mend_is_one_clear_line(folder, command, monkeypatch, capsys):
-    monkeypatch.setattr(comparing, "_measure", interrupt)
+    monkeypatch.setattr(comparing, "_measure", forbidden)
     for more, message in (
         (["--layers", "2,3"], "layer is 3; the model has layers 0 to 2"),
         (["--device", "cuda:99"], "cuda:99"),

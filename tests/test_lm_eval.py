@@ -5,6 +5,7 @@ Every answer against the harness's own HFLM, of the base model, or of the physic
 
 from __future__ import annotations
 
+import doctest
 import functools
 import importlib.util
 import json
@@ -184,15 +185,20 @@ def test_generated_text_is_the_edited_models(editor, edited, base):
 
 
 @needs_lm_eval
-def test_answers_that_were_cached_on_the_way_are_the_edited_models(edited, tmp_path):
-    from lm_eval.api.model import CachingLM
+def test_what_the_harness_keeps_for_an_interruption_are_the_edited_models_answers(edited):
+    kept = {}
 
-    arguments = [(prompt(EDITED[0].query), " red"), (prompt(UNRELATED[0]), " red")]
-    caching = CachingLM(edited, str(tmp_path / "cache.db"))
-    first = caching.loglikelihood(requests("loglikelihood", *arguments))
-    edited.cache_hook.dbdict.commit()
-    again = caching.loglikelihood(requests("loglikelihood", *arguments))
-    assert [tuple(answer) for answer in again] == [tuple(answer) for answer in first]
+    class Hook:
+        def add_partial(self, kind, request, answer):
+            kept[kind, request] = answer
+
+    edited.set_cache_hook(Hook())
+    for kind, arguments in (
+        ("loglikelihood", [(prompt(query), " red") for query in (EDITED[0].query, UNRELATED[0])]),
+        ("loglikelihood_rolling", [(f"{EDITED[0].query}\nred blue",), (UNRELATED[0],)]),
+    ):
+        answers = getattr(edited, kind)(requests(kind, *arguments), disable_tqdm=True)
+        assert [kept[kind, given] for given in arguments] == answers
 
 
 @needs_lm_eval
@@ -216,6 +222,14 @@ def test_the_gate_sees_the_last_query_in_the_template_or_the_whole_context(
     from meg_kernels.integrations.lm_eval import query_of
 
     assert query_of(context, PromptTemplate(template)) == query
+
+
+@needs_lm_eval
+def test_the_examples_in_the_documentation_run():
+    from meg_kernels.integrations import lm_eval
+
+    result = doctest.testmod(lm_eval)
+    assert result.attempted and not result.failed
 
 
 # Tasks

@@ -149,6 +149,52 @@ def test_a_study_of_steps_is_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "benchmarks" / "plots" / "steps.png").stat().st_size > 1000
 
 
+def quality_study() -> dict:
+    """What benchmarks.quality.study writes."""
+
+    def row(generality: float, **more) -> dict:
+        shares = {"reliability_ag": 1.0, "generality_ag": generality, "locality_ag": 0.98}
+        return {
+            "n": 1000,
+            "facts": 997,
+            "seed": 0,
+            "generator": "dit",
+            "metrics": shares | {"score": 0.9},
+            "collected": {"generality_ag": 0.99},
+            "without_snapping": {"generality_ag": None},
+            "seconds": {"collect": 100.0, "encoder": 20.0, "gate": 1.0, "generator": 7.0},
+            "training_seconds": 9.0,
+            **more,
+        }
+
+    points = [{"locality_ag": 0.5, "generality_ag": 1.0}, {"locality_ag": 1.0, "generality_ag": 0}]
+    rows = [
+        row(0.9, curve=points),
+        row(0.8, seed=1),
+        row(0.7, generator="bank", training_seconds=0.0),
+    ]
+    return {"study": "quality", "data": "zsre", "rows": rows}
+
+
+def test_a_study_of_quality_is_a_table_and_a_plot(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    path, readme = tmp_path / "quality.json", tmp_path / "README.md"
+    path.write_text(json.dumps(quality_study()))
+    (tmp_path / "empty.json").write_text(json.dumps({"study": "quality", "data": "x", "rows": []}))
+    readme.write_text("<!-- quality:begin --><!-- quality:end -->")
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "FOLDER", tmp_path / "benchmarks")
+    assert report.main([str(path), str(tmp_path / "empty.json")]) == 0
+    lines = [line for line in readme.read_text().splitlines() if line.startswith("| 997")]
+    generality = "0.850 (0.800 to 0.900)"
+    assert lines == [
+        f"| 997 | dit | 2 | 1.000 | {generality} | 0.980 | 0.900 | 0.990 | – | 130 s |",
+        "| 997 | bank | 1 | 1.000 | 0.700 | 0.980 | 0.900 | 0.990 | – | 121 s |",
+    ]
+    assert "**x**" not in readme.read_text()
+    assert (tmp_path / "benchmarks" / "plots" / "trade-off.png").stat().st_size > 1000
+
+
 def test_main_fails_where_nothing_was_measured(write, capsys):
     assert report.main([str(write())]) == 1
     assert "--benchmark-json" in capsys.readouterr().err

@@ -70,7 +70,7 @@ class GeneratorConfig:
     condition_dropout: float = 0.0
     mlp_width: int = 1024
     standardize: bool = True
-    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(num_steps=2))
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(num_steps=1))
     batch_size: int = 128
     learning_rate: float = 1e-3
     max_steps: int | None = None

@@ -214,8 +214,8 @@ def plot_layers(comparison: LayerComparison, path: str | Path) -> None:
     axes = figure.subplots()
     axes.axvline(best.layer, color="0.85", linewidth=6, zorder=0, label=f"best: {best.layer}")
     axes.plot(layers, [quality.reliability for quality in rows], "o-", label="Reliability")
-    if best.generality is not None:
-        axes.plot(layers, [quality.generality for quality in rows], "s-", label="Generality")
+    if generality := [q.generality for q in rows if q.generality is not None]:  # of all, or none
+        axes.plot(layers, generality, "s-", label="Generality")
     axes.set(xlabel="edited layer", ylabel="share answered (AG)", ylim=(-0.02, 1.02), xticks=layers)
     axes.legend(loc="lower left")
     steps = axes.twinx()

@@ -83,7 +83,7 @@ class EditedLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """The base model's answers; where the gate accepts the context, the edited model's."""
         answers = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        if self._text is not None or not requests or requests[0][0] is None:  # a text's windows
+        if not requests or requests[0][0] is None:  # windows of texts, which have no context
             return answers
         queries = [self._query(context) for (context, _), *_ in requests]
         accepted = self._accepted(queries)
