@@ -10,7 +10,7 @@
 
 Fine-tuning and LoRA are shown each fact in the framings in which our neurons are fitted; MEMIT has
 its own random prefixes. Paraphrases are shown to nobody. The settings that are the defaults here
-were chosen by Score on 64 other CounterFact facts.
+are first guesses: none was chosen on other facts yet.
 
 Writes benchmarks/results/quality-baselines-NAME-N.json. Rows that are in it are not made again.
 """
