@@ -304,12 +304,13 @@ def plot_trade_offs(studies: Sequence[Record], axes: Any) -> None:
         if "curve" in row and row["seed"] == 0
     ]
     for number, (label, row) in enumerate(curves):
-        points = sorted((p["locality_ag"], p["generality_ag"]) for p in row["curve"])
+        points = [(point["locality_ag"], point["generality_ag"]) for point in row["curve"]]
         color = f"C{number}"
         axes.plot(*zip(*points, strict=True), color=color, label=label)
         chosen = row["metrics"]
         axes.plot(chosen["locality_ag"], chosen["generality_ag"], "o", color=color)
-    axes.set(xlabel="Locality AG", ylabel="Generality AG (dot: the calibrated threshold)")
+    ylabel = "Generality AG (dot: the calibrated threshold)"
+    axes.set(xlabel="Locality AG", ylabel=ylabel, xlim=(0.8, 1.005))  # what anyone would choose
     axes.legend(fontsize=8)
 
 
