@@ -133,6 +133,7 @@ def test_what_the_gate_rejects_is_scored_by_the_base_model_to_the_bit(edited, ba
     as_before = base.loglikelihood(requests("loglikelihood", *rejected), disable_tqdm=True)
     alone = edited.loglikelihood(requests("loglikelihood", *rejected), disable_tqdm=True)
     assert alone == as_before
+    assert set(edited.seen) == set(UNRELATED)  # without a context there is nothing to route by
     both = edited.loglikelihood(requests("loglikelihood", *rejected, *accepted), disable_tqdm=True)
     mixed = base.loglikelihood(requests("loglikelihood", *rejected, *accepted), disable_tqdm=True)
     assert both[: len(rejected)] == mixed[: len(rejected)]
