@@ -88,7 +88,7 @@ JsonOut = Annotated[Optional[Path], typer.Option("--json", help="Write the repor
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 Layer = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(help="Edited feed-forward layer, from 0. Default: two thirds up the model."),
+    typer.Option(help="Edited feed-forward layer, from 0. Default: three quarters up the model."),
 ]
 Generator = Annotated[
     GeneratorKind, typer.Option(help="What makes the neurons; dit-b: a DiT of the paper's size.")
@@ -266,7 +266,10 @@ def evaluate(
     device: Device = "cpu",
     dtype: LoadDtype = None,
 ) -> None:
-    """Measure Reliability, Generality and Locality of an edited model, and its general ability."""
+    """Measure Reliability, Generality and Locality of an edited model, and its general ability.
+
+    An interrupted evaluation resumes when it is started again with the same arguments.
+    """
     from meg_kernels.editing.facts import read_facts
 
     if tasks is not None:
@@ -275,8 +278,9 @@ def evaluate(
         raise typer.BadParameter("--task-path and --task-limit need --tasks")
     editor = _load(folder, device, dtype)
     asked = editor.facts[:limit] if facts is None else read_facts(facts, limit)
-    report = editor.evaluate(asked, progress=True)
-    report = dataclasses.replace(report, perplexity=editor.perplexity(progress=True))
+    with _work_folder(folder, "evaluate") as work:
+        report = editor.evaluate(asked, work_folder=work, progress=True)
+        report = dataclasses.replace(report, perplexity=editor.perplexity(progress=True))
     _print_report(report)
     content = report.to_dict()
     if tasks is not None:

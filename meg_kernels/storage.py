@@ -9,17 +9,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class CorruptFileError(ValueError):
@@ -90,6 +95,28 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CorruptFileError(
             f"{path} is truncated or no safetensors file ({error}); restore it or make it again"
         ) from error
+
+
+def once(
+    path: Path | None,
+    make: Callable[[], T],
+    write: Callable[[Path, T], None],
+    read: Callable[[Path], T],
+) -> tuple[T, bool]:
+    """What `make` returns, and whether it was made before and read from the file at `path`.
+
+    A damaged file is made again; without a path, nothing is kept.
+    """
+    if path is None:
+        return make(), False
+    if path.exists():
+        try:
+            return read(path), True
+        except CorruptFileError as error:
+            log.warning("%s; it is made again", error)
+    made = make()
+    write(path, made)
+    return made, False
 
 
 def fingerprint(*parts: Any) -> str:

@@ -195,6 +195,22 @@ def test_what_is_learnt_already_changes_nothing(request_for):
         assert torch.equal(weight, before)
 
 
+def test_what_is_learnt_does_not_pull_while_others_are_not(request_for):
+    alone, together = request_for(FACTS[3:4]), request_for(FACTS[2:4])
+    weight = alone.model.model.layers[LAYER].mlp.up_proj.weight
+    config = dataclasses.replace(TUNING, target_loss=2.0)
+    with baselines.fine_tuning(request_for(FACTS[2:3]), config):
+        before, moved = weight.detach().clone(), []
+        for request in (alone, together):
+            with torch.no_grad():
+                weight.copy_(before)
+            baselines.train(request, [weight], dataclasses.replace(config, max_epochs=1))
+            moved.append(weight.detach() - before)
+    # Adam's first step knows no scale: with the gradient of the one fact alone it is the same.
+    assert moved[0].abs().min() > 0
+    assert torch.isclose(*moved, rtol=1e-2, atol=0).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 def test_a_lora_changes_each_projection_by_a_matrix_of_its_rank(request_for, rank):
     request = request_for(FACTS[:2])

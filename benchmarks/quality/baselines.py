@@ -36,6 +36,7 @@ from benchmarks.quality.memit import MemitConfig, apply_memit, seeded
 from meg_kernels.editing.collect import CollectionConfig
 from meg_kernels.editing.evaluate import Evaluation, Metrics, Prompting, unknown_facts
 from meg_kernels.editing.facts import Fact, read_facts
+from meg_kernels.editing.layers import default_layer
 from meg_kernels.editing.prompting import (
     PromptTemplate,
     TargetBatch,
@@ -332,7 +333,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model, tokenizer = load_language_model(arguments.model)
-    layer = 2 * len(decoder_layers(model)) // 3  # as MeGEditor has it
+    layer = default_layer(model)
     template = PromptTemplate.for_model(model)
     facts = read_facts(arguments.data, on_conflict="first")
     if arguments.skip_known:

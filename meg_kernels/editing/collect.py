@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +39,7 @@ from meg_kernels.integrations.transformers import decoder_layers, input_of
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import Attached, LowerLayers
 from meg_kernels.precision import fast_dtype, frozen_products
-from meg_kernels.storage import CorruptFileError, fingerprint, read_tensors, write_tensors
-
-log = logging.getLogger(__name__)
+from meg_kernels.storage import fingerprint, once, read_tensors, write_tensors
 
 PROMPTS_AT_ONCE_ON_CPU = 16
 HIDDEN = ""  # the whole layer's name, among its projections'
@@ -103,12 +101,14 @@ class Collection:
         learnt: [N] bool: whether the model answers the fact with its neuron, in every framing.
         steps: [N] int: SGD steps taken.
         initial: the neuron that all started from.
+        seconds_before: that an interrupted collection spent on what was found finished.
     """
 
     neurons: Neurons
     learnt: Tensor
     steps: Tensor
     initial: Neurons
+    seconds_before: float = 0.0
 
     def unlearnt(self, facts: Sequence[Fact]) -> list[Fact]:
         """The facts that the model does not answer even with their own neuron."""
@@ -292,17 +292,25 @@ def collect(
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
 
     def fit(rows: Sequence[int], initial: Neurons) -> dict[str, Tensor]:
+        started = time.perf_counter()
         batch = target_batch(model, tokenizer, [pair for i in rows for pair in targets[i]])
         owner = [place for place, i in enumerate(rows) for _ in targets[i]]
         fitted = _Fit(attached, lower, batch, torch.tensor(owner, device=model.device), initial)
         with frozen_products(upper, dtype) if dtype != model.dtype else nullcontext():
             fitted.run(config)
         fitted.lengthen(config.overshoot)
-        return {"flat": fitted.flat, "steps": fitted.steps, "learnt": fitted.learnt}
+        seconds = torch.tensor(time.perf_counter() - started)
+        return {
+            "flat": fitted.flat,
+            "steps": fitted.steps,
+            "learnt": fitted.learnt,
+            "seconds": seconds,
+        }
 
     flat = torch.empty(len(facts), attached.layout.dim)
     steps = torch.zeros(len(facts), dtype=torch.int64)
     learnt = torch.zeros(len(facts), dtype=torch.bool)
+    seconds_before = 0.0
     with (
         frozen_products([model], dtype) if dtype == model.dtype else nullcontext(),
         tqdm(total=len(facts), desc="collecting", unit="fact", disable=not progress) as bar,
@@ -320,7 +328,9 @@ def collect(
             # Another model, fact or setting has another identity: results never mix.
             name = f"collect-{identity}/batch-{number:05d}.safetensors"
             path = None if work_folder is None else Path(work_folder) / name
-            done = _once(path, functools.partial(fit, rows, initial))
+            make = functools.partial(fit, rows, initial)
+            done, found = once(path, make, write_tensors, lambda file: read_tensors(file)[0])
+            seconds_before += done["seconds"].item() if found else 0.0
             flat[rows], steps[rows] = done["flat"].cpu(), done["steps"].cpu()
             learnt[rows] = done["learnt"].cpu()
             bar.update(len(rows))
@@ -329,18 +339,4 @@ def collect(
         raise FloatingPointError(
             f"the fit diverged at learning_rate={config.learning_rate}; try a smaller one"
         )
-    return Collection(attached.layout.unpack(flat), learnt, steps, initial)
-
-
-def _once(path: Path | None, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What `make` returns, from the file at `path` if it was made before."""
-    if path is None:
-        return make()
-    if path.exists():
-        try:
-            return read_tensors(path)[0]
-        except CorruptFileError as error:
-            log.warning("%s; it is made again", error)
-    made = make()
-    write_tensors(path, made)
-    return made
+    return Collection(attached.layout.unpack(flat), learnt, steps, initial, seconds_before)

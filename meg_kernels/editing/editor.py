@@ -84,7 +84,7 @@ class EditorConfig:
     """Everything that decides how a model is edited.
 
     Args:
-        layer: the edited feed-forward layer; None: two thirds up the model.
+        layer: the edited feed-forward layer; None: three quarters up the model.
         template: how queries become prompts; None: the model's own (`PromptTemplate.for_model`).
         collection, encoder_tuning, generator: of the stages.
         gate: `similarity`, or the paper's `familiarity` network.
@@ -193,7 +193,8 @@ class EditReport:
         unlearnt: facts which the model does not answer even with their own neuron.
         calibration: the gate's, on held-out queries.
         training: the generator's.
-        seconds: of the stages collect, encoder, gate and generator, and of a distillation.
+        seconds: of the stages collect, encoder, gate and generator, and of a distillation; of
+            those that resumed, with what an interruption ended.
     """
 
     unlearnt: list[Fact]
@@ -322,6 +323,7 @@ class MeGEditor:
         seconds: dict[str, float] = {}
         with _timed(seconds, "collect"):
             collection = self._collect(facts, None, work_folder, progress)
+        seconds["collect"] += collection.seconds_before
         with _as_before_on_error(self.encoder):
             with _timed(seconds, "encoder"):
                 held_out = self._tune_encoder(wordings, unrelated, progress)
@@ -378,6 +380,7 @@ class MeGEditor:
         seconds: dict[str, float] = {}
         with _timed(seconds, "collect"):
             collection = self._collect(facts, before.initial, work_folder, progress)
+        seconds["collect"] += collection.seconds_before
         with _timed(seconds, "encoder"):
             new = self._encode([fact.query for fact in facts])
         return self._finish(
@@ -452,6 +455,7 @@ class MeGEditor:
                 work_folder=work_folder,
                 progress=progress,
             )
+        seconds["generator"] = max(seconds["generator"], *training.seconds, 0.0)
         report = dataclasses.replace(before.report, training=training, seconds=seconds)
         self._edits = dataclasses.replace(before, generator=made, report=report)
         self.config = dataclasses.replace(self.config, generator=generator)
@@ -595,18 +599,38 @@ class MeGEditor:
             return unknown_facts(self.model, self.tokenizer, facts, self.template, progress)
 
     def evaluate(
-        self, facts: Sequence[Fact] | None = None, *, progress: bool = False
+        self,
+        facts: Sequence[Fact] | None = None,
+        *,
+        work_folder: str | Path | None = None,
+        progress: bool = False,
     ) -> EvaluationReport:
         """Reliability, Generality and Locality of the edited model beside the base model's.
 
         Args:
             facts: edited facts with the paraphrases and locality queries to ask; default: those
                 that were edited, as they were read.
+            work_folder: keeps what was answered, so that an interrupted evaluation resumes.
             progress: show progress bars.
         """
         edits = self.edits
         facts = edits.facts if facts is None else list(facts)
-        evaluation = Evaluation(self.model, self.tokenizer, facts, self.template)
+        identity = [
+            self.config.to_dict(),
+            edits.gate.threshold,
+            edits.queries,
+            self.attached.layout.pack(edits.neurons),
+            *edits.gate.state_dict().values(),
+            *edits.generator.state_dict().values(),
+        ]
+        evaluation = Evaluation(
+            self.model,
+            self.tokenizer,
+            facts,
+            self.template,
+            work_folder=work_folder,
+            edits=identity,
+        )
         places = {fact.normalized_query: row for row, fact in enumerate(edits.facts)}
         rows = [places.get(fact.normalized_query, -1) for fact in facts]
 
@@ -800,6 +824,7 @@ class MeGEditor:
                 work_folder=work_folder,
                 progress=progress,
             )
+        seconds["generator"] = max(seconds["generator"], *training.seconds, 0.0)
         unlearnt = collection.unlearnt(facts[len(kept) :])
         if kept:
             unlearnt = [fact for fact in self.edits.report.unlearnt if fact in kept] + unlearnt

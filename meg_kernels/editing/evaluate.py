@@ -13,10 +13,12 @@ the figure to look at. Every report carries the protocol by which it was made.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -37,6 +39,7 @@ from meg_kernels.editing.prompting import (
     target_batch,
     target_tokens,
 )
+from meg_kernels.storage import fingerprint, once, read_json, write_json
 
 METRICS = (
     "reliability_ag",
@@ -172,6 +175,10 @@ class Evaluation:
             16, or as many as that.
         batch_size: prompts at once. Base and edited model see the same batches, so that they
             differ by the neurons alone.
+        work_folder: keeps what was answered, so that an interrupted evaluation of the same facts
+            and model resumes. Default: nothing is kept.
+        edits: what tells the neurons that `edited` and `collected` mount from others: JSON-able
+            values and tensors. Without it only the base model's answers are kept.
 
     Raises:
         ValueError: no facts, or an answer that is longer than max_new_tokens.
@@ -185,6 +192,8 @@ class Evaluation:
         template: PromptTemplate,
         max_new_tokens: int | None = None,
         batch_size: int = 64,
+        work_folder: str | Path | None = None,
+        edits: Sequence[Any] = (),
     ):
         if not facts:
             raise ValueError("there are no facts to evaluate")
@@ -213,6 +222,8 @@ class Evaluation:
         self._batches = [
             questions[i : i + batch_size] for i in range(0, len(questions), batch_size)
         ]
+        self._work_folder = None if work_folder is None else Path(work_folder)
+        self._edits = edits
         self._base_answers: dict[Question, list[int]] | None = None
         self._base_verdicts: list[Verdict] = []
 
@@ -243,13 +254,18 @@ class Evaluation:
         if self._base_answers is None:
             answers: dict[Question, list[int]] = {}
             mounting: Mounting = lambda queries, facts: nullcontext()  # noqa: E731
-            self._base_verdicts = self._ask(mounting, "base model", progress, answers=answers)
+            kept = self._kept("base")
+            self._base_verdicts = self._ask(
+                mounting, "base model", progress, answers=answers, kept=kept
+            )
             self._base_answers = answers
         return self._base_verdicts
 
     def edited(self, mounting: Mounting, progress: bool = False) -> Metrics:
         """The metrics with the neurons that `mounting` mounts; asks the base model first."""
-        return Metrics.of(self.verdicts(mounting, progress))
+        self.base_verdicts(progress)
+        kept = self._kept("edited", *self._edits) if self._edits else None
+        return Metrics.of(self._ask(mounting, "edited model", progress, kept=kept))
 
     def verdicts(
         self,
@@ -271,7 +287,19 @@ class Evaluation:
 
     def collected(self, mounting: Mounting, progress: bool = False) -> Metrics:
         """The same without locality queries, which have no neuron of their own."""
-        return Metrics.of(self._ask(mounting, "collected neurons", progress, has_own_neuron))
+        kept = self._kept("collected", *self._edits) if self._edits else None
+        name = "collected neurons"
+        return Metrics.of(self._ask(mounting, name, progress, has_own_neuron, kept=kept))
+
+    def _kept(self, name: str, *edits: Any) -> Path | None:
+        """The folder for the answers of this model, edited so, to these questions."""
+        if self._work_folder is None:
+            return None
+        sums = [parameter.detach().double().sum() for parameter in self.model.parameters()]
+        identity = fingerprint(
+            self.protocol(), [fact.to_dict() for fact in self.facts], torch.stack(sums), *edits
+        )
+        return self._work_folder / f"{name}-{identity}"
 
     @torch.no_grad()
     def _ask(
@@ -282,36 +310,43 @@ class Evaluation:
         among: Callable[[Question], bool] | None = None,
         answers: dict[Question, list[int]] | None = None,
         prompting: Prompting | None = None,
+        kept: Path | None = None,
     ) -> list[Verdict]:
         answers = {} if answers is None else answers
         verdicts = []
-        for asked in tqdm(
-            self._batches, desc=f"evaluating {name}", disable=not progress, leave=False
-        ):
+        bar = tqdm(self._batches, desc=f"evaluating {name}", disable=not progress, leave=False)
+        for number, asked in enumerate(bar):
             batch = [question for question in asked if among is None or among(question)]
             if not batch:
                 continue
             if prompting is not None:
                 batch = [replace(q, prompt=prompting(q.query, q.fact)) for q in batch]
-            with mounting([q.query for q in batch], [q.fact for q in batch]):
-                said = greedy_answers(
-                    self.model, self.tokenizer, [q.prompt for q in batch], self.max_new_tokens
-                )
+            path = None if kept is None else kept / f"batch-{number:05d}.json"
+            answer = functools.partial(self._answer, batch, mounting)
+            (said, hits), _ = once(path, answer, write_json, read_json)
             answers.update(zip(batch, said, strict=True))
-            wanted = self._wanted(batch, answers)
-            hits = self._hits(batch, said, wanted, mounting)
-            for question, tokens, target, hit in zip(batch, said, wanted, hits, strict=True):
+            for question, tokens, hit in zip(batch, said, hits, strict=True):
                 if question.kind == "locality":
-                    right = tokens == target
+                    right = self._base_answers is None or tokens == self._base_answers[question]
                 else:
                     text = answer_text(self.tokenizer, tokens)
                     right = answers_match(text, self.facts[question.fact].answer)
                 verdicts.append(Verdict(question, right, hit))
         return verdicts
 
-    def _wanted(self, batch: list[Question], answers: dict[Question, list[int]]) -> list[list[int]]:
+    def _answer(
+        self, batch: list[Question], mounting: Mounting
+    ) -> tuple[list[list[int]], list[float]]:
+        """The tokens of each question's answer, and the share of the wanted ones that it hits."""
+        with mounting([q.query for q in batch], [q.fact for q in batch]):
+            said = greedy_answers(
+                self.model, self.tokenizer, [q.prompt for q in batch], self.max_new_tokens
+            )
+        return said, self._hits(batch, said, self._wanted(batch, said), mounting)
+
+    def _wanted(self, batch: list[Question], said: list[list[int]]) -> list[list[int]]:
         """The tokens each answer is compared with; an edited answer's come without their end."""
-        base = self._base_answers or answers
+        base = self._base_answers or dict(zip(batch, said, strict=True))
         return [
             base[question] if question.kind == "locality" else self._answer_tokens(question)
             for question in batch

@@ -7,8 +7,8 @@ no gate and no generator decide here, so that a layer takes seconds instead of a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
-import logging
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -26,9 +26,7 @@ from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import PromptTemplate
 from meg_kernels.integrations.transformers import decoder_layer, decoder_layers, feed_forward
 from meg_kernels.nn import attach
-from meg_kernels.storage import CorruptFileError, fingerprint, read_json, write_json
-
-log = logging.getLogger(__name__)
+from meg_kernels.storage import fingerprint, once, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,8 @@ class LayerComparison:
 
 
 def default_layer(model: PreTrainedModel) -> int:
-    """The layer that is edited if none is named: two thirds up."""
-    return 2 * len(decoder_layers(model)) // 3
+    """The layer that is edited if none is named: three quarters up."""
+    return 3 * len(decoder_layers(model)) // 4
 
 
 def compare_layers(
@@ -141,11 +139,12 @@ def compare_layers(
             # Another model, fact or setting has another identity: results never mix.
             weight = feed_forward(model, layer).output_projection.weight
             path = Path(work_folder) / f"layer-{layer}-{fingerprint(settings, weight)}.json"
-        quality = _kept(path)
-        if quality is None:
-            quality = _measure(evaluation, layer, config, progress)
-            if path is not None:
-                write_json(path, asdict(quality))
+        quality, _ = once(
+            path,
+            functools.partial(_measure, evaluation, layer, config, progress),
+            lambda file, quality: write_json(file, asdict(quality)),
+            lambda file: LayerQuality(**read_json(file)),
+        )
         qualities.append(quality)
     wanted = ("prompt_template", "decoding", "ag", "queries", "dtype", "device")
     protocol = {name: evaluation.protocol()[name] for name in wanted}
@@ -185,17 +184,6 @@ def _measure(
         seconds / len(evaluation.facts),
         attached.layout.pack(collection.neurons).norm(dim=1).mean().item(),
     )
-
-
-def _kept(path: Path | None) -> LayerQuality | None:
-    """The layer that was finished before, if there is a sound file of it."""
-    if path is None or not path.exists():
-        return None
-    try:
-        return LayerQuality(**read_json(path))
-    except CorruptFileError as error:
-        log.warning("%s; it is made again", error)
-        return None
 
 
 def plot_layers(comparison: LayerComparison, path: str | Path) -> None:

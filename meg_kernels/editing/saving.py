@@ -152,7 +152,13 @@ def load_editor(
         EditReport(
             [fact for fact in facts if fact.id in report["unlearnt"]],
             Calibration(**report["calibration"]),
-            Training(**training | {"history": tuple(map(tuple, training["history"]))}),
+            Training(
+                **training
+                | {
+                    "history": tuple(map(tuple, training["history"])),
+                    "seconds": tuple(training.get("seconds", ())),
+                }
+            ),
             report["seconds"],
         ),
     )

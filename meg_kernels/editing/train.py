@@ -14,8 +14,9 @@ import functools
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,13 @@ class Training:
         steps: optimisation steps taken.
         answered: share of edited queries answered right by generated neurons at the end.
         history: (step, loss, answered, distance) at each look, distance as `distance` says.
+        seconds: from the start to each look, with those before an interruption.
     """
 
     steps: int
     answered: float
     history: tuple[tuple[int, float, float, float], ...] = ()
+    seconds: tuple[float, ...] = field(default=(), compare=False)
 
 
 def train_generator(
@@ -120,9 +123,9 @@ def train_generator(
         identity=(inputs, targets),
         max_steps=config.steps_for(len(inputs)),
     )
-    history = fit(generator, task, work_folder=work_folder, progress=progress)
+    history, seconds = fit(generator, task, work_folder=work_folder, progress=progress)
     step, _, answered, _ = history[-1]
-    return Training(step, answered, history)
+    return Training(step, answered, history, seconds)
 
 
 def _trained_enough(enough: float, close: float, history: Looks) -> bool:
@@ -191,7 +194,7 @@ class Task:
 
 def fit(
     generator: Generator, task: Task, *, work_folder: str | Path | None, progress: bool
-) -> tuple[tuple[Any, ...], ...]:
+) -> tuple[tuple[tuple[Any, ...], ...], tuple[float, ...]]:
     """Fit `generator`, in place, until a look at its averaged weights says that it is done.
 
     Its configuration says how: batches, learning rate, averaging and the looks.
@@ -202,7 +205,8 @@ def fit(
         work_folder, progress: as `train_generator` says.
 
     Returns:
-        For each look the step, the mean loss since the look before, and what `task.look` returned.
+        For each look the step, the mean loss since the look before, and what `task.look` returned;
+        and for each look the seconds since the start, with those before an interruption.
 
     Raises:
         FloatingPointError: the loss became NaN.
@@ -220,9 +224,10 @@ def fit(
     )
     random = torch.Generator().manual_seed(config.seed)
     checkpoint = _Checkpoint.of(work_folder, generator, task.identity)
-    step, history = checkpoint.load(generator, averaged, optimizer, schedule, random)
+    step, history, seconds = checkpoint.load(generator, averaged, optimizer, schedule, random)
 
     generator.train()
+    started = time.perf_counter() - (seconds[-1] if seconds else 0.0)
     total_loss = 0.0
     with tqdm(total=task.max_steps, initial=step, desc=task.name, disable=not progress) as bar:
         while step < task.max_steps and not (history and task.done(history)):
@@ -241,12 +246,13 @@ def fit(
                         f"the loss is {mean_loss} after {step} steps; try a smaller learning_rate"
                     )
                 history.append((step, mean_loss, *task.look(averaged)))
+                seconds.append(time.perf_counter() - started)
                 total_loss = 0.0
                 bar.set_postfix(loss=f"{mean_loss:.4f}", answered=f"{history[-1][2]:.1%}")
-                checkpoint.save(generator, averaged, optimizer, random, step, history)
+                checkpoint.save(generator, averaged, optimizer, random, step, history, seconds)
     generator.load_state_dict(averaged.state_dict())
     generator.eval()
-    return tuple(history)
+    return tuple(history), tuple(seconds)
 
 
 def descend(
@@ -292,7 +298,7 @@ class _Checkpoint:
         digest = fingerprint(generator.config.to_dict(), *identity, first)
         return cls(Path(folder) / f"generator-{digest}.safetensors")
 
-    def save(self, generator, averaged, optimizer, random, step, history) -> None:
+    def save(self, generator, averaged, optimizer, random, step, history, seconds) -> None:
         if self.path is None:
             return
         tensors = {f"generator.{name}": value for name, value in generator.state_dict().items()}
@@ -300,16 +306,17 @@ class _Checkpoint:
         for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
         tensors["random"] = random.get_state()
-        write_tensors(self.path, tensors, {"step": str(step), "history": json.dumps(history)})
+        metadata = {"step": str(step), "history": json.dumps(history)}
+        write_tensors(self.path, tensors, metadata | {"seconds": json.dumps(seconds)})
 
-    def load(self, generator, averaged, optimizer, schedule, random) -> tuple[int, list]:
+    def load(self, generator, averaged, optimizer, schedule, random) -> tuple[int, list, list]:
         if self.path is None or not self.path.exists():
-            return 0, []
+            return 0, [], []
         try:
             tensors, metadata = read_tensors(self.path)
         except CorruptFileError as error:
             log.warning("%s; training starts again", error)
-            return 0, []
+            return 0, [], []
 
         def part(prefix: str) -> dict[str, Tensor]:
             start = f"{prefix}."
@@ -327,4 +334,5 @@ class _Checkpoint:
         schedule.last_epoch = step
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         random.set_state(tensors["random"])
-        return step, [tuple(entry) for entry in json.loads(metadata["history"])]
+        history = [tuple(entry) for entry in json.loads(metadata["history"])]
+        return step, history, json.loads(metadata["seconds"])
