@@ -8,6 +8,7 @@ familiar, and accepts above a threshold, which `calibrate` sets on held-out quer
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -177,7 +178,7 @@ class FamiliarityNetwork(nn.Module):
         queries: Tensor,
         outliers: Tensor | None = None,
         *,
-        steps: int = 200,
+        steps: int | None = None,
         batch_size: int = 256,
         learning_rate: float = 1e-3,
         seed: int = 0,
@@ -189,7 +190,7 @@ class FamiliarityNetwork(nn.Module):
             queries: [N, dim] the edited queries' conditions; each gets a random class.
             outliers: [M, dim] conditions of other queries, taught to be uncertain about (the
                 uniform distribution). The paper has none; with them the gate separates far better.
-            steps: of AdamW.
+            steps: of AdamW; default: 200, or 50 passes over the queries if more.
             batch_size: queries a step, and as many outliers.
             learning_rate: of AdamW.
             seed: of the classes, the batches and the dropout.
@@ -200,6 +201,7 @@ class FamiliarityNetwork(nn.Module):
         """
         if not len(queries):
             raise ValueError("there are no queries to become familiar with")
+        steps = steps or max(200, math.ceil(50 * len(queries) / batch_size))
         generator = torch.Generator().manual_seed(seed)
         classes = self.head.out_features
         labels = torch.randint(classes, (len(queries),), generator=generator).to(queries.device)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_editor import CONFIG, EDITED, edit, make_editor
 
-from benchmarks.quality.study import Edited, curve, gated
-from meg_kernels.editing.evaluate import has_own_neuron
+from benchmarks.quality.study import Decisions, Edited, compare_gates, curve, gated
+from meg_kernels.editing.evaluate import Evaluation, has_own_neuron
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,7 +23,7 @@ def float32():
 def edited(request):
     editor = make_editor(dataclasses.replace(CONFIG, snap=request.param))
     edit(editor)
-    return Edited(editor, EDITED)
+    return Edited(editor, Evaluation(editor.model, editor.tokenizer, EDITED, editor.template))
 
 
 @pytest.mark.parametrize("quantile", [0.0, 0.4, 0.8, 1.0])
@@ -65,3 +65,41 @@ def test_the_editor_is_as_before_when_it_was_asked(edited):
     edited.ungated(snap=not config.snap, among=has_own_neuron)
     assert edited.editor.config == config
     assert torch.equal(edited.scores([*edited.base()]), edited.scores([*edited.base()]))
+
+
+def test_questions_of_facts_that_are_not_edited_are_not_asked(edited):
+    editor, some = edited.editor, EDITED[1:]
+    evaluation = edited.evaluation
+    whole = edited.base()
+    before = editor._edits
+    try:
+        editor.remove([EDITED[0].id])
+        fewer = Edited(editor, evaluation)
+        assert {q.fact for q in fewer.base()} == {*range(1, len(EDITED))}
+        assert fewer.base().items() < whole.items()
+        for asked in (fewer.ungated(snap=True), fewer.ungated(snap=False)):
+            assert asked.keys() == fewer.base().keys()
+        ceiling = fewer.ceiling()
+    finally:
+        editor._edits = before
+    own = Evaluation(editor.model, editor.tokenizer, some, editor.template)
+    assert ceiling == Edited(editor, own).ceiling()
+
+
+def test_gates_are_compared_on_the_same_answers_and_ours_is_left_in_place(edited):
+    editor, base = edited.editor, edited.base()
+    ungated = edited.ungated(snap=True)
+    own = Decisions.of(edited, [*base])
+    gates = compare_gates(edited, own, ungated, base)
+    assert editor.config.gate == "similarity" and editor.edits.gate.threshold == own.threshold
+    similar = gated(ungated, base, own.accepted(base)).to_dict()
+    assert gates["similarity"]["metrics"] == similar
+    editor.set_gate("familiarity")
+    try:
+        other = Decisions.of(edited, [*base])
+    finally:
+        editor.set_gate("similarity")
+    assert gates["familiarity"]["metrics"] == gated(ungated, base, other.accepted(base)).to_dict()
+    ours, theirs = own.accepted(base), other.accepted(base)
+    accepted = {question: ours[question] and theirs[question] for question in base}
+    assert gates["both"]["metrics"] == gated(ungated, base, accepted).to_dict()

@@ -1,19 +1,28 @@
 """How good edits are: numbers of facts, generators, gates and seeds on one data set.
 
-    python -m benchmarks.quality.study ../shared/data/counterfact_500.json --name counterfact \\
-        --facts 64 256 499 --seeds 0 1 2 --tuning ../shared/data/counterfact_10k.json
-    python -m benchmarks.quality.study ../shared/data/zsre_1000.json --name zsre --skip-known \\
-        --facts 64 1000 --tuning ../shared/data/zsre_extra_multirephrase.json
+    python -m benchmarks.quality.study ../shared/data/counterfact_500.json --name counterfact \
+        --facts 64 256 500 --seeds 0 1 2 --tuning ../shared/data/counterfact_10k.json
+    python -m benchmarks.quality.study ../shared/data/zsre_1000.json --name zsre --skip-known \
+        --facts 64 256 1000 --tuning ../shared/data/zsre_extra_multirephrase.json
+    python -m benchmarks.quality.study ../shared/data/counterfact_10k.json --asked 1000 --nested \
+        --name counterfact-10k --facts 64 256 1000 4096 10000 \
+        --tuning ../shared/data/counterfact_500.json
 
 For each number of facts and seed a model is edited once, as `meg edit` does it, and saved under
 --work. Every question is then asked with the neuron of the nearest edited fact mounted, whatever
 the gate says, and of the base model; a gate's decision picks one of the two answers, so that all
 gates and thresholds are compared on the same answers. Other generators are trained on the same
-neurons.
+neurons. With --nested only the largest number is edited; for the others the rest is removed again
+and the generator trained anew, on the neurons that are left: encoder and neurons are the same in
+all rows.
+
+--gates compares the paper's familiarity network, alone and with ours. --zero-pairs trains the first
+generator once more, as the paper's A.3 has it, with queries beside the edited ones that shall get
+the zero neuron.
 
 Writes benchmarks/results/quality-NAME.json, one row for each number of facts, seed and generator.
 Rows that are in it already are not measured again; an edited model that is saved is not edited
-again.
+again, and what the base model answered is kept too.
 """
 
 from __future__ import annotations
@@ -23,7 +32,8 @@ import dataclasses
 import json
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +50,10 @@ from meg_kernels.editing.evaluate import (
     has_own_neuron,
 )
 from meg_kernels.editing.facts import read_facts
+from meg_kernels.editing.generators import build_generator
+from meg_kernels.editing.train import train_generator
+from meg_kernels.familiarity import Calibration
+from meg_kernels.neuron import Neurons
 from meg_kernels.storage import write_json
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -49,25 +63,33 @@ GENERATORS = {
     "mlp": GeneratorConfig(kind="mlp"),
     "bank": GeneratorConfig(kind="bank"),
 }
+ZERO_PAIRS = "dit, zero pairs"
 CURVE = 41  # thresholds on a trade-off curve
+
+Asked = Callable[[Question], bool | None]
+"""Whether a question is asked."""
 
 
 class Edited:
-    """One edited model and the questions that it is measured on.
+    """An edited model, asked the questions of those of its facts that an evaluation has.
 
     Args:
         editor: with the facts edited.
-        asked: the facts that are asked about; a sample, where there are very many.
+        evaluation: of its model, on any facts.
     """
 
-    def __init__(self, editor: MeGEditor, asked: Sequence[Fact]):
-        self.editor, self.asked = editor, list(asked)
-        self.evaluation = Evaluation(editor.model, editor.tokenizer, self.asked, editor.template)
+    def __init__(self, editor: MeGEditor, evaluation: Evaluation):
+        self.editor, self.evaluation = editor, evaluation
         places = {fact.normalized_query: row for row, fact in enumerate(editor.facts)}
-        self.rows = [places[fact.normalized_query] for fact in self.asked]
+        self.rows = [places.get(fact.normalized_query, -1) for fact in evaluation.facts]
+
+    def of_edited(self, question: Question) -> bool:
+        """Whether the question belongs to a fact that is edited."""
+        return self.rows[question.fact] >= 0
 
     def base(self) -> dict[Question, Verdict]:
-        return by_question(self.evaluation.base_verdicts(progress=True))
+        verdicts = self.evaluation.base_verdicts(progress=True)
+        return by_question(v for v in verdicts if self.of_edited(v.question))
 
     def ceiling(self) -> Metrics:
         """With each fact's own collected neuron, without gate and generator."""
@@ -77,10 +99,13 @@ class Edited:
             index = torch.tensor([self.rows[owner] for owner in owners])
             return self.editor.attached.neurons(neurons, index)
 
-        return self.evaluation.collected(mount, progress=True)
+        def asked(question: Question) -> bool:
+            return self.of_edited(question) and has_own_neuron(question)
 
-    def ungated(self, snap: bool, among=None) -> dict[Question, Verdict]:
-        """The answers with a neuron for every question."""
+        return Metrics.of(self.evaluation.verdicts(mount, progress=True, among=asked))
+
+    def ungated(self, snap: bool, among: Asked | None = None) -> dict[Question, Verdict]:
+        """The answers with a neuron for every question, or among some of them."""
         config = self.editor.config
         self.editor.config = dataclasses.replace(config, snap=snap)
 
@@ -89,8 +114,11 @@ class Edited:
             everything = torch.ones_like(routing.edited)
             return self.editor.routed(queries, dataclasses.replace(routing, edited=everything))
 
+        def asked(question: Question) -> bool:
+            return self.of_edited(question) and (among is None or among(question))
+
         try:
-            return by_question(self.evaluation.verdicts(mount, progress=True, among=among))
+            return by_question(self.evaluation.verdicts(mount, progress=True, among=asked))
         finally:
             self.editor.config = config
 
@@ -127,6 +155,82 @@ def curve(
     return points
 
 
+@dataclass(frozen=True)
+class Decisions:
+    """What a gate makes of some questions.
+
+    Args:
+        scores: [Q] its scores.
+        threshold: the calibrated one.
+        calibration: how that went, on other queries.
+    """
+
+    scores: Tensor
+    threshold: float
+    calibration: Calibration
+
+    @classmethod
+    def of(cls, edited: Edited, questions: Sequence[Question]) -> Decisions:
+        """The present gate's."""
+        edits = edited.editor.edits
+        return cls(edited.scores(questions), edits.gate.threshold, edits.report.calibration)
+
+    def accepted(self, questions: Iterable[Question]) -> dict[Question, bool]:
+        return dict(zip(questions, (self.scores > self.threshold).tolist(), strict=True))
+
+    def row(
+        self, ungated: dict[Question, Verdict], base: dict[Question, Verdict]
+    ) -> dict[str, Any]:
+        return {
+            "metrics": gated(ungated, base, self.accepted(base)).to_dict(),
+            "calibration": dataclasses.asdict(self.calibration),
+            "curve": curve(self.scores, ungated, base),
+        }
+
+
+def compare_gates(
+    edited: Edited,
+    own: Decisions,
+    ungated: dict[Question, Verdict],
+    base: dict[Question, Verdict],
+) -> dict[str, Any]:
+    """The present gate, similarity, beside familiarity, and both: accepted is what both accept."""
+    editor, questions = edited.editor, [*base]
+    editor.set_gate("familiarity", progress=True)
+    other = Decisions.of(edited, questions)
+    editor.set_gate("similarity")
+    # Where familiarity rejects, no threshold on similarity accepts.
+    scores = torch.where(other.scores > other.threshold, own.scores, own.scores.min())
+    both = dataclasses.replace(own, scores=scores)
+    ways = {"similarity": own, "familiarity": other, "both": both}
+    return {name: decisions.row(ungated, base) for name, decisions in ways.items()}
+
+
+def train_with_zero_pairs(editor: MeGEditor, config: GeneratorConfig) -> None:
+    """Train a generator on the neurons and on zero ones, and put it in the editor's place.
+
+    The zero neurons are for what the gate was calibrated to reject, moved beside edited queries.
+    """
+    edits = editor.edits
+    generator = torch.Generator().manual_seed(config.seed)
+    away = edits.held_out.negative(edits.queries, generator)
+    layout = editor.attached.layout
+    zero = layout.unpack(torch.zeros(len(away), layout.dim))
+    answers, count = editor._answers(edits.facts), len(edits.facts)
+
+    def edited_answers(neurons: Neurons, rows: Tensor) -> Tensor:
+        right = torch.ones(len(rows), dtype=torch.bool)
+        own = rows < count
+        right[own] = answers(neurons[own.nonzero()[:, 0]], rows[own])
+        return right
+
+    made = build_generator(config, layout, editor.encoder.dim)
+    conditions = torch.cat([edits.queries, away])
+    neurons = Neurons.cat([edits.neurons, zero])
+    train_generator(made, conditions, neurons, edited_answers, progress=True)
+    editor._edits = dataclasses.replace(edits, generator=made)
+
+
 class Study:
     """The rows of one data set."""
 
@@ -147,9 +251,26 @@ class Study:
     def keep(self, row: dict[str, Any]) -> None:
         self.content["rows"].append(row)
         write_json(self.path, self.content)
+        shares = {name: value and round(value, 3) for name, value in row["metrics"].items()}
+        print(row["facts"], row["generator"], row["seed"], json.dumps(shares), flush=True)
+
+    def usable(self) -> list[Fact]:
+        most = self.arguments.locality
+        facts = [
+            dataclasses.replace(fact, locality=fact.locality[:most])
+            for fact in read_facts(self.arguments.data, on_conflict="first")
+        ]
+        if not self.arguments.skip_known:
+            return facts
+        known = self.content.get("known")
+        if known is None:
+            editor = MeGEditor.for_model("smollm2")
+            unknown = {fact.id for fact in editor.unknown(facts, progress=True)}
+            known = self.content["known"] = [f.id for f in facts if f.id not in unknown]
+        return [fact for fact in facts if fact.id not in set(known)]
 
     def edited(self, facts: Sequence[Fact], n: int, seed: int) -> MeGEditor:
-        """The model with so many of the facts edited, from --work if it is there."""
+        """The model with these facts edited, from --work if it is there."""
         options = self.arguments
         folder = options.work / f"{options.name}-{n}-{seed}"
         if (folder / "meg.json").exists():
@@ -166,83 +287,92 @@ class Study:
         editor.save_pretrained(folder)
         return editor
 
-    def facts(self, n: int, seed: int) -> list[Fact]:
-        """The first n facts, or, of another seed than 0, any n."""
-        facts = self.usable()
-        if seed:
+    def run(self) -> None:
+        options = self.arguments
+        for seed in options.seeds:
+            facts = self.usable()
             random.Random(seed).shuffle(facts)
-        return facts[:n]
+            editor: MeGEditor | None = None
+            for n in sorted(options.facts, reverse=True):
+                if self.done(n, seed):
+                    continue
+                chosen = facts[:n]
+                if not options.nested:
+                    editor = self.edited(chosen, n, seed)
+                elif editor is None:
+                    most = max(options.facts)
+                    editor = self.edited(facts[:most], most, seed)
+                kept = {fact.id for fact in chosen}
+                editor.remove([fact.id for fact in editor.facts if fact.id not in kept])
+                self.measure(editor, facts[: options.asked], n, seed)
 
-    def usable(self) -> list[Fact]:
-        facts = read_facts(self.arguments.data, on_conflict="first")
-        if not self.arguments.skip_known:
-            return facts
-        known = self.content.get("known")
-        if known is None:
-            editor = MeGEditor.for_model("smollm2")
-            unknown = {fact.id for fact in editor.unknown(facts, progress=True)}
-            known = self.content["known"] = [f.id for f in facts if f.id not in unknown]
-        return [fact for fact in facts if fact.id not in set(known)]
+    def done(self, n: int, seed: int) -> bool:
+        names = [*self.arguments.generators, *([ZERO_PAIRS] if self.arguments.zero_pairs else [])]
+        return all(self.row(n=n, seed=seed, generator=name) for name in names)
 
-    def measure(self, n: int, seed: int) -> None:
-        generators = [*self.arguments.generators]
-        if all(self.row(n=n, seed=seed, generator=name) for name in generators):
-            return
-        facts = self.facts(n, seed)
-        editor = self.edited(facts, n, seed)
-        asked = facts[: self.arguments.asked]
+    def measure(self, editor: MeGEditor, asked: Sequence[Fact], n: int, seed: int) -> None:
+        options = self.arguments
+        edited_n = max(options.facts) if options.nested else n
+        evaluation = Evaluation(
+            editor.model,
+            editor.tokenizer,
+            asked[:edited_n],
+            editor.template,
+            work_folder=options.work / ".base",
+        )
+        edited = Edited(editor, evaluation)
         with editor.serving():
-            edited = Edited(editor, asked)
             base = edited.base()
             ceiling = edited.ceiling()
-        own = editor.config.generator
+        decisions = Decisions.of(edited, [*base])
+        accepted = decisions.accepted(base)
+        whole = n == edited_n
+        own = editor.config.generator if whole else None
+        seconds = dict(editor.edits.report.seconds)
         shared = {
             "n": n,
             "seed": seed,
-            "facts": len(facts),
-            "asked": len(asked),
-            "base": edited.evaluation.base().to_dict(),
+            "facts": len(editor.facts),
+            "asked": sum(row >= 0 for row in edited.rows),
+            "base": Metrics.of(base.values()).to_dict(),
             "collected": ceiling.to_dict(),
             "unlearnt": len(editor.edits.report.unlearnt),
-            "seconds": editor.edits.report.seconds,
-            "protocol": edited.evaluation.protocol(),
-            "calibration": dataclasses.asdict(editor.edits.report.calibration),
+            "seconds": seconds if whole else {},
+            "protocol": evaluation.protocol(),
+            "calibration": dataclasses.asdict(decisions.calibration),
         }
-        questions = [*base]
-        scores = edited.scores(questions)
-        accepted = dict(
-            zip(questions, (scores > editor.edits.gate.threshold).tolist(), strict=True)
-        )
-        for name in generators:
+        for name in options.generators:
             if self.row(n=n, seed=seed, generator=name) is not None:
                 continue
             config = dataclasses.replace(GENERATORS[name], seed=seed)
-            if config != own or editor.config.generator != own:
+            if config != own:
                 editor.train(config, progress=True)
-            training = editor.edits.report.training
-            row = shared | {
-                "generator": name,
-                "training_steps": training.steps,
-                "training_seconds": editor.edits.report.seconds["generator"],
-            }
+                own = None
+            main = name == options.generators[0]
             with editor.serving():
-                main = name == generators[0]
-
-                def answered(question: Question, main=main) -> bool:
-                    return main or accepted[question]
-
-                snapped = edited.ungated(snap=True, among=answered)
-                row["metrics"] = gated(snapped, base, accepted).to_dict()
-                own_alone = edited.ungated(
+                snapped = edited.ungated(snap=True, among=None if main else accepted.get)
+                alone = edited.ungated(
                     snap=False, among=lambda q: has_own_neuron(q) and accepted[q]
                 )
-                alone = gated(snapped | own_alone, base, accepted)
-                row["without_snapping"] = alone.to_dict()
-            if main:
-                row["curve"] = curve(scores, snapped, base)
+            row = shared | {
+                "generator": name,
+                "training_steps": editor.edits.report.training.steps,
+                "training_seconds": editor.edits.report.seconds["generator"],
+                "metrics": gated(snapped, base, accepted).to_dict(),
+                "without_snapping": gated(snapped | alone, base, accepted).to_dict(),
+            }
+            if main and options.gates:
+                row["gates"] = compare_gates(edited, decisions, snapped, base)
+            elif main:
+                row["gates"] = {"similarity": decisions.row(snapped, base)}
             self.keep(row)
-            print(name, n, seed, json.dumps(row["metrics"]))
-        editor.detach()
+        if options.zero_pairs and self.row(n=n, seed=seed, generator=ZERO_PAIRS) is None:
+            train_with_zero_pairs(editor, GENERATORS[options.generators[0]])
+            with editor.serving():
+                alone = edited.ungated(snap=False, among=accepted.get)
+            metrics = gated(alone, base, accepted).to_dict()
+            row = {"generator": ZERO_PAIRS, "metrics": metrics, "without_snapping": metrics}
+            self.keep(shared | row | {"training_seconds": None})
 
 
 def main() -> None:
@@ -257,15 +387,16 @@ def main() -> None:
     parser.add_argument(
         "--generators", nargs="+", choices=[*GENERATORS], default=["dit", "mlp", "bank"]
     )
+    parser.add_argument("--nested", action="store_true", help="edit the largest number only")
+    parser.add_argument("--gates", action="store_true", help="compare gates")
+    parser.add_argument("--zero-pairs", action="store_true", help="train with zero neurons as well")
     parser.add_argument("--asked", type=int, help="ask about the first so many facts only")
+    parser.add_argument("--locality", type=int, help="so many locality queries of each fact only")
     parser.add_argument("--skip-known", action="store_true", help="as `meg edit --skip-known`")
     parser.add_argument("--work", type=Path, default=Path("build/quality"))
     arguments = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    study = Study(arguments)
-    for n in arguments.facts:
-        for seed in arguments.seeds:
-            study.measure(n, seed)
+    Study(arguments).run()
 
 
 if __name__ == "__main__":

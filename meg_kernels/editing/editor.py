@@ -411,7 +411,9 @@ class MeGEditor:
             self._edits = None
             return
         queries, neurons = before.queries[keep], before.neurons[keep]
-        gate, calibration = self._make_gate(queries, before.held_out, progress=False)
+        gate, calibration = self._make_gate(
+            self.config.gate, queries, before.held_out, progress=False
+        )
         generator = copy.deepcopy(before.generator)
         if isinstance(generator, NeuronBank):
             generator.store(queries, neurons.to(queries.device))
@@ -460,6 +462,38 @@ class MeGEditor:
         self._edits = dataclasses.replace(before, generator=made, report=report)
         self.config = dataclasses.replace(self.config, generator=generator)
         return training
+
+    def set_gate(
+        self,
+        gate: Literal["similarity", "familiarity"],
+        *,
+        threshold: float | None = None,
+        progress: bool = False,
+    ) -> Calibration:
+        """Put another gate in place of the present one.
+
+        Args:
+            gate: its kind.
+            threshold: the score above which it accepts; default: calibrated on the queries that
+                were held out when the encoder was tuned.
+            progress: show a progress bar.
+
+        Returns:
+            How well it separates the held-out queries, at the calibrated threshold.
+
+        Raises:
+            RuntimeError: nothing is edited.
+            ValueError: no such gate.
+        """
+        before = self.edits
+        config = dataclasses.replace(self.config, gate=gate)
+        made, calibration = self._make_gate(gate, before.queries, before.held_out, progress)
+        if threshold is not None:
+            made.threshold = threshold
+        report = dataclasses.replace(before.report, calibration=calibration)
+        self._edits = dataclasses.replace(before, gate=made, report=report)
+        self.config = config
+        return calibration
 
     def distill(
         self,
@@ -776,14 +810,14 @@ class MeGEditor:
         )
 
     def _make_gate(
-        self, queries: Tensor, held_out: HeldOut, progress: bool
+        self, kind: str, queries: Tensor, held_out: HeldOut, progress: bool
     ) -> tuple[SimilarityGate | FamiliarityNetwork, Calibration]:
         """The gate over the edited queries, its threshold calibrated on held-out ones."""
         generator = torch.Generator().manual_seed(self.config.seed)
         negative = held_out.negative(queries, generator)
         positive = held_out.positive(queries, generator)
         gate: SimilarityGate | FamiliarityNetwork
-        if self.config.gate == "similarity":
+        if kind == "similarity":
             gate = SimilarityGate(queries)
         else:
             with torch.random.fork_rng(devices=[]):
@@ -813,7 +847,7 @@ class MeGEditor:
     ) -> EditReport:
         """Gate and generator for these facts: those that are kept, then those just collected."""
         with _timed(seconds, "gate"):
-            gate, calibration = self._make_gate(queries, held_out, progress)
+            gate, calibration = self._make_gate(self.config.gate, queries, held_out, progress)
         with _timed(seconds, "generator"):
             training = train_generator(
                 generator,
