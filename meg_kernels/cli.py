@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from meg_kernels.editing.generators import GeneratorConfig
     from meg_kernels.editing.layers import LayerComparison
     from meg_kernels.editing.train import Training
+    from meg_kernels.familiarity import Calibration
     from meg_kernels.integrations.lm_eval import TaskScores
 
 app = typer.Typer(
@@ -139,16 +140,15 @@ def edit(
     edited = read_facts(facts, limit, on_conflict=on_conflict)  # type: ignore[arg-type]
     others = _tuning_facts(facts, tuning, edited)
     editor = _editor(model, encoder, layer, generator, gate, snap, seed, device, dtype)
-    if skip_known:
-        total, edited = len(edited), editor.unknown(edited, progress=True)
-        left = total - len(edited)
-        console.print(f"left out: {left} of {total} facts, which the model answers so already")
     # Beside the result, so that it is found again; gone when the result is written.
     with _work_folder(out, "edit") as work:
-        report = editor.edit(edited, tuning=others, work_folder=work, progress=True)
+        report = editor.edit(
+            edited, tuning=others, skip_known=skip_known, work_folder=work, progress=True
+        )
         editor.save_pretrained(out)
-    _print_edit(report, len(edited))
-    console.print(f"saved to {out}; ask it: meg ask {out} {edited[0].query!r}", markup=False)
+    _print_edit(report, len(editor.facts))
+    query = editor.facts[0].query
+    console.print(f"saved to {out}; ask it: meg ask {out} {query!r}", markup=False)
 
 
 @app.command(epilog="**Example:** `meg add edited more.jsonl`")
@@ -325,6 +325,35 @@ def train(
         editor.save_pretrained(out)
     seconds = editor.edits.report.seconds["generator"]
     console.print(f"{_trained(training)}, in {seconds:.1f} s", highlight=False)
+    console.print(f"saved to {out}", markup=False)
+
+
+@app.command("gate", epilog="**Example:** `meg gate edited --threshold 0.7`")
+def set_gate(
+    folder: Folder,
+    gate: Gate = GateKind.similarity,
+    threshold: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            help="Accept scores above this: the higher, the more Locality and the less Generality. "
+            "Default: calibrated on other facts."
+        ),
+    ] = None,
+    out: Out = None,
+    device: Device = "cpu",
+) -> None:
+    """Put another gate, or another threshold, into an edited model.
+
+    Scores are cosines to the nearest edited query (similarity), or minus the entropy of the
+    prediction in nats (familiarity).
+    """
+    out = folder if out is None else out
+    editor = _load(folder, device, None)
+    calibration = editor.set_gate(gate.value, threshold=threshold, progress=True)
+    editor.save_pretrained(out)
+    console.print(_calibrated(calibration), highlight=False)
+    if threshold is not None:
+        console.print(f"accepts scores above {threshold}, as asked", highlight=False)
     console.print(f"saved to {out}", markup=False)
 
 
@@ -550,13 +579,7 @@ def _print_edit(report: EditReport, n: int) -> None:
     learnt = n - len(report.unlearnt)
     table.add_row("collect", f"{seconds['collect']:.1f}", f"{learnt} of {n} facts learnt")
     table.add_row("encoder", f"{seconds['encoder']:.1f}", "tuned on other facts")
-    table.add_row(
-        "gate",
-        f"{seconds['gate']:.1f}",
-        f"threshold {calibration.threshold:.3f}; held out: AUROC {calibration.auroc:.3f}, "
-        f"{calibration.acceptance:.1%} of {calibration.num_positives} paraphrases accepted, "
-        f"{calibration.rejection:.1%} of {calibration.num_negatives} others rejected",
-    )
+    table.add_row("gate", f"{seconds['gate']:.1f}", _calibrated(calibration))
     training = report.training
     table.add_row(
         "generator",
@@ -565,9 +588,22 @@ def _print_edit(report: EditReport, n: int) -> None:
     )
     table.add_row("all", f"{sum(seconds.values()):.1f}", "")
     console.print(table)
+    if report.known:
+        given = report.known + n
+        console.print(
+            f"left out: {report.known} of {given} facts, which the model answers so already"
+        )
     for fact in report.unlearnt:
         text = f"{fact.id}: {fact.query!r} -> {fact.answer!r}"
         errors.print(f"[yellow]not learnt:[/] {escape(text)}")
+
+
+def _calibrated(calibration: Calibration) -> str:
+    return (
+        f"threshold {calibration.threshold:.3f}; held out: AUROC {calibration.auroc:.3f}, "
+        f"{calibration.acceptance:.1%} of {calibration.num_positives} paraphrases accepted, "
+        f"{calibration.rejection:.1%} of {calibration.num_negatives} others rejected"
+    )
 
 
 def _trained(training: Training) -> str:
@@ -685,9 +721,11 @@ def _print_report(report: EvaluationReport) -> None:
     console.print(table)
     protocol = report.protocol
     console.print(
-        f"AG: {protocol['ag']}; TF: {protocol['tf']}; locality {protocol['locality']}; "
-        f"{protocol['decoding']}; template {protocol['prompt_template']!r}; {protocol['dtype']} on "
-        f"{protocol['device']}; ceiling: each fact's own collected neuron, no gate, no generator.",
+        f"AG: {protocol['ag']}; TF: {protocol['tf']}; Generality: {protocol['generality']}; "
+        f"locality {protocol['locality']}; {protocol['decoding']}; template "
+        f"{protocol['prompt_template']!r}; {protocol['dtype']} on {protocol['device']}; left out: "
+        f"{protocol['left_out']}; ceiling: each fact's own collected neuron, no gate, no "
+        "generator.",
         style="dim",
         markup=False,
         highlight=False,

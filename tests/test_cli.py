@@ -35,6 +35,7 @@ COMMANDS = (
     "evaluate",
     "ask",
     "train",
+    "gate",
     "distill",
     "demo",
     "info",
@@ -216,6 +217,18 @@ def test_facts_that_the_model_knows_can_be_left_out(models, tuning_file, tmp_pat
     shown = run("edit", tmp_path / "facts.jsonl", *models, "--out", out, *more)
     assert "left out: 1 of 4 facts" in shown
     assert MeGEditor.from_pretrained(out).facts == EDITED[1:]
+
+
+def test_a_gate_and_its_threshold_can_be_changed(edited, tmp_path):
+    out = shutil.copytree(edited[0], tmp_path / "edited")
+    shown = run("gate", out, "--gate", "familiarity")
+    assert "AUROC" in shown and "accepts scores above" not in shown
+    assert MeGEditor.from_pretrained(out).config.gate == "familiarity"
+    shown = run("gate", out, "--threshold", 2)
+    assert "accepts scores above 2" in shown
+    editor = MeGEditor.from_pretrained(out)
+    assert editor.config.gate == "similarity" and editor.edits.gate.threshold == 2
+    assert not editor.route([EDITED[0].query]).edited
 
 
 def test_facts_are_added_changed_and_removed(edited, tmp_path):

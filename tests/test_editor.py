@@ -486,11 +486,53 @@ def test_a_configuration_survives_json(config):
     assert EditorConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_the_edited_layer_is_two_thirds_up_unless_named():
+def test_the_edited_layer_is_three_quarters_up_unless_named():
     assert make_editor(dataclasses.replace(CONFIG, layer=None)).layer == 2
     assert make_editor(dataclasses.replace(CONFIG, layer=0)).layer == 0
     with pytest.raises(ValueError, match="layer is 3; the model has layers 0 to 2"):
         make_editor(dataclasses.replace(CONFIG, layer=3))
+
+
+@pytest.mark.parametrize("gate", ["similarity", "familiarity"])
+def test_another_gate_is_that_of_an_edit_with_it(gate, tmp_path):
+    editor, expected = make_editor(), make_editor(dataclasses.replace(CONFIG, gate=gate))
+    edit(editor), edit(expected)
+    calibration = editor.set_gate(gate)
+    assert calibration == expected.edits.report.calibration == editor.edits.report.calibration
+    asked = [*QUERIES, *PARAPHRASES, *LOCALITY]
+    assert torch.equal(editor.route(asked).score, expected.route(asked).score)
+    assert torch.equal(editor.route(asked).edited, expected.route(asked).edited)
+    editor.save_pretrained(tmp_path)
+    editor.detach()
+    loaded = MeGEditor.from_pretrained(tmp_path, editor.model, editor.tokenizer)
+    assert loaded.config.gate == gate and loaded.edits.report == editor.edits.report
+
+
+def test_a_threshold_can_be_chosen_and_a_gate_that_does_not_exist_cannot(editor):
+    before = editor.edits.gate.threshold
+    calibration = editor.set_gate("similarity", threshold=-2.0)
+    try:
+        assert calibration.threshold == before and editor.route(LOCALITY).edited.all()
+        with pytest.raises(ValueError, match="it must be 'similarity' or 'familiarity'"):
+            editor.set_gate("nearest")
+        assert editor.edits.gate.threshold == -2.0
+    finally:
+        editor.set_gate("similarity", threshold=before)
+
+
+def test_facts_that_the_model_knows_are_left_out_and_counted(tmp_path):
+    editor = make_editor(BANK)
+    known = dataclasses.replace(EDITED[1], answer=editor.generate([QUERIES[1]], 16)[0])
+    some = [EDITED[0], known, *EDITED[2:]]
+    report = edit(editor, some, skip_known=True)
+    assert editor.facts == [EDITED[0], *EDITED[2:]] and report.known == 1
+    assert editor.evaluate().protocol["left_out"].startswith("1 facts")
+    editor.save_pretrained(tmp_path)
+    editor.detach()
+    loaded = MeGEditor.from_pretrained(tmp_path, editor.model, editor.tokenizer)
+    assert loaded.edits.report.known == 1
+    with pytest.raises(FactsError, match="answers all 1 facts so already"):
+        edit(make_editor(BANK), [known], skip_known=True)
 
 
 # Interruptions
@@ -904,6 +946,22 @@ def test_the_evaluation_counts_what_generate_says(editor):
     assert report.protocol["edited_facts"] == len(EDITED)
     assert report.protocol["layer"] == LAYER and report.protocol["generator"] == "mlp"
     assert set(report.seconds) == {"collect", "encoder", "gate", "generator", "evaluate"}
+
+
+def test_an_interrupted_evaluation_resumes_until_the_edits_change(editor, tmp_path, monkeypatch):
+    expected = editor.evaluate().metrics
+    routed, asked = editor.routed, []
+    monkeypatch.setattr(editor, "routed", lambda queries: asked.append(queries) or routed(queries))
+    assert editor.evaluate(work_folder=tmp_path).metrics == expected and asked
+    asked.clear()
+    assert editor.evaluate(work_folder=tmp_path).metrics == expected and not asked
+    threshold = editor.edits.gate.threshold
+    try:
+        editor.set_gate("similarity", threshold=2.0)
+        rejecting = editor.evaluate(work_folder=tmp_path).metrics
+    finally:
+        editor.set_gate("similarity", threshold=threshold)
+    assert asked and rejecting.reliability_ag == 0 and rejecting.locality_ag == 1
 
 
 def test_an_evaluation_of_chosen_facts_asks_only_them(editor):

@@ -198,6 +198,53 @@ def test_an_edit_that_stands_in_the_prompt_is_asked_with_it_and_the_base_model_w
         assert shares(metrics) == pytest.approx(expected, abs=SHARES)
 
 
+def test_an_interrupted_evaluation_asks_only_what_was_not_answered(
+    model, tokenizer, facts, tmp_path
+):
+    def evaluation(edits, asked=facts):
+        options = {"batch_size": 5, "work_folder": tmp_path, "edits": edits}
+        return Evaluation(model, tokenizer, asked, PromptTemplate(), MOST, **options)
+
+    edit, other = Shift(model, 0.2), Shift(model, 0.3)
+    expected = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, 5).edited(edit)
+    mounted, edit.mounted = edit.mounted, []
+    evaluation([1]).edited(edit)
+    files = sorted(tmp_path.glob("edited-*/*.json"))
+    assert edit.mounted == mounted and len(files) > 2
+    files[1].unlink()
+    edit.mounted = []
+    resumed = evaluation([1])
+    assert resumed.edited(edit) == expected
+    assert 0 < len(edit.mounted) < len(mounted)
+    edit.mounted = []
+    assert evaluation([1]).edited(edit) == expected and not edit.mounted
+    # Neither other edits, nor other facts, nor another model get these answers.
+    assert evaluation([2]).edited(other) != expected and len(other.mounted) >= len(facts)
+    evaluation([1], facts[1:]).edited(edit)
+    assert edit.mounted
+    weight = model.get_output_embeddings().weight
+    with torch.no_grad():
+        before = weight.clone()
+        weight[0] += 1
+        try:
+            count = len([*tmp_path.glob("base-*")])
+            evaluation([1]).base()
+            assert len([*tmp_path.glob("base-*")]) == count + 1
+        finally:
+            weight.copy_(before)
+
+
+def test_edits_that_nothing_tells_from_others_are_asked_every_time(
+    model, tokenizer, facts, tmp_path
+):
+    evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, work_folder=tmp_path)
+    edit = Shift(model, 0.2)
+    first = evaluation.edited(edit)
+    count, edit.mounted = len(edit.mounted), []
+    assert evaluation.edited(edit) == first and len(edit.mounted) == count
+    assert not [*tmp_path.glob("edited-*")]
+
+
 @pytest.mark.parametrize("batch_size", [5, 64])
 def test_the_base_models_locality_is_exactly_one(model, tokenizer, facts, batch_size):
     evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, batch_size)

@@ -195,12 +195,14 @@ class EditReport:
         training: the generator's.
         seconds: of the stages collect, encoder, gate and generator, and of a distillation; of
             those that resumed, with what an interruption ended.
+        known: facts that were left out, because the model answered them so already.
     """
 
     unlearnt: list[Fact]
     calibration: Calibration
     training: Training
     seconds: dict[str, float]
+    known: int = 0
 
 
 @dataclass(frozen=True)
@@ -297,6 +299,7 @@ class MeGEditor:
         *,
         tuning: Sequence[Fact] | None = None,
         unrelated: Sequence[str] | None = None,
+        skip_known: bool = False,
         work_folder: str | Path | None = None,
         progress: bool = False,
     ) -> EditReport:
@@ -308,15 +311,20 @@ class MeGEditor:
                 those that share a query or subject with an edited fact are left out. Default: the
                 facts that the package ships for this.
             unrelated: queries of all sorts, for the gate; default: the package's.
+            skip_known: leave out facts that the model answers so already, as ZsRE is used.
             work_folder: keeps finished work, so that an interrupted edit resumes.
             progress: show progress bars.
 
         Raises:
-            FactsError: facts that contradict each other, or too few to tune with.
+            FactsError: facts that contradict each other, too few to tune with, or none that the
+                model does not answer already.
         """
         if not facts:
             raise FactsError("there are no facts to edit")
         check_facts(facts)
+        given = len(facts)
+        if skip_known and not (facts := self.unknown(facts, progress=progress)):
+            raise FactsError(f"the model answers all {given} facts so already")
         tuning = shipped_tuning_facts() if tuning is None else tuning
         unrelated = shipped_unrelated_queries() if unrelated is None else unrelated
         wordings = self._usable_for_tuning(tuning, facts)
@@ -340,6 +348,7 @@ class MeGEditor:
                 seconds,
                 work_folder,
                 progress,
+                known=given - len(facts),
             )
 
     def add(
@@ -394,6 +403,7 @@ class MeGEditor:
             work_folder,
             progress,
             kept,
+            before.report.known,
         )
 
     def remove(self, ids: Sequence[str]) -> None:
@@ -679,6 +689,7 @@ class MeGEditor:
             "sampler": dataclasses.asdict(self.config.generator.sampler),
             "snap": self.config.snap,
             "edited_facts": len(edits.facts),
+            "left_out": f"{edits.report.known} facts that the base model answered so already",
             "threshold_calibrated_on": dataclasses.asdict(edits.report.calibration),
             "seed": self.config.seed,
         }
@@ -844,6 +855,7 @@ class MeGEditor:
         work_folder: str | Path | None,
         progress: bool,
         kept: Sequence[Fact] = (),
+        known: int = 0,
     ) -> EditReport:
         """Gate and generator for these facts: those that are kept, then those just collected."""
         with _timed(seconds, "gate"):
@@ -862,7 +874,7 @@ class MeGEditor:
         unlearnt = collection.unlearnt(facts[len(kept) :])
         if kept:
             unlearnt = [fact for fact in self.edits.report.unlearnt if fact in kept] + unlearnt
-        report = EditReport(unlearnt, calibration, training, seconds)
+        report = EditReport(unlearnt, calibration, training, seconds, known)
         self._edits = Edits(
             facts, queries, neurons, collection.initial, held_out, gate, generator, report
         )

@@ -237,6 +237,7 @@ class Evaluation:
             "tf": "mean share of the answer's tokens that are the argmax given those before",
             "locality": "against the base model's own greedy answers, in the same batches",
             "score": "harmonic mean of the six",
+            "generality": "the paraphrases that the facts bring along; none was fitted or tuned on",
             "queries": {
                 kind: questions.count(kind) for kind in ("reliability", "generality", "locality")
             },

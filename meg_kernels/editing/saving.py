@@ -89,6 +89,7 @@ def save_editor(editor: MeGEditor, folder: Path) -> None:
                 "calibration": dataclasses.asdict(report.calibration),
                 "training": dataclasses.asdict(report.training),
                 "seconds": report.seconds,
+                "known": report.known,
             },
             "files": files,
         },
@@ -156,10 +157,11 @@ def load_editor(
                 **training
                 | {
                     "history": tuple(map(tuple, training["history"])),
-                    "seconds": tuple(training.get("seconds", ())),
+                    "seconds": tuple(training["seconds"]),
                 }
             ),
             report["seconds"],
+            report["known"],
         ),
     )
     return editor
