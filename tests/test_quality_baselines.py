@@ -425,10 +425,14 @@ def test_a_study_writes_every_row_once_and_refuses_to_mix_facts(request_for, tmp
     monkeypatch.setitem(BASELINES, "fine_tuning", Baseline(changing, TUNING))
     request, path = request_for(FACTS[:3]), tmp_path / "rows.json"
     about = {"data": "colors", "model": "tiny"}
-    baselines.run(request, ["in_context"], path, about)
+
+    def ways(*names):
+        return {name: BASELINES[name] for name in names}
+
+    baselines.run(request, ways("in_context"), path, about)
     first = json.loads(path.read_text())
-    rows = baselines.run(request, ["fine_tuning", "in_context"], path, about)
-    assert baselines.run(request, [*BASELINES][:1], path, about) == rows and len(made) == 1
+    rows = baselines.run(request, ways("fine_tuning", "in_context"), path, about)
+    assert baselines.run(request, ways("fine_tuning"), path, about) == rows and len(made) == 1
     content = json.loads(path.read_text())
     assert content["rows"] == rows and rows[:1] == first["rows"]
     assert [row["baseline"] for row in rows] == ["in_context", "fine_tuning"]
@@ -440,5 +444,5 @@ def test_a_study_writes_every_row_once_and_refuses_to_mix_facts(request_for, tmp
     assert rows[1]["metrics"] == metrics.to_dict() and metrics.reliability_ag == 1
     assert rows[1]["settings"] == dataclasses.asdict(TUNING) and rows[1]["seconds"] > 0
     with pytest.raises(SystemExit, match="was made with another facts_digest"):
-        baselines.run(request_for(FACTS[1:4]), ["in_context"], path, about)
+        baselines.run(request_for(FACTS[1:4]), ways("in_context"), path, about)
     assert json.loads(path.read_text()) == content

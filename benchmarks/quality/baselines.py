@@ -9,8 +9,11 @@
     memit         closed-form updates of several layers' FFNs: see benchmarks/quality/memit.py
 
 Fine-tuning and LoRA are shown each fact in the framings in which our neurons are fitted; MEMIT has
-its own random prefixes. Paraphrases are shown to nobody. The settings that are the defaults here
-are first guesses: none was chosen on other facts yet.
+its own random prefixes. Paraphrases are shown to nobody.
+
+    python -m benchmarks.quality.baselines others.json --limit 64 --name search --search
+
+tries the settings of `GRID` on other facts; the defaults are those with the highest Score there.
 
 Writes benchmarks/results/quality-baselines-NAME-N.json. Rows that are in it are not made again.
 """
@@ -19,10 +22,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +127,7 @@ class TrainingConfig:
 
     learning_rate: float
     target_loss: float = 0.1
-    max_epochs: int = 60
+    max_epochs: int = 30
     batch_size: int = 32
 
 
@@ -154,13 +158,13 @@ def train(request: Request, parameters: Sequence[nn.Parameter], config: Training
     for parameter in parameters:
         parameter.requires_grad_(True)
     adam = torch.optim.Adam(parameters, config.learning_rate)
-    random = torch.Generator().manual_seed(request.seed)
+    generator = torch.Generator().manual_seed(request.seed)
     steps = learnt = 0
     # Frozen weights, and the gradients through them, need no more than bfloat16.
     with frozen_products(upper, fast_dtype(model.device, model.dtype)):
         for _ in (bar := trange(config.max_epochs, desc="epochs", disable=not request.progress)):
             learnt = 0
-            for number in torch.randperm(len(batches), generator=random).tolist():
+            for number in torch.randperm(len(batches), generator=generator).tolist():
                 batch, hidden = batches[number]
                 with lower.replaced_by(hidden):
                     scores = score_targets(model, batch)
@@ -285,19 +289,62 @@ BASELINES = {
     "in_context": Baseline(in_context, InContextConfig()),
     "memit": Baseline(memit, MemitConfig()),
 }
+GRID: dict[str, list[dict[str, Any]]] = {
+    "fine_tuning": [{"learning_rate": rate} for rate in (3e-5, 1e-4, 3e-4)],
+    "lora": [{"learning_rate": rate} for rate in (1e-3, 5e-3, 2e-2)],
+    "in_context": [{"separator": separator} for separator in ("\n", "\n\n")],
+    "memit": [{"covariance_weight": weight} for weight in (15.0, 150.0, 1500.0, 15000.0)],
+}
 
 
-def run(request: Request, names: Iterable[str], path: Path, about: dict[str, Any]) -> list[dict]:
+def grid() -> dict[str, Baseline]:
+    """The baselines with other settings, by name and setting.
+
+    >>> [name for name in grid() if "lora" in name][:2]
+    ['lora, learning_rate=0.001', 'lora, learning_rate=0.005']
+    """
+    ways = {}
+    for name, settings in GRID.items():
+        own = BASELINES[name]
+        for setting in settings:
+            label = ", ".join([name, *(f"{key}={value}" for key, value in setting.items())])
+            ways[label] = Baseline(own.edit, replace(own.config, **setting))
+    return ways
+
+
+def run(
+    request: Request,
+    ways: Mapping[str, Baseline],
+    path: Path,
+    about: dict[str, Any],
+    asked: Sequence[Fact] | None = None,
+    work_folder: Path | None = None,
+) -> list[dict]:
     """Add the rows that the file at `path` lacks, one after the other; returns all of them.
+
+    Args:
+        request: what to edit.
+        ways: by name.
+        path: of the file.
+        about: what else it shall say.
+        asked: the first so many of the request's facts; default: all.
+        work_folder: keeps what the base model answers.
 
     Raises:
         SystemExit: the file was made with other facts, another model, layer or seed.
     """
-    evaluation = Evaluation(request.model, request.tokenizer, request.facts, request.template)
+    evaluation = Evaluation(
+        request.model,
+        request.tokenizer,
+        request.facts if asked is None else asked,
+        request.template,
+        work_folder=work_folder,
+    )
     content = {
         "study": "quality-baselines",
         **about,
         "facts": len(request.facts),
+        "asked": len(evaluation.facts),
         "facts_digest": fingerprint([fact.to_dict() for fact in request.facts]),
         "layer": request.layer,
         "seed": request.seed,
@@ -309,11 +356,11 @@ def run(request: Request, names: Iterable[str], path: Path, about: dict[str, Any
             f"{path} was made with another {differing[0]}; move it, or rename this run"
         )
     rows = before.get("rows", [])
-    missing = [name for name in names if name not in {row["baseline"] for row in rows}]
+    missing = [name for name in ways if name not in {row["baseline"] for row in rows}]
     for name in (bar := tqdm(missing, unit="baseline", disable=not request.progress)):
         bar.set_postfix_str(name)
         base = evaluation.base(request.progress).to_dict()
-        rows = [*rows, {"baseline": name, **BASELINES[name].measure(request, evaluation)}]
+        rows = [*rows, {"baseline": name, **ways[name].measure(request, evaluation)}]
         versions = {package: version_of(package) for package in ("torch", "transformers", "peft")}
         write_json(path, content | {"base": base, "rows": rows, "versions": versions})
     return rows
@@ -327,6 +374,11 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="of the data, in the result's name")
     parser.add_argument("--limit", type=int, help="use the first N facts only")
     parser.add_argument("--only", nargs="+", choices=BASELINES, default=[*BASELINES])
+    parser.add_argument("--search", action="store_true", help="try the settings of the grid")
+    parser.add_argument("--asked", type=int, help="ask about the first so many facts only")
+    parser.add_argument("--locality", type=int, help="so many locality queries of each fact only")
+    parser.add_argument("--paraphrased", action="store_true", help="facts with paraphrases only")
+    parser.add_argument("--work", type=Path, default=Path("build/quality/.base"))
     parser.add_argument("--skip-known", action="store_true", help="as `meg edit --skip-known`")
     parser.add_argument("--model", default=SMOLLM2)
     parser.add_argument("--seed", type=int, default=0)
@@ -335,14 +387,21 @@ def main() -> None:
     model, tokenizer = load_language_model(arguments.model)
     layer = default_layer(model)
     template = PromptTemplate.for_model(model)
-    facts = read_facts(arguments.data, on_conflict="first")
+    facts = [
+        replace(fact, locality=fact.locality[: arguments.locality])
+        for fact in read_facts(arguments.data, on_conflict="first")
+        if fact.paraphrases or not arguments.paraphrased
+    ]
     if arguments.skip_known:
         facts = unknown_facts(model, tokenizer, facts, template, progress=True)
+    random.Random(arguments.seed).shuffle(facts)  # as benchmarks.quality.study has them
     facts = facts[: arguments.limit]
     request = Request(model, tokenizer, facts, template, layer, arguments.seed, progress=True)
     path = RESULTS / f"quality-baselines-{arguments.name}-{len(facts)}.json"
     about = {"data": arguments.name, "model": arguments.model}
-    for row in run(request, arguments.only, path, about):
+    ways = grid() if arguments.search else BASELINES
+    ways = {name: way for name, way in ways.items() if name.split(",")[0] in arguments.only}
+    for row in run(request, ways, path, about, facts[: arguments.asked], arguments.work):
         shares = {name: value and round(value, 3) for name, value in row["metrics"].items()}
         print(f"{row['baseline']:12} {row['seconds']:8.1f} s  {json.dumps(shares)}")
 
