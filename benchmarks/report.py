@@ -3,28 +3,26 @@
     python -m benchmarks.report [JSON ...]      default: all of benchmarks/results/
 
 Tables go between the README's markers `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->`
-(for studies of sampling steps and of quality, `steps` and `quality`), or to the screen where it has
-none; plots go to benchmarks/plots/. Nothing is written that was not measured: what a
-file does not hold is a row that the table does not have.
+(those of the studies of quality between markers of the study's name), or to the screen where it has
+none; plots go to benchmarks/plots/. Nothing is written that was not measured: what a file does not
+hold is a row that the table does not have.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from benchmarks.measure import in_units
-from benchmarks.quality.steps import means
+from benchmarks.quality.report import STUDIES, figure, markdown
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
-RACES, STEPS, QUALITY = "benchmarks", "steps", "quality"  # the README's markers
+RACES = "benchmarks"  # the README's markers
 NOTHING = "no neurons"  # the baseline that does less than we do: there a speed-up is a cost
 
 Record = Mapping[str, Any]  # the extra_info of a race: benchmarks.measure.Race
@@ -126,10 +124,7 @@ def table(spec: Table, records: Iterable[Record]) -> str:
     rows = [_cells(record) for record in records if spec.keep(record)]
     if not rows:
         return ""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[row.get(name, "") for name in columns] for row in rows]
-    return "\n".join([f"**{spec.title}**", "", *(f"| {' | '.join(line)} |" for line in lines)])
+    return markdown(spec.title, rows)
 
 
 def _cells(record: Record) -> dict[str, str]:
@@ -209,109 +204,6 @@ def between_markers(text: str, name: str, content: str) -> str | None:
     if not found or not found_too:
         return None
     return f"{before}{begin}\n\n{content}\n\n{end}{after}"
-
-
-# ---- studies of sampling steps ----------------------------------------------------------------
-
-
-def steps_table(study: Record) -> str:
-    """A Markdown table of benchmarks.quality.steps: one line for each solver and step count."""
-    columns = ["solver", "steps", "seeds", "distance"]
-    columns += ["Reliability", "Generality", "without snapping"]
-    lines = [columns, ["---"] * len(columns)]
-    alone = means(study["rows"], snap=False)
-    for (solver, steps), mean in means(study["rows"], snap=True).items():
-        shares = [mean["distance"], mean["reliability"], mean["generality"]]
-        cells = [f"{value:.3f}" for value in (*shares, alone[solver, steps]["generality"])]
-        lines.append([solver, str(steps), str(mean["seeds"]), *cells])
-    ceiling = study["collected"]
-    shares = [f"{ceiling[name]:.3f}" for name in ("reliability", "generality")]
-    lines.append(["collected neurons", "", "", "0", *shares, ""])
-    title = f"**{study['data']}, {study['facts']} facts**"
-    return "\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines)])
-
-
-def plot_steps(studies: Sequence[Record], axes: Any) -> None:
-    """Generality against the number of steps, on each data set, with and without snapping."""
-    for study, color in zip(studies, ("C0", "C1", "C2", "C3"), strict=False):
-        for snap, style in ((True, "-"), (False, "--")):
-            points = {
-                steps: mean["generality"]
-                for (solver, steps), mean in means(study["rows"], snap).items()
-                if solver == "ddim"
-            }
-            steps, generality = [*points], [*points.values()]
-            label = study["data"] + ("" if snap else ", without snapping")
-            axes.plot(steps, generality, style, color=color, marker="o", label=label)
-        axes.axhline(study["collected"]["generality"], color=color, linewidth=0.8, linestyle=":")
-    axes.set(xscale="log", xlabel="DDIM steps", ylabel="Generality AG (dotted: collected neurons)")
-    axes.set_xticks([1, 2, 4, 8, 16, 50], ["1", "2", "4", "8", "16", "50"])
-    axes.minorticks_off()
-    axes.legend(fontsize=8)
-
-
-# ---- studies of quality -----------------------------------------------------------------------
-
-
-def quality_table(study: Record) -> str:
-    """A Markdown table of benchmarks.quality.study: one line for each number and generator."""
-    columns = ["facts", "generator", "seeds", "Reliability", "Generality", "Locality", "Score"]
-    columns += ["Generality, collected", "Generality, without snapping", "edited in"]
-    lines = [columns, ["---"] * len(columns)]
-    groups: dict[tuple[int, str], list[Record]] = {}
-    for row in study["rows"]:
-        groups.setdefault((row["facts"], row["generator"]), []).append(row)
-    for (n, generator), rows in groups.items():
-        shares = [
-            spread([row[of][name] for row in rows])
-            for of, name in (
-                ("metrics", "reliability_ag"),
-                ("metrics", "generality_ag"),
-                ("metrics", "locality_ag"),
-                ("metrics", "score"),
-                ("collected", "generality_ag"),
-                ("without_snapping", "generality_ag"),
-            )
-        ]
-        others = ("collect", "encoder", "gate")
-        seconds = fmean(
-            sum(row["seconds"][stage] for stage in others) + row["training_seconds"] for row in rows
-        )
-        lines.append([str(n), generator, str(len(rows)), *shares, f"{seconds:.0f} s"])
-    title = f"**{study['data']}**"
-    return "\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines)])
-
-
-def spread(values: Sequence[float | None]) -> str:
-    """The mean of some runs, and how far the outermost ones are apart.
-
-    >>> spread([0.95]), spread([0.9, 1.0]), spread([None])
-    ('0.950', '0.950 (0.900 to 1.000)', '–')
-    """
-    known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    ends = f" ({min(known):.3f} to {max(known):.3f})" if min(known) < max(known) else ""
-    return f"{fmean(known):.3f}{ends}"
-
-
-def plot_trade_offs(studies: Sequence[Record], axes: Any) -> None:
-    """Generality against Locality over the gate's thresholds, with the calibrated one marked."""
-    curves = [
-        (f"{study['data']}, {row['facts']} facts", row)
-        for study in studies
-        for row in study["rows"]
-        if "curve" in row and row["seed"] == 0
-    ]
-    for number, (label, row) in enumerate(curves):
-        points = [(point["locality_ag"], point["generality_ag"]) for point in row["curve"]]
-        color = f"C{number}"
-        axes.plot(*zip(*points, strict=True), color=color, label=label)
-        chosen = row["metrics"]
-        axes.plot(chosen["locality_ag"], chosen["generality_ag"], "o", color=color)
-    ylabel = "Generality AG (dot: the calibrated threshold)"
-    axes.set(xlabel="Locality AG", ylabel=ylabel, xlim=(0.8, 1.005))  # what anyone would choose
-    axes.legend(fontsize=8)
 
 
 # ---- plots ------------------------------------------------------------------------------------
@@ -401,30 +293,15 @@ def draw(run: Run, folder: Path) -> list[Path]:
     """The plots for which the run has data, as PNG files in `folder`."""
     paths = []
     for name, plot in PLOTS.items():
-        with _figure(folder / f"{run.name}-{name}.png", run.device) as axes:
+        with figure(folder / f"{run.name}-{name}.png", run.device) as axes:
             if plot(run, axes):
                 paths.append(folder / f"{run.name}-{name}.png")
     return paths
 
 
-@contextmanager
-def _figure(path: Path, title: str) -> Iterator[Any]:
-    """Axes to draw on, saved at `path` if anything was drawn."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    try:
-        yield axes
-        if axes.has_data():
-            axes.set_title(title)
-            axes.spines[["top", "right"]].set_visible(False)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=110)
-    finally:
-        pyplot.close(figure)
+def study_of(content: Mapping[str, Any]) -> str | None:
+    """Which study wrote a file; `meg layers --json` does not say so."""
+    return "layers" if "layers" in content else content.get("study")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -433,23 +310,13 @@ def main(arguments: Sequence[str]) -> int:
     )
     runs = [run for run in map(read, paths) if run is not None]
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    studies = [content for content in contents if content.get("study") == STEPS]
     sections = {}
     if runs:
         sections[RACES] = "\n\n".join(section(run, draw(run, FOLDER / "plots")) for run in runs)
-    if studies:
-        plot = FOLDER / "plots" / "steps.png"
-        with _figure(plot, "the same generator, sampled in more or fewer steps") as axes:
-            plot_steps(studies, axes)
-        image = f"![{plot.stem}]({plot.relative_to(README.parent)})"
-        sections[STEPS] = "\n\n".join([*map(steps_table, studies), image])
-    qualities = [content for content in contents if content.get("study") == QUALITY]
-    if qualities := [content for content in qualities if content["rows"]]:
-        plot = FOLDER / "plots" / "trade-off.png"
-        with _figure(plot, "the similarity gate's thresholds") as axes:
-            plot_trade_offs(qualities, axes)
-        image = f"![{plot.stem}]({plot.relative_to(README.parent)})"
-        sections[QUALITY] = "\n\n".join([*map(quality_table, qualities), image])
+    studies = {name: [c for c in contents if study_of(c) == name] for name in STUDIES}
+    for name, write in STUDIES.items():
+        if text := write(studies, FOLDER / "plots"):
+            sections[name] = text
     if not sections:
         print("no races in these files; pytest writes them with --benchmark-json", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import json
 import sys
@@ -11,6 +12,9 @@ import torch
 
 from benchmarks import measure, on_gpu, report
 from benchmarks.measure import Case, Ceilings, Passed, Race, Spread, Way, name_of, summary
+from benchmarks.quality import report as quality_report
+from meg_kernels.editing.evaluate import METRICS
+from meg_kernels.editing.layers import LayerQuality
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
@@ -157,6 +161,7 @@ def quality_study() -> dict:
         return {
             "n": 1000,
             "facts": 997,
+            "asked": 500,
             "seed": 0,
             "generator": "dit",
             "metrics": shares | {"score": 0.9},
@@ -168,8 +173,11 @@ def quality_study() -> dict:
         }
 
     points = [{"locality_ag": 0.5, "generality_ag": 1.0}, {"locality_ag": 1.0, "generality_ag": 0}]
+    shares = dict.fromkeys(METRICS, 0.5) | {"score": 0.25, "locality_ag": 0.75}
+    gate = {"metrics": shares, "curve": points, "calibration": {"auroc": 0.875}}
+    gates = {"similarity": gate, "familiarity": gate, "both": gate}
     rows = [
-        row(0.9, curve=points),
+        row(0.9, gates=gates),
         row(0.8, seed=1),
         row(0.7, generator="bank", training_seconds=0.0),
     ]
@@ -188,11 +196,94 @@ def test_a_study_of_quality_is_a_table_and_a_plot(tmp_path, monkeypatch):
     lines = [line for line in readme.read_text().splitlines() if line.startswith("| 997")]
     generality = "0.850 (0.800 to 0.900)"
     assert lines == [
-        f"| 997 | dit | 2 | 1.000 | {generality} | 0.980 | 0.900 | 0.990 | – | 130 s |",
-        "| 997 | bank | 1 | 1.000 | 0.700 | 0.980 | 0.900 | 0.990 | – | 121 s |",
+        f"| 997 | 500 | dit | 2 | 1.000 | {generality} | 0.980 | 0.900 | 0.990 | – | 130 s |",
+        "| 997 | 500 | bank | 1 | 1.000 | 0.700 | 0.980 | 0.900 | 0.990 | – | 121 s |",
     ]
     assert "**x**" not in readme.read_text()
+    cells = "0.500 / 0.500 | 0.500 / 0.500 | 0.750 / 0.500 | 0.250"
+    assert f"| zsre | 997 | familiarity | 0.875 | {cells} |" in readme.read_text()
+    assert f"| zsre | 997 | both | – | {cells} |" in readme.read_text()
     assert (tmp_path / "benchmarks" / "plots" / "trade-off.png").stat().st_size > 1000
+
+
+def other_studies() -> dict[str, dict]:
+    """What the other studies of quality write."""
+    shares = dict.fromkeys(METRICS, 0.5) | {"score": 0.25}
+    steps = {"step": 25, "seconds": 2.0, "answered": 0.5, "distance": 0.9}
+    trained = {"choice": "default", "parameters": 2_500_000, "answered": 0.5, "history": [steps]}
+    tuned = {"tuning_facts": 384, "seconds": 30.4, "retrieved": 0.875, "accepted": 0.75}
+    changed = {"facts": 16, "seconds": 4.0, "of_again": 0.125}
+    same = {"asked": 100, "changed": 0}
+    layer = LayerQuality(4, 1.0, 1.0, 0.75, 12.5, 0.25, 8.0)
+    return {
+        "quality-baselines": {
+            "data": "zsre",
+            "facts": 997,
+            "asked": 500,
+            "base": shares,
+            "rows": [{"baseline": "fine_tuning", "metrics": shares, "seconds": 61.0}],
+        },
+        "convergence": {
+            "data": "zsre",
+            "wanted": 0.97,
+            "threads": 1,
+            "rows": [
+                {**trained, "n": 64, "steps": None, "seconds": None},
+                {**trained, "n": 256, "steps": 50, "seconds": 4.0},
+                {**trained, "n": 1000, "steps": 75, "seconds": 8.0},
+            ],
+        },
+        "encoder": {
+            "data": "zsre",
+            "facts": 997,
+            "rows": [{"choice": "default", **tuned, "rejected": 0.5, "auroc": 0.625}],
+        },
+        "layers": {"layers": [dataclasses.asdict(layer)], "default": 4, "n": 64, "protocol": {}},
+        "life": {
+            "facts": 256,
+            "again_seconds": 32.0,
+            "added_right": 1.0,
+            "changed_right": 0.9375,
+            "removed_as_base": 1.0,
+            "rows": [{"what": "change", **changed, "other facts": same, "locality": same}],
+        },
+    }
+
+
+def test_each_study_of_quality_has_its_tables(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    readme, studies = tmp_path / "README.md", other_studies()
+    readme.write_text("\n".join(f"<!-- {name}:begin --><!-- {name}:end -->" for name in studies))
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "FOLDER", tmp_path / "benchmarks")
+    paths = [tmp_path / f"{name}.json" for name in studies]
+    for path, (name, content) in zip(paths, studies.items(), strict=True):
+        path.write_text(json.dumps(content if name == "layers" else {"study": name, **content}))
+    (tmp_path / "quality.json").write_text(json.dumps(full_quality_study()))
+    assert report.main([*map(str, paths), str(tmp_path / "quality.json")]) == 0
+    text = readme.read_text()
+    halves = "0.500 / 0.500 | 0.500 / 0.500 | 0.500 / 0.500"
+    for line in (
+        "**zsre, 997 facts, 500 asked**",
+        f"| base model | {halves} | 0.250 |  |",
+        f"| fine tuning | {halves} | 0.250 | 61 s |",
+        f"| MeG, ours (dit) | {halves} | 0.750 |  |",
+        "| default | 2.5 M | not in 25 steps (50%) | 4 s, 50 steps | 8 s, 75 steps |",
+        "| default | 384 facts | 30 | 0.875 | 0.750 | 0.500 | 0.625 |",
+        "| 4 (default) | 1.000 | 1.000 | 0.750 | 12.5 | 8.0 |",
+        "| change 16 | 4.0 | 12.5% | 0 of 100 | 0 of 100 |",
+    ):
+        assert line in text, line
+    names = [path.stem for path in (tmp_path / "benchmarks" / "plots").glob("*.png")]
+    assert {"convergence-zsre", "layers"} <= {*names}
+
+
+def full_quality_study() -> dict:
+    """One row with all six metrics."""
+    study = quality_study()
+    (row, *_) = study["rows"]
+    row["metrics"] = dict.fromkeys(METRICS, 0.5) | {"score": 0.75}
+    return study | {"rows": [row]}
 
 
 def test_main_fails_where_nothing_was_measured(write, capsys):
@@ -279,7 +370,9 @@ def test_a_spread_is_median_and_quartiles():
     assert name_of(torch.bfloat16) == "bfloat16"
 
 
-@pytest.mark.parametrize("module", [measure, on_gpu, report], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [measure, on_gpu, quality_report, report], ids=lambda module: module.__name__
+)
 def test_examples_in_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted and not result.failed

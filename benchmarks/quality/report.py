@@ -1,0 +1,416 @@
+"""The README's tables and plots of the studies of quality: see benchmarks/report.py.
+
+Each function takes all studies, by name, and the folder for its plots; it returns Markdown, empty
+where nothing was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.quality.steps import means
+from meg_kernels.editing.layers import LayerComparison, LayerQuality, plot_layers
+
+Record = Mapping[str, Any]
+Studies = Mapping[str, Sequence[Record]]
+ROOT = Path(__file__).parents[2]
+OURS = "MeG, ours"
+
+
+def markdown(title: str, rows: Sequence[Mapping[str, str]]) -> str:
+    """A table with the columns of all rows, in the order in which they first appear.
+
+    >>> print(markdown("t", [{"a": "1"}, {"a": "2", "b": "3"}]))
+    **t**
+    <BLANKLINE>
+    | a | b |
+    | --- | --- |
+    | 1 |  |
+    | 2 | 3 |
+    """
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[row.get(name, "") for name in columns] for row in rows]
+    return "\n".join([f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+@contextmanager
+def figure(path: Path, title: str) -> Iterator[Any]:
+    """Axes to draw on, saved at `path` if anything was drawn."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    drawn, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    try:
+        yield axes
+        if axes.has_data():
+            axes.set_title(title)
+            axes.spines[["top", "right"]].set_visible(False)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drawn.savefig(path, dpi=110)
+    finally:
+        pyplot.close(drawn)
+
+
+def image(path: Path) -> str:
+    """A link to a plot, if it was drawn."""
+    where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return f"![{path.stem}]({where})" if path.exists() else ""
+
+
+def paragraphs(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """The mean of some runs, and how far the outermost ones are apart.
+
+    >>> spread([0.95]), spread([0.9, 1.0]), spread([None])
+    ('0.950', '0.950 (0.900 to 1.000)', '–')
+    """
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    ends = f" ({min(known):.3f} to {max(known):.3f})" if min(known) < max(known) else ""
+    return f"{fmean(known):.3f}{ends}"
+
+
+def six(metrics: Mapping[str, float | None]) -> dict[str, str]:
+    """The cells of the six metrics and the Score, AG / TF."""
+    cells = {}
+    for kind in ("reliability", "generality", "locality"):
+        both = [share(metrics[f"{kind}_{setting}"]) for setting in ("ag", "tf")]
+        cells[f"{kind.capitalize()} AG / TF"] = " / ".join(both)
+    return cells | {"Score": share(metrics["score"])}
+
+
+# ---- sampling steps ---------------------------------------------------------------------------
+
+
+def steps(studies: Studies, plots: Path) -> str:
+    found = studies["steps"]
+    if not found:
+        return ""
+    path = plots / "steps.png"
+    with figure(path, "the same generator, sampled in more or fewer steps") as axes:
+        plot_steps(found, axes)
+    return paragraphs(*map(steps_table, found), image(path))
+
+
+def steps_table(study: Record) -> str:
+    """One line for each solver and step count of benchmarks.quality.steps."""
+    rows = []
+    alone = means(study["rows"], snap=False)
+    for (solver, count), mean in means(study["rows"], snap=True).items():
+        rows.append(
+            {
+                "solver": solver,
+                "steps": str(count),
+                "seeds": str(mean["seeds"]),
+                "distance": share(mean["distance"]),
+                "Reliability": share(mean["reliability"]),
+                "Generality": share(mean["generality"]),
+                "without snapping": share(alone[solver, count]["generality"]),
+            }
+        )
+    ceiling = study["collected"]
+    shares = {name.capitalize(): share(ceiling[name]) for name in ("reliability", "generality")}
+    rows.append({"solver": "collected neurons", "distance": "0", **shares})
+    return markdown(f"{study['data']}, {study['facts']} facts", rows)
+
+
+def plot_steps(found: Sequence[Record], axes: Any) -> None:
+    """Generality against the number of steps, on each data set, with and without snapping."""
+    for study, color in zip(found, ("C0", "C1", "C2", "C3"), strict=False):
+        for snap, style in ((True, "-"), (False, "--")):
+            points = {
+                count: mean["generality"]
+                for (solver, count), mean in means(study["rows"], snap).items()
+                if solver == "ddim"
+            }
+            label = study["data"] + ("" if snap else ", without snapping")
+            axes.plot([*points], [*points.values()], style, color=color, marker="o", label=label)
+        axes.axhline(study["collected"]["generality"], color=color, linewidth=0.8, linestyle=":")
+    axes.set(xscale="log", xlabel="DDIM steps", ylabel="Generality AG (dotted: collected neurons)")
+    axes.set_xticks([1, 2, 4, 8, 16, 50], ["1", "2", "4", "8", "16", "50"])
+    axes.minorticks_off()
+    axes.legend(fontsize=8)
+
+
+# ---- numbers of facts, generators, gates ------------------------------------------------------
+
+
+def quality(studies: Studies, plots: Path) -> str:
+    found = [study for study in studies["quality"] if study["rows"]]
+    if not found:
+        return ""
+    scale, trade_off = plots / "number-of-facts.png", plots / "trade-off.png"
+    with figure(scale, "more and more facts in one model") as axes:
+        plot_numbers(found, axes)
+    with figure(trade_off, "thresholds of the gates") as axes:
+        plot_trade_offs(found, axes)
+    return paragraphs(
+        *map(quality_table, found), image(scale), gates_table(found), image(trade_off)
+    )
+
+
+def quality_table(study: Record) -> str:
+    """One line for each number of facts and generator of benchmarks.quality.study."""
+    groups: dict[tuple[int, str], list[Record]] = {}
+    for row in study["rows"]:
+        groups.setdefault((row["facts"], row["generator"]), []).append(row)
+    lines = []
+    for (n, generator), rows in sorted(groups.items(), key=lambda item: item[0][0]):
+
+        def mean(of: str, name: str, rows: list[Record] = rows) -> str:
+            return spread([row[of][name] for row in rows])
+
+        line = {
+            "facts": str(n),
+            "asked about": str(rows[0]["asked"]),
+            "generator": generator,
+            "seeds": str(len(rows)),
+            "Reliability": mean("metrics", "reliability_ag"),
+            "Generality": mean("metrics", "generality_ag"),
+            "Locality": mean("metrics", "locality_ag"),
+            "Score": mean("metrics", "score"),
+            "Generality, collected": mean("collected", "generality_ag"),
+            "Generality, without snapping": mean("without_snapping", "generality_ag"),
+            "edited in": "–",
+        }
+        if all(row["seconds"] and row["training_seconds"] is not None for row in rows):
+            stages = ("collect", "encoder", "gate")
+            seconds = fmean(
+                sum(row["seconds"][stage] for stage in stages) + row["training_seconds"]
+                for row in rows
+            )
+            line["edited in"] = f"{seconds:.0f} s"
+        lines.append(line)
+    return markdown(study["data"], lines)
+
+
+def gates_table(found: Sequence[Record]) -> str:
+    """One line for each gate where more than one was compared."""
+    lines = [
+        {
+            "data": study["data"],
+            "facts": str(row["facts"]),
+            "gate": name,
+            "AUROC, held out": share(gate["calibration"]["auroc"]) if name != "both" else "–",
+            **six(gate["metrics"]),
+        }
+        for study in found
+        for row in study["rows"]
+        if len(row.get("gates", {})) > 1
+        for name, gate in row["gates"].items()
+    ]
+    return markdown("gates, on the same answers", lines) if lines else ""
+
+
+def plot_numbers(found: Sequence[Record], axes: Any) -> None:
+    """Each metric against the number of facts, for each data set's first generator."""
+    for study, style in zip(found, ("-", "--", ":"), strict=False):
+        main = [row for row in study["rows"] if row["generator"] == "dit"]
+        numbers = sorted({row["facts"] for row in main})
+        if len(numbers) < 2:
+            continue
+        for color, name in enumerate(("reliability_ag", "generality_ag", "locality_ag")):
+            shares = [
+                fmean(row["metrics"][name] for row in main if row["facts"] == n) for n in numbers
+            ]
+            label = f"{name.removesuffix('_ag').capitalize()}, {study['data']}"
+            axes.plot(numbers, shares, style, color=f"C{color}", marker="o", label=label)
+        ceiling = [
+            fmean(row["collected"]["generality_ag"] for row in main if row["facts"] == n)
+            for n in numbers
+        ]
+        axes.plot(numbers, ceiling, style, color="0.6", label=f"collected, {study['data']}")
+    if axes.has_data():
+        axes.set(xscale="log", xlabel="edited facts", ylabel="AG (grey: Generality of collected)")
+        axes.legend(fontsize=8)
+
+
+def plot_trade_offs(found: Sequence[Record], axes: Any) -> None:
+    """Generality against Locality over the gates' thresholds, with the calibrated ones marked."""
+    rows = [
+        (f"{study['data']}, {row['facts']} facts", row["gates"])
+        for study in found
+        for row in study["rows"]
+        if "gates" in row and row["seed"] == 0
+    ]
+    styles = {"similarity": "-", "familiarity": "--", "both": ":"}
+    for number, (label, gates) in enumerate(rows):
+        color = f"C{number}"
+        for name, gate in gates.items():
+            points = [(point["locality_ag"], point["generality_ag"]) for point in gate["curve"]]
+            own = label if len(gates) == 1 else f"{label}, {name}"
+            axes.plot(*zip(*points, strict=True), styles[name], color=color, label=own)
+            chosen = gate["metrics"]
+            axes.plot(chosen["locality_ag"], chosen["generality_ag"], "o", color=color)
+    ylabel = "Generality AG (dots: the calibrated thresholds)"
+    axes.set(xlabel="Locality AG", ylabel=ylabel, xlim=(0.8, 1.005))  # what anyone would choose
+    axes.legend(fontsize=7)
+
+
+# ---- other methods ----------------------------------------------------------------------------
+
+
+def baselines(studies: Studies, plots: Path) -> str:
+    """Tables like the paper's Table 1: other methods and ours on the same facts."""
+    tables = []
+    for study in studies["quality-baselines"]:
+        if study["data"] == "search":
+            continue
+        ways = {"base model": study["base"]}
+        ways |= {row["baseline"].replace("_", " "): row["metrics"] for row in study["rows"]}
+        seconds = {row["baseline"].replace("_", " "): row["seconds"] for row in study["rows"]}
+        for other in studies["quality"]:
+            for row in other["rows"]:
+                same = other["data"] == study["data"] and row["facts"] == study["facts"]
+                if same and not row["seed"]:
+                    name = f"{OURS} ({row['generator']})"
+                    ways[name] = row["metrics"]
+        lines = [
+            {
+                "method": name,
+                **six(metrics),
+                "edited in": f"{seconds[name]:.0f} s" if name in seconds else "",
+            }
+            for name, metrics in ways.items()
+        ]
+        asked = study["asked"]
+        title = f"{study['data']}, {study['facts']} facts"
+        tables.append(markdown(title + f", {asked} asked" * (asked < study["facts"]), lines))
+    return paragraphs(*tables)
+
+
+# ---- training, encoder, layers, the life of edits ---------------------------------------------
+
+
+def convergence(studies: Studies, plots: Path) -> str:
+    """Seconds and steps until enough is answered, by choice and number of facts."""
+    tables = []
+    for study in studies["convergence"]:
+        rows: dict[str, dict[str, str]] = {}
+        for row in study["rows"]:
+            cells = rows.setdefault(row["choice"], {"choice": row["choice"]})
+            cells["parameters"] = f"{row['parameters'] / 1e6:.1f} M"
+            cells[f"{row['n']} facts"] = (
+                f"{row['seconds']:.0f} s, {row['steps']} steps"
+                if row["seconds"] is not None
+                else f"not in {row['history'][-1]['step']} steps ({row['answered']:.0%})"
+            )
+        path = plots / f"convergence-{study['data']}.png"
+        with figure(path, f"seconds until {study['wanted']:.0%} are answered") as axes:
+            plot_convergence(study, axes)
+        title = f"{study['data']}: until {study['wanted']:.0%} are answered"
+        tables += [markdown(title, [*rows.values()]), image(path)]
+    return paragraphs(*tables)
+
+
+def plot_convergence(study: Record, axes: Any) -> None:
+    choices = dict.fromkeys(row["choice"] for row in study["rows"])
+    for choice in choices:
+        points = sorted(
+            (row["n"], row["seconds"])
+            for row in study["rows"]
+            if row["choice"] == choice and row["seconds"] is not None
+        )
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), marker="o", label=choice)
+    if axes.has_data():
+        threads = study["threads"]
+        ylabel = f"seconds on {threads} thread{'s' * (threads > 1)}"
+        axes.set(xscale="log", yscale="log", xlabel="facts", ylabel=ylabel)
+        axes.legend(fontsize=7)
+
+
+def encoder(studies: Studies, plots: Path) -> str:
+    """What each choice of tuning is worth."""
+    tables = []
+    for study in studies["encoder"]:
+        lines = [
+            {
+                "choice": row["choice"],
+                "tuned on": f"{row['tuning_facts']} facts",
+                "seconds": f"{row['seconds']:.0f}",
+                "nearest is the right fact": share(row["retrieved"]),
+                "paraphrases accepted for it": share(row["accepted"]),
+                "locality queries rejected": share(row["rejected"]),
+                "AUROC": share(row["auroc"]),
+            }
+            for row in study["rows"]
+        ]
+        tables.append(markdown(f"{study['data']}, {study['facts']} facts", lines))
+    return paragraphs(*tables)
+
+
+def layers(studies: Studies, plots: Path) -> str:
+    """The comparison of layers that `meg layers --json` wrote."""
+    parts = []
+    for study in studies["layers"]:
+        qualities = [LayerQuality(**layer) for layer in study["layers"]]
+        lines = [
+            {
+                "layer": f"{q.layer}" + " (default)" * (q.layer == study["default"]),
+                "learnt": share(q.learnt),
+                "Reliability": share(q.reliability),
+                "Generality": share(q.generality),
+                "steps": f"{q.steps:.1f}",
+                "norm": f"{q.norm:.1f}",
+            }
+            for q in qualities
+        ]
+        path = plots / "layers.png"
+        compared = LayerComparison(qualities, study["default"], study["n"], study["protocol"])
+        plot_layers(compared, path)
+        parts += [markdown(f"{study['n']} facts, collected neurons", lines), image(path)]
+    return paragraphs(*parts)
+
+
+def life(studies: Studies, plots: Path) -> str:
+    """What changes of edits took, and what else they changed."""
+    parts = []
+    for study in studies["life"]:
+        lines = [
+            {
+                "change": f"{row['what']} {row['facts']}",
+                "seconds": f"{row['seconds']:.1f}",
+                "of the first edit's": f"{row['of_again']:.1%}",
+                **{
+                    f"{kind}: answers changed": f"{row[kind]['changed']} of {row[kind]['asked']}"
+                    for kind in ("other facts", "locality")
+                },
+            }
+            for row in study["rows"]
+        ]
+        parts.append(
+            paragraphs(
+                markdown(f"{study['facts']} facts edited in {study['again_seconds']:.0f} s", lines),
+                f"Added facts answered: {study['added_right']:.3f}; changed ones, with the new "
+                f"answer: {study['changed_right']:.3f}; removed ones, as the base model answers: "
+                f"{study['removed_as_base']:.3f}.",
+            )
+        )
+    return paragraphs(*parts)
+
+
+STUDIES: dict[str, Callable[[Studies, Path], str]] = {
+    "steps": steps,
+    "quality": quality,
+    "quality-baselines": baselines,
+    "convergence": convergence,
+    "encoder": encoder,
+    "layers": layers,
+    "life": life,
+}
