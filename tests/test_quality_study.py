@@ -8,8 +8,9 @@ import pytest
 import torch
 from test_editor import CONFIG, EDITED, edit, make_editor
 
-from benchmarks.quality.study import Decisions, Edited, compare_gates, curve, gated
-from meg_kernels.editing.evaluate import Evaluation, has_own_neuron
+from benchmarks.quality.study import Decisions, Edited, about_others, compare_gates, curve, gated
+from meg_kernels.editing.evaluate import Evaluation, Question, has_own_neuron
+from meg_kernels.editing.facts import Fact
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,6 +46,16 @@ def test_a_gates_decision_puts_the_evaluation_together(edited, quantile):
     # Questions that a gate rejects need no neuron.
     some = edited.ungated(snap=editor.config.snap, among=lambda question: accepted[question])
     assert gated(some, base, accepted) == report.metrics
+
+
+def test_locality_queries_that_name_an_edited_subject_are_told_from_others():
+    facts = [Fact("Where is Rome?", "Paris", subject="Rome"), Fact("Who?", "me")]
+    questions = [
+        Question("locality", 0, "Is ROME old?", ""),
+        Question("locality", 0, "Is Oslo old?", ""),
+        Question("generality", 0, "Where is Oslo?", ""),
+    ]
+    assert about_others(questions, facts) == {questions[1]}
 
 
 def test_a_curve_goes_from_a_neuron_for_every_question_to_none(edited):

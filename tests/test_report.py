@@ -166,6 +166,7 @@ def quality_study() -> dict:
             "generator": "dit",
             "metrics": shares | {"score": 0.9},
             "collected": {"generality_ag": 0.99},
+            "locality_about_others": {"ag": 0.99, "asked": 7},
             "without_snapping": {"generality_ag": None},
             "seconds": {"collect": 100.0, "encoder": 20.0, "gate": 1.0, "generator": 7.0},
             "training_seconds": 9.0,
@@ -196,8 +197,8 @@ def test_a_study_of_quality_is_a_table_and_a_plot(tmp_path, monkeypatch):
     lines = [line for line in readme.read_text().splitlines() if line.startswith("| 997")]
     generality = "0.850 (0.800 to 0.900)"
     assert lines == [
-        f"| 997 | 500 | dit | 2 | 1.000 | {generality} | 0.980 | 0.900 | 0.990 | – | 130 s |",
-        "| 997 | 500 | bank | 1 | 1.000 | 0.700 | 0.980 | 0.900 | 0.990 | – | 121 s |",
+        f"| 997 | 500 | dit | 2 | 1.000 | {generality} | 0.980 | 0.990 | 0.900 | 0.990 | – | 130 s |",
+        "| 997 | 500 | bank | 1 | 1.000 | 0.700 | 0.980 | 0.990 | 0.900 | 0.990 | – | 121 s |",
     ]
     assert "**x**" not in readme.read_text()
     cells = "0.500 / 0.500 | 0.500 / 0.500 | 0.750 / 0.500 | 0.250"

@@ -18,8 +18,12 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+from tqdm.auto import trange
 
 from meg_kernels import Fact, MeGEditor
 from meg_kernels.editing.facts import read_facts
@@ -39,36 +43,54 @@ def asked(facts: Sequence[Fact]) -> list[str]:
 def answers(editor: MeGEditor, queries: Sequence[str]) -> dict[str, str]:
     queries = sorted(dict.fromkeys(queries), key=len)
     said: list[str] = []
+    starts = trange(0, len(queries), AT_ONCE, desc="asking", leave=False)
     with editor.serving():
-        for start in range(0, len(queries), AT_ONCE):
+        for start in starts:
             said += editor.generate(queries[start : start + AT_ONCE], 16)
     return dict(zip(queries, said, strict=True))
 
 
-def right(editor: MeGEditor, facts: Sequence[Fact]) -> float:
-    """The share of these facts' queries that are answered with their answer."""
-    said = answers(editor, [fact.query for fact in facts])
-    return sum(answers_match(said[fact.query], fact.answer) for fact in facts) / len(facts)
+@dataclass
+class Life:
+    """An edited model, asked everything after each change of its edits.
 
+    Args:
+        editor: as it was saved.
+        queries: all that is asked.
+        again: seconds that its first edit took.
+    """
 
-def step(
-    editor: MeGEditor, name: str, run: Callable[[], Any], touched: Sequence[Fact], again: float
-) -> dict[str, Any]:
-    """Run one change of the edits, and tell what it took and what else it changed."""
-    touched_queries = {fact.normalized_query for fact in touched}
-    others = [fact for fact in editor.facts if fact.normalized_query not in touched_queries]
-    local = [query.query for fact in editor.facts for query in fact.locality]
-    before = answers(editor, asked(others)), answers(editor, local)
-    started = time.perf_counter()
-    run()
-    seconds = time.perf_counter() - started
-    after = answers(editor, asked(others)), answers(editor, local)
-    kinds = ("other facts", "locality")
-    row = {"what": name, "facts": len(touched), "seconds": seconds, "of_again": seconds / again}
-    for kind, old, new in zip(kinds, before, after, strict=True):
-        row[kind] = {"asked": len(old), "changed": sum(old[query] != new[query] for query in old)}
-    print(json.dumps(row))
-    return row
+    editor: MeGEditor
+    queries: Sequence[str]
+    again: float
+
+    def __post_init__(self) -> None:
+        self.said = answers(self.editor, self.queries)
+
+    def change(self, name: str, run: Callable[[], Any], touched: Sequence[Fact]) -> dict[str, Any]:
+        """Run one change of the edits, and tell what it took and what else it changed."""
+        touched_queries = {fact.normalized_query for fact in touched}
+        others = [f for f in self.editor.facts if f.normalized_query not in touched_queries]
+        local = [query.query for fact in self.editor.facts for query in fact.locality]
+        started = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - started
+        before, self.said = self.said, answers(self.editor, self.queries)
+        row = {
+            "what": name,
+            "facts": len(touched),
+            "seconds": seconds,
+            "of_again": seconds / self.again,
+        }
+        for kind, queries in (("other facts", asked(others)), ("locality", local)):
+            changed = sum(before[query] != self.said[query] for query in {*queries})
+            row[kind] = {"asked": len({*queries}), "changed": changed}
+        print(json.dumps(row), flush=True)
+        return row
+
+    def right(self, facts: Sequence[Fact]) -> float:
+        """The share of these facts' queries that are answered with their answer now."""
+        return fmean(answers_match(self.said[fact.query], fact.answer) for fact in facts)
 
 
 def main() -> None:
@@ -88,25 +110,24 @@ def main() -> None:
         dataclasses.replace(fact, answer=answer)
         for fact, answer in zip(changing, next_answers, strict=True)
     ]
-    again = sum(editor.edits.report.seconds.values())
     base = editor.generate_base([fact.query for fact in removed], 16)
-    rows = [
-        step(editor, "add", lambda: editor.add(added), added, again),
-        step(editor, "remove", lambda: editor.remove([f.id for f in removed]), removed, again),
-        step(editor, "change", lambda: editor.add(changed, replace=True), changed, again),
-    ]
-    back = answers(editor, [fact.query for fact in removed])
+    every = [*editor.facts, *added]
+    local = [query.query for fact in every for query in fact.locality]
+    again = sum(editor.edits.report.seconds.values())
+    life = Life(editor, [*asked(every), *local], again)
+    rows = [life.change("add", lambda: editor.add(added), added)]
+    added_right = life.right(added)
+    rows.append(life.change("remove", lambda: editor.remove([f.id for f in removed]), removed))
+    same = [life.said[fact.query] == said for fact, said in zip(removed, base, strict=True)]
+    rows.append(life.change("change", lambda: editor.add(changed, replace=True), changed))
     content = {
         "study": "life",
         "facts": len(known),
         "again_seconds": again,
         "rows": rows,
-        "added_right": right(editor, added),
-        "changed_right": right(editor, changed),
-        "removed_as_base": sum(
-            back[fact.query] == said for fact, said in zip(removed, base, strict=True)
-        )
-        / len(removed),
+        "added_right": added_right,
+        "removed_as_base": fmean(same),
+        "changed_right": life.right(changed),
     }
     write_json(RESULT, content)
     print(json.dumps(content, indent=1))

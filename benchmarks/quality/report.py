@@ -183,6 +183,9 @@ def quality_table(study: Record) -> str:
             "Reliability": mean("metrics", "reliability_ag"),
             "Generality": mean("metrics", "generality_ag"),
             "Locality": mean("metrics", "locality_ag"),
+            "Locality, other subjects": spread(
+                [row.get("locality_about_others", {}).get("ag") for row in rows]
+            ),
             "Score": mean("metrics", "score"),
             "Generality, collected": mean("collected", "generality_ag"),
             "Generality, without snapping": mean("without_snapping", "generality_ag"),

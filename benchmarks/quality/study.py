@@ -142,6 +142,21 @@ def gated(
     )
 
 
+def about_others(questions: Iterable[Question], facts: Iterable[Fact]) -> set[Question]:
+    """The locality queries that name no edited subject.
+
+    With very many edits some of the others ask for an edited fact in other words, and the data
+    wants the old answer all the same.
+    """
+    subjects = {fact.subject.casefold() for fact in facts if fact.subject}
+    return {
+        question
+        for question in questions
+        if question.kind == "locality"
+        and not any(subject in question.query.casefold() for subject in subjects)
+    }
+
+
 def curve(
     scores: Tensor, ungated: dict[Question, Verdict], base: dict[Question, Verdict]
 ) -> list[dict[str, float | None]]:
@@ -341,6 +356,8 @@ class Study:
             "protocol": evaluation.protocol(),
             "calibration": dataclasses.asdict(decisions.calibration),
         }
+        strangers = about_others(base, editor.facts)
+        others = {q: verdict for q, verdict in base.items() if q in strangers}
         for name in options.generators:
             if self.row(n=n, seed=seed, generator=name) is not None:
                 continue
@@ -359,6 +376,10 @@ class Study:
                 "training_steps": editor.edits.report.training.steps,
                 "training_seconds": editor.edits.report.seconds["generator"],
                 "metrics": gated(snapped, base, accepted).to_dict(),
+                "locality_about_others": {
+                    "asked": len(others),
+                    "ag": gated(snapped, others, accepted).locality_ag,
+                },
                 "without_snapping": gated(snapped | alone, base, accepted).to_dict(),
             }
             if main and options.gates:
