@@ -127,7 +127,7 @@ class TrainingConfig:
 
     learning_rate: float
     target_loss: float = 0.1
-    max_epochs: int = 30
+    max_epochs: int = 15
     batch_size: int = 32
 
 
@@ -293,7 +293,7 @@ GRID: dict[str, list[dict[str, Any]]] = {
     "fine_tuning": [{"learning_rate": rate} for rate in (3e-5, 1e-4, 3e-4)],
     "lora": [{"learning_rate": rate} for rate in (1e-3, 5e-3, 2e-2)],
     "in_context": [{"separator": separator} for separator in ("\n", "\n\n")],
-    "memit": [{"covariance_weight": weight} for weight in (15.0, 150.0, 1500.0, 15000.0)],
+    "memit": [{"covariance_weight": weight} for weight in (150.0, 1500.0, 15000.0)],
 }
 
 

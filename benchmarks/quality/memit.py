@@ -74,10 +74,10 @@ class MemitConfig:
     """
 
     num_layers: int = 5
-    num_prefixes: int = 3
+    num_prefixes: int = 1
     prefix_tokens: int = 10
     learning_rate: float = 0.5
-    max_steps: int = 25
+    max_steps: int = 15
     target_loss: float = 0.05
     kl_factor: float = 0.0625
     most_change: float = 0.75
