@@ -19,6 +19,7 @@ from meg_kernels.storage import (
     CorruptFileError,
     file_digest,
     fingerprint,
+    once,
     read_json,
     read_tensors,
     write_json,
@@ -282,3 +283,19 @@ def test_a_file_digest_depends_on_every_byte(tmp_path):
     content[-1] ^= 1
     path.write_bytes(content)
     assert file_digest(path) == hashlib.sha256(content).hexdigest()[:16]
+
+
+def test_what_was_made_once_is_read_and_made_again_only_if_damaged(tmp_path, caplog):
+    path, made = tmp_path / "kept.json", []
+
+    def make() -> dict:
+        made.append(1)
+        return {"number": len(made)}
+
+    assert once(None, make, write_json, read_json) == ({"number": 1}, False)
+    assert once(path, make, write_json, read_json) == ({"number": 2}, False)
+    assert once(path, make, write_json, read_json) == ({"number": 2}, True)
+    path.write_text('{"number"')
+    assert once(path, make, write_json, read_json) == ({"number": 3}, False)
+    assert str(path) in caplog.text and "it is made again" in caplog.text
+    assert read_json(path) == {"number": 3}
