@@ -296,10 +296,10 @@ class Evaluation:
         """The folder for the answers of this model, edited so, to these questions."""
         if self._work_folder is None:
             return None
-        sums = [parameter.detach().double().sum() for parameter in self.model.parameters()]
-        identity = fingerprint(
-            self.protocol(), [fact.to_dict() for fact in self.facts], torch.stack(sums), *edits
-        )
+        # All weights, in a sum each: reading them is cheap beside one batch of answers.
+        sums = [float(part.detach().sum(dtype=torch.float64)) for part in self.model.parameters()]
+        facts = [fact.to_dict() for fact in self.facts]
+        identity = fingerprint(self.protocol(), facts, sums, *edits)
         return self._work_folder / f"{name}-{identity}"
 
     @torch.no_grad()
