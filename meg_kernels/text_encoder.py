@@ -51,6 +51,8 @@ class EncoderTuningConfig:
         learning_rate: of AdamW, falling linearly to zero.
         temperature: tau of InfoNCE.
         hard_negatives: whether the queries that look alike are negatives as well.
+        alike_batches: whether a batch is made of facts whose queries look alike, such as the same
+            question about many subjects: they are the negatives that an edited model meets.
         seed: of the pairs, their order and the dropout.
     """
 
@@ -59,6 +61,7 @@ class EncoderTuningConfig:
     learning_rate: float = 1e-4
     temperature: float = 0.05
     hard_negatives: bool = True
+    alike_batches: bool = False
     seed: int = 0
 
 
@@ -163,6 +166,7 @@ class TextEncoder(nn.Module):
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total)
         losses = []
+        alike = self.encode([fact.same[0] for fact in facts]) if config.alike_batches else None
         self.requires_grad_(True).train()
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         bar = tqdm(total=total, desc="tuning encoder", disable=not progress, leave=False)
@@ -171,7 +175,7 @@ class TextEncoder(nn.Module):
                 torch.manual_seed(config.seed)  # dropout draws from torch's own generator
                 for _ in range(config.epochs):
                     order = torch.randperm(len(facts), generator=generator)
-                    for rows in order.tensor_split(batches_an_epoch):
+                    for rows in _batches(order, batches_an_epoch, alike, generator):
                         loss = self._infonce([facts[i] for i in rows.tolist()], config, generator)
                         optimizer.zero_grad()
                         loss.backward()
@@ -206,3 +210,23 @@ class TextEncoder(nn.Module):
             similarity = anchors @ torch.cat([others, apart]).T / config.temperature
             loss = loss + F.cross_entropy(similarity, target)
         return loss / 2
+
+
+def _batches(
+    order: Tensor, count: int, vectors: Tensor | None, generator: torch.Generator
+) -> list[Tensor]:
+    """`order` [N] in so many parts, each of the first row left and those most like it.
+
+    Args:
+        vectors: [N, dim] unit vectors of the rows; None: any rows go together.
+    """
+    parts = [*order.tensor_split(count)]
+    if vectors is None:
+        return parts
+    left, made = order, []
+    for part in parts:
+        similarity = (vectors[left] @ vectors[left[0]]).cpu()
+        chosen = similarity.argsort(descending=True)[: len(part)]
+        made.append(left[chosen])
+        left = left[torch.ones(len(left), dtype=torch.bool).index_fill(0, chosen, False)]
+    return [made[i] for i in torch.randperm(count, generator=generator)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -231,15 +232,45 @@ def test_the_loss_is_symmetric_infonce_over_pairs_and_hard_negatives(hard_negati
     assert min(abs(loss - value) for value in possible) < 1e-4
 
 
+def test_facts_that_look_alike_come_in_one_batch():
+    encoder, seen = make_encoder(), []
+    # Three kinds of queries, told apart by most of their words.
+    facts = [
+        Wordings((f"{text(8, 20 * kind)} w{60 + i}", f"w{70 + i} {text(8, 20 * kind)}"))
+        for i in range(4)
+        for kind in range(3)
+    ]
+    infonce = encoder._infonce
+    encoder._infonce = lambda some, *rest: (seen.append(some), infonce(some, *rest))[1]
+    config = EncoderTuningConfig(epochs=2, batch_size=4, alike_batches=True)
+    encoder.tune(facts, config)
+    assert len(seen) == 6
+    for batch in seen:
+        assert len({facts.index(fact) % 3 for fact in batch}) == 1
+    seen.clear()
+    make = dataclasses.replace(config, alike_batches=False)
+    encoder.tune(facts, make)
+    assert any(len({facts.index(fact) % 3 for fact in batch}) > 1 for batch in seen)
+
+
 @pytest.mark.parametrize(
     ("facts", "batch_size", "batches"), [(12, 4, 3), (12, 64, 1), (9, 2, 4), (10, 3, 3), (7, 5, 1)]
 )
-def test_every_epoch_sees_every_fact_once_in_batches_of_almost_one_size(facts, batch_size, batches):
+@pytest.mark.parametrize("alike", [False, True])
+def test_every_epoch_sees_every_fact_once_in_batches_of_almost_one_size(
+    facts, batch_size, batches, alike
+):
     encoder = make_encoder()
     asked = []
-    forward = encoder.forward
-    encoder.forward = lambda texts: (asked.append(texts), forward(texts))[1]
-    losses = encoder.tune(THINGS[:facts], EncoderTuningConfig(epochs=2, batch_size=batch_size))
+    infonce = encoder._infonce
+
+    def noted(some, *rest):
+        asked.append([query for fact in some for query in fact.same])
+        return infonce(some, *rest)
+
+    encoder._infonce = noted
+    config = EncoderTuningConfig(epochs=2, batch_size=batch_size, alike_batches=alike)
+    losses = encoder.tune(THINGS[:facts], config)
     assert len(losses) == len(asked) == 2 * batches
     sizes = [len(texts) // 2 for texts in asked]
     assert max(sizes) - min(sizes) <= 1
