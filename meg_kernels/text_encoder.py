@@ -61,7 +61,7 @@ class EncoderTuningConfig:
     learning_rate: float = 1e-4
     temperature: float = 0.05
     hard_negatives: bool = True
-    alike_batches: bool = False
+    alike_batches: bool = True
     seed: int = 0
 
 

@@ -38,13 +38,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "not tuned": {"encoder_tuning": dataclasses.replace(TUNING, learning_rate=0.0, epochs=1)},
     "first token instead of the mean": {"pooling": "cls"},
     "no hard negatives": {"encoder_tuning": dataclasses.replace(TUNING, hard_negatives=False)},
-    "batches of facts that look alike": {
-        "encoder_tuning": dataclasses.replace(TUNING, alike_batches=True)
-    },
-    "2000 facts, batches that look alike": {
-        "encoder_tuning": dataclasses.replace(TUNING, alike_batches=True),
-        "most_tuning_facts": 2000,
-    },
+    "batches of any facts": {"encoder_tuning": dataclasses.replace(TUNING, alike_batches=False)},
     "128 facts": {"most_tuning_facts": 128},
     "2000 facts": {"most_tuning_facts": 2000},
     "1 epoch": {"encoder_tuning": dataclasses.replace(TUNING, epochs=1)},
