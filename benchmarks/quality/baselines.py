@@ -127,7 +127,7 @@ class TrainingConfig:
 
     learning_rate: float
     target_loss: float = 0.1
-    max_epochs: int = 15
+    max_epochs: int = 10
     batch_size: int = 32
 
 
