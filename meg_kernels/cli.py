@@ -147,6 +147,9 @@ def edit(
         )
         editor.save_pretrained(out)
     _print_edit(report, len(editor.facts))
+    if known := report.known:
+        given = known + len(editor.facts)
+        console.print(f"left out: {known} of {given} facts, which the model answers so already")
     query = editor.facts[0].query
     console.print(f"saved to {out}; ask it: meg ask {out} {query!r}", markup=False)
 
@@ -281,14 +284,14 @@ def evaluate(
     with _work_folder(folder, "evaluate") as work:
         report = editor.evaluate(asked, work_folder=work, progress=True)
         report = dataclasses.replace(report, perplexity=editor.perplexity(progress=True))
-    _print_report(report)
-    content = report.to_dict()
-    if tasks is not None:
-        names = [name.strip() for name in tasks.split(",")]
-        scores = evaluate_tasks(editor, names, task_path=task_path, limit=task_limit)
-        _print_tasks(scores)
-        content["tasks"] = dataclasses.asdict(scores)
-    _write_report(json, content)
+        _print_report(report)
+        content = report.to_dict()
+        if tasks is not None:
+            names = [name.strip() for name in tasks.split(",")]
+            scores = evaluate_tasks(editor, names, task_path=task_path, limit=task_limit)
+            _print_tasks(scores)
+            content["tasks"] = dataclasses.asdict(scores)
+        _write_report(json, content)
 
 
 @app.command(
@@ -331,7 +334,10 @@ def train(
 @app.command("gate", epilog="**Example:** `meg gate edited --threshold 0.7`")
 def set_gate(
     folder: Folder,
-    gate: Gate = GateKind.similarity,
+    gate: Annotated[
+        Optional[GateKind],  # noqa: UP045
+        typer.Option(help="Its kind. Default: that of the present one."),
+    ] = None,
     threshold: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(
@@ -349,7 +355,8 @@ def set_gate(
     """
     out = folder if out is None else out
     editor = _load(folder, device, None)
-    calibration = editor.set_gate(gate.value, threshold=threshold, progress=True)
+    kind: Any = None if gate is None else gate.value
+    calibration = editor.set_gate(kind, threshold=threshold, progress=True)
     editor.save_pretrained(out)
     console.print(_calibrated(calibration), highlight=False)
     if threshold is not None:
@@ -588,11 +595,6 @@ def _print_edit(report: EditReport, n: int) -> None:
     )
     table.add_row("all", f"{sum(seconds.values()):.1f}", "")
     console.print(table)
-    if report.known:
-        given = report.known + n
-        console.print(
-            f"left out: {report.known} of {given} facts, which the model answers so already"
-        )
     for fact in report.unlearnt:
         text = f"{fact.id}: {fact.query!r} -> {fact.answer!r}"
         errors.print(f"[yellow]not learnt:[/] {escape(text)}")

@@ -201,7 +201,8 @@ class FamiliarityNetwork(nn.Module):
         """
         if not len(queries):
             raise ValueError("there are no queries to become familiar with")
-        steps = steps or max(200, math.ceil(50 * len(queries) / batch_size))
+        if steps is None:
+            steps = max(200, math.ceil(50 * len(queries) / batch_size))
         generator = torch.Generator().manual_seed(seed)
         classes = self.head.out_features
         labels = torch.randint(classes, (len(queries),), generator=generator).to(queries.device)

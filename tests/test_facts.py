@@ -518,6 +518,15 @@ def test_unrelated_facts_share_neither_query_nor_subject_with_the_edited_ones():
     assert unrelated_to(mixed, []) == mixed
 
 
+def test_nothing_that_is_measured_on_is_left_in_unrelated_facts():
+    measured = Fact("Who?", "I", paraphrases=("Whom?",), locality=(LocalityQuery("Where?"),))
+    assert not unrelated_to([Fact("whom?", "a"), Fact("Where? ", "b")], [measured])
+    assert not unrelated_to([Fact("How?", "a", paraphrases=("WHERE?",))], [measured])
+    others = LocalityQuery("when?"), LocalityQuery(" where?"), LocalityQuery("whom?")
+    (kept,) = unrelated_to([Fact("How?", "a", locality=others)], [measured])
+    assert kept == Fact("How?", "a", locality=others[:1])
+
+
 # The facts that the package ships
 
 

@@ -54,6 +54,8 @@ def figure(path: Path, title: str) -> Iterator[Any]:
             axes.spines[["top", "right"]].set_visible(False)
             path.parent.mkdir(parents=True, exist_ok=True)
             drawn.savefig(path, dpi=110)
+        else:
+            path.unlink(missing_ok=True)
     finally:
         pyplot.close(drawn)
 
@@ -189,17 +191,19 @@ def quality_table(study: Record) -> str:
             "Score": mean("metrics", "score"),
             "Generality, collected": mean("collected", "generality_ag"),
             "Generality, without snapping": mean("without_snapping", "generality_ag"),
-            "edited in": "–",
+            "edited in": edited_in(rows),
         }
-        if all(row["seconds"] and row["training_seconds"] is not None for row in rows):
-            stages = ("collect", "encoder", "gate")
-            seconds = fmean(
-                sum(row["seconds"][stage] for stage in stages) + row["training_seconds"]
-                for row in rows
-            )
-            line["edited in"] = f"{seconds:.0f} s"
         lines.append(line)
     return markdown(study["data"], lines)
+
+
+def edited_in(rows: Sequence[Record]) -> str:
+    """Mean seconds of all stages, where a model was edited for these rows."""
+    if not all(row["seconds"] and row["training_seconds"] is not None for row in rows):
+        return "–"
+    stages = ("collect", "encoder", "gate")
+    whole = [sum(row["seconds"][s] for s in stages) + row["training_seconds"] for row in rows]
+    return f"{fmean(whole):.0f} s"
 
 
 def gates_table(found: Sequence[Record]) -> str:
@@ -274,26 +278,20 @@ def baselines(studies: Studies, plots: Path) -> str:
     for study in studies["quality-baselines"]:
         if study["data"] == "search":
             continue
-        ways = {"base model": study["base"]}
-        ways |= {row["baseline"].replace("_", " "): row["metrics"] for row in study["rows"]}
-        seconds = {row["baseline"].replace("_", " "): row["seconds"] for row in study["rows"]}
+        asked = str(study["asked"])
+        lines = [{"method": "base model", "asked about": asked, **six(study["base"])}]
+        for row in study["rows"]:
+            name = row["baseline"].replace("_", " ")
+            line = {"method": name, "asked about": asked, **six(row["metrics"])}
+            lines.append(line | {"edited in": f"{row['seconds']:.0f} s"})
         for other in studies["quality"]:
             for row in other["rows"]:
                 same = other["data"] == study["data"] and row["facts"] == study["facts"]
                 if same and not row["seed"]:
                     name = f"{OURS} ({row['generator']})"
-                    ways[name] = row["metrics"]
-        lines = [
-            {
-                "method": name,
-                **six(metrics),
-                "edited in": f"{seconds[name]:.0f} s" if name in seconds else "",
-            }
-            for name, metrics in ways.items()
-        ]
-        asked = study["asked"]
-        title = f"{study['data']}, {study['facts']} facts"
-        tables.append(markdown(title + f", {asked} asked" * (asked < study["facts"]), lines))
+                    line = {"method": name, "asked about": str(row["asked"]), **six(row["metrics"])}
+                    lines.append(line | {"edited in": edited_in([row])})
+        tables.append(markdown(f"{study['data']}, {study['facts']} facts", lines))
     return paragraphs(*tables)
 
 

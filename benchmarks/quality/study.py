@@ -16,8 +16,8 @@ neurons. With --nested only the largest number is edited; for the others the res
 and the generator trained anew, on the neurons that are left: encoder and neurons are the same in
 all rows.
 
---gates compares the paper's familiarity network, alone and with ours. --zero-pairs trains the first
-generator once more, as the paper's A.3 has it, with queries beside the edited ones that shall get
+--gates compares the paper's familiarity network, alone and with ours. --zero-pairs trains the DiT
+once more, as the paper's A.3 has it, with queries beside the edited ones that shall get
 the zero neuron.
 
 Writes benchmarks/results/quality-NAME.json, one row for each number of facts, seed and generator.
@@ -153,7 +153,7 @@ def about_others(questions: Iterable[Question], facts: Iterable[Fact]) -> set[Qu
         question
         for question in questions
         if question.kind == "locality"
-        and not any(subject in question.query.casefold() for subject in subjects)
+        and not any(map(question.query.casefold().__contains__, subjects))
     }
 
 
@@ -215,7 +215,7 @@ def compare_gates(
     other = Decisions.of(edited, questions)
     editor.set_gate("similarity")
     # Where familiarity rejects, no threshold on similarity accepts.
-    scores = torch.where(other.scores > other.threshold, own.scores, own.scores.min())
+    scores = torch.where(other.scores > other.threshold, own.scores, own.scores.min() - 2)
     both = dataclasses.replace(own, scores=scores)
     ways = {"similarity": own, "familiarity": other, "both": both}
     return {name: decisions.row(ungated, base) for name, decisions in ways.items()}
@@ -288,15 +288,19 @@ class Study:
         """The model with these facts edited, from --work if it is there."""
         options = self.arguments
         folder = options.work / f"{options.name}-{n}-{seed}"
-        if (folder / "meg.json").exists():
-            return MeGEditor.from_pretrained(folder)
-        tuning = read_facts(options.tuning, on_conflict="first")
         config = EditorConfig(
             encoder_tuning=EncoderTuningConfig(seed=seed),
             generator=dataclasses.replace(GENERATORS["dit"], seed=seed),
             seed=seed,
         )
         editor = MeGEditor.for_model("smollm2", config)
+        if (folder / "meg.json").exists():
+            saved = MeGEditor.from_pretrained(folder)
+            wanted = dataclasses.replace(editor.config, generator=saved.config.generator)
+            if saved.config != wanted or saved.facts != [*facts]:
+                raise SystemExit(f"{folder} was edited otherwise; move it, or rename this study")
+            return saved
+        tuning = read_facts(options.tuning, on_conflict="first")
         work = options.work / f".{folder.name}"
         editor.edit(facts, tuning=tuning, work_folder=work, progress=True)
         editor.save_pretrained(folder)
@@ -388,7 +392,7 @@ class Study:
                 row["gates"] = {"similarity": decisions.row(snapped, base)}
             self.keep(row)
         if options.zero_pairs and self.row(n=n, seed=seed, generator=ZERO_PAIRS) is None:
-            train_with_zero_pairs(editor, GENERATORS[options.generators[0]])
+            train_with_zero_pairs(editor, dataclasses.replace(GENERATORS["dit"], seed=seed))
             with editor.serving():
                 alone = edited.ungated(snap=False, among=accepted.get)
             metrics = gated(alone, base, accepted).to_dict()

@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import functools
 import logging
+import math
 import os
 import random
 import time
@@ -88,10 +89,13 @@ class EditorConfig:
         template: how queries become prompts; None: the model's own (`PromptTemplate.for_model`).
         collection, encoder_tuning, generator: of the stages.
         gate: `similarity`, or the paper's `familiarity` network.
+        threshold: the score above which the gate accepts; None: calibrated on held-out queries.
         snap: give the generator the nearest edited query's condition, which it was trained on,
             instead of the query's own.
         calibration_share: share of the tuning facts kept from tuning, for the gate's threshold.
-        most_tuning_facts: so many of the tuning facts are used.
+        most_tuning_facts: so many of the tuning facts are used; default: four for each edited fact,
+            but at least 512 and at most 2048. The more facts are edited, the more of them look
+            like a query that is none of them.
         rejection_weight: how much worse it is that the gate accepts a query too many, which changes
             an answer that nobody asked to change, than one too few.
         seed: of their choice, and of the gate.
@@ -103,19 +107,30 @@ class EditorConfig:
     encoder_tuning: EncoderTuningConfig = field(default_factory=EncoderTuningConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     gate: Literal["similarity", "familiarity"] = "similarity"
+    threshold: float | None = None
     snap: bool = True
     calibration_share: float = 0.25
-    most_tuning_facts: int = 512
+    most_tuning_facts: int | None = None
     rejection_weight: float = 2.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.gate not in ("similarity", "familiarity"):
             raise ValueError(f"gate is {self.gate!r}; it must be 'similarity' or 'familiarity'")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"threshold is {self.threshold}; it must be finite, or None")
         if not 0 < self.calibration_share < 1:
             raise ValueError(
                 f"calibration_share is {self.calibration_share}; it must be between 0 and 1"
             )
+
+    def tuning_facts_for(self, facts: int) -> int:
+        """How many tuning facts are used at most when so many facts are edited.
+
+        >>> [EditorConfig().tuning_facts_for(facts) for facts in (64, 256, 10_000)]
+        [512, 1024, 2048]
+        """
+        return self.most_tuning_facts or min(max(4 * facts, 512), 2048)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -421,9 +436,7 @@ class MeGEditor:
             self._edits = None
             return
         queries, neurons = before.queries[keep], before.neurons[keep]
-        gate, calibration = self._make_gate(
-            self.config.gate, queries, before.held_out, progress=False
-        )
+        gate, calibration = self._make_gate(self.config, queries, before.held_out, progress=False)
         generator = copy.deepcopy(before.generator)
         if isinstance(generator, NeuronBank):
             generator.store(queries, neurons.to(queries.device))
@@ -475,7 +488,7 @@ class MeGEditor:
 
     def set_gate(
         self,
-        gate: Literal["similarity", "familiarity"],
+        gate: Literal["similarity", "familiarity"] | None = None,
         *,
         threshold: float | None = None,
         progress: bool = False,
@@ -483,23 +496,23 @@ class MeGEditor:
         """Put another gate in place of the present one.
 
         Args:
-            gate: its kind.
-            threshold: the score above which it accepts; default: calibrated on the queries that
-                were held out when the encoder was tuned.
+            gate: its kind; default: that of the present one.
+            threshold: the score above which it accepts, also when facts are added or removed;
+                default: calibrated on the queries that were held out when the encoder was tuned.
             progress: show a progress bar.
 
         Returns:
-            How well it separates the held-out queries, at the calibrated threshold.
+            How well it separates the held-out queries, at the calibrated threshold even if
+            another was chosen.
 
         Raises:
             RuntimeError: nothing is edited.
-            ValueError: no such gate.
+            ValueError: no such gate, or a threshold that is not finite.
         """
         before = self.edits
-        config = dataclasses.replace(self.config, gate=gate)
-        made, calibration = self._make_gate(gate, before.queries, before.held_out, progress)
-        if threshold is not None:
-            made.threshold = threshold
+        gate = gate or self.config.gate
+        config = dataclasses.replace(self.config, gate=gate, threshold=threshold)
+        made, calibration = self._make_gate(config, before.queries, before.held_out, progress)
         report = dataclasses.replace(before.report, calibration=calibration)
         self._edits = dataclasses.replace(before, gate=made, report=report)
         self.config = config
@@ -690,6 +703,7 @@ class MeGEditor:
             "snap": self.config.snap,
             "edited_facts": len(edits.facts),
             "left_out": f"{edits.report.known} facts that the base model answered so already",
+            "threshold": edits.gate.threshold,
             "threshold_calibrated_on": dataclasses.asdict(edits.report.calibration),
             "seed": self.config.seed,
         }
@@ -802,7 +816,7 @@ class MeGEditor:
                 "needed: pass others"
             )
         random.Random(self.config.seed).shuffle(usable)
-        return usable[: self.config.most_tuning_facts]
+        return usable[: self.config.tuning_facts_for(len(facts))]
 
     def _tune_encoder(
         self, wordings: Sequence[Wordings], unrelated: Sequence[str], progress: bool
@@ -821,14 +835,14 @@ class MeGEditor:
         )
 
     def _make_gate(
-        self, kind: str, queries: Tensor, held_out: HeldOut, progress: bool
+        self, config: EditorConfig, queries: Tensor, held_out: HeldOut, progress: bool
     ) -> tuple[SimilarityGate | FamiliarityNetwork, Calibration]:
         """The gate over the edited queries, its threshold calibrated on held-out ones."""
         generator = torch.Generator().manual_seed(self.config.seed)
         negative = held_out.negative(queries, generator)
         positive = held_out.positive(queries, generator)
         gate: SimilarityGate | FamiliarityNetwork
-        if kind == "similarity":
+        if config.gate == "similarity":
             gate = SimilarityGate(queries)
         else:
             with torch.random.fork_rng(devices=[]):
@@ -838,9 +852,9 @@ class MeGEditor:
                 order = torch.randperm(len(negative), generator=generator)
                 taught, negative = negative[order].chunk(2)
                 gate.fit(queries, taught, seed=self.config.seed, progress=progress)
-        weight = self.config.rejection_weight
+        weight = config.rejection_weight
         calibration = calibrate(gate.score(positive), gate.score(negative), weight)
-        gate.threshold = calibration.threshold
+        gate.threshold = calibration.threshold if config.threshold is None else config.threshold
         return gate, calibration
 
     def _finish(
@@ -859,7 +873,7 @@ class MeGEditor:
     ) -> EditReport:
         """Gate and generator for these facts: those that are kept, then those just collected."""
         with _timed(seconds, "gate"):
-            gate, calibration = self._make_gate(self.config.gate, queries, held_out, progress)
+            gate, calibration = self._make_gate(self.config, queries, held_out, progress)
         with _timed(seconds, "generator"):
             training = train_generator(
                 generator,

@@ -133,7 +133,8 @@ class EvaluationReport:
             gate or generator: the ceiling of what a generator can reach. None if not asked for.
         protocol: everything needed to repeat the measurement.
         seconds: of each stage.
-        served: what the edited model was asked, and how many neurons that took.
+        served: what the edited model was asked, and how many neurons that took; of an evaluation
+            that resumed, since then.
         perplexity: on text that has nothing to do with the facts. None if not asked for.
     """
 
@@ -222,6 +223,7 @@ class Evaluation:
         self._batches = [
             questions[i : i + batch_size] for i in range(0, len(questions), batch_size)
         ]
+        self.seconds_before = 0.0  # that an interrupted evaluation spent on what was found
         self._work_folder = None if work_folder is None else Path(work_folder)
         self._edits = edits
         self._base_answers: dict[Question, list[int]] | None = None
@@ -237,7 +239,7 @@ class Evaluation:
             "tf": "mean share of the answer's tokens that are the argmax given those before",
             "locality": "against the base model's own greedy answers, in the same batches",
             "score": "harmonic mean of the six",
-            "generality": "the paraphrases that the facts bring along; none was fitted or tuned on",
+            "generality": "the paraphrases that the facts bring along",
             "queries": {
                 kind: questions.count(kind) for kind in ("reliability", "generality", "locality")
             },
@@ -324,7 +326,8 @@ class Evaluation:
                 batch = [replace(q, prompt=prompting(q.query, q.fact)) for q in batch]
             path = None if kept is None else kept / f"batch-{number:05d}.json"
             answer = functools.partial(self._answer, batch, mounting)
-            (said, hits), _ = once(path, answer, write_json, read_json)
+            (said, hits, seconds), found = once(path, answer, write_json, read_json)
+            self.seconds_before += seconds if found else 0.0
             answers.update(zip(batch, said, strict=True))
             for question, tokens, hit in zip(batch, said, hits, strict=True):
                 if question.kind == "locality":
@@ -337,13 +340,15 @@ class Evaluation:
 
     def _answer(
         self, batch: list[Question], mounting: Mounting
-    ) -> tuple[list[list[int]], list[float]]:
-        """The tokens of each question's answer, and the share of the wanted ones that it hits."""
+    ) -> tuple[list[list[int]], list[float], float]:
+        """The tokens of each answer, the share of the wanted ones that it hits, and seconds."""
+        started = time.perf_counter()
         with mounting([q.query for q in batch], [q.fact for q in batch]):
             said = greedy_answers(
                 self.model, self.tokenizer, [q.prompt for q in batch], self.max_new_tokens
             )
-        return said, self._hits(batch, said, self._wanted(batch, said), mounting)
+        hits = self._hits(batch, said, self._wanted(batch, said), mounting)
+        return said, hits, time.perf_counter() - started
 
     def _wanted(self, batch: list[Question], said: list[list[int]]) -> list[list[int]]:
         """The tokens each answer is compared with; an edited answer's come without their end."""
@@ -427,5 +432,5 @@ def evaluate(
         base,
         ceiling,
         evaluation.protocol() | (protocol or {}),
-        (seconds or {}) | {"evaluate": time.perf_counter() - started},
+        (seconds or {}) | {"evaluate": time.perf_counter() - started + evaluation.seconds_before},
     )

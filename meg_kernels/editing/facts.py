@@ -23,6 +23,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 
+def normalized(text: str) -> str:
+    """What makes two texts the same: case and white space do not count."""
+    return " ".join(text.split()).casefold()
+
+
 class FactsError(ValueError):
     """A file of facts cannot be used as it stands; the message says which lines and why."""
 
@@ -67,11 +72,11 @@ class Fact:
     @property
     def normalized_query(self) -> str:
         """What makes two queries the same: case and white space do not count."""
-        return " ".join(self.query.split()).casefold()
+        return normalized(self.query)
 
     @property
     def normalized_answer(self) -> str:
-        return " ".join(self.answer.split()).casefold()
+        return normalized(self.answer)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -294,15 +299,25 @@ def check_facts(facts: Iterable[Fact]) -> None:
 
 
 def unrelated_to(others: Iterable[Fact], edited: Iterable[Fact]) -> list[Fact]:
-    """The facts of `others` that share neither query nor subject with one of `edited`."""
+    """What of `others` has nothing to do with what is edited, or measured on.
+
+    Those that share a subject with one of `edited`, or whose query or paraphrase is asked of one as
+    query, paraphrase or locality query, are left out, and so are locality queries that are.
+    """
     edited = list(edited)
-    queries = {fact.normalized_query for fact in edited}
     subjects = {fact.subject for fact in edited} - {None}
-    return [
-        fact
-        for fact in others
-        if fact.normalized_query not in queries and fact.subject not in subjects
-    ]
+    asked = {
+        normalized(text)
+        for fact in edited
+        for text in (fact.query, *fact.paraphrases, *(other.query for other in fact.locality))
+    }
+    unrelated = []
+    for fact in others:
+        wordings = {normalized(text) for text in (fact.query, *fact.paraphrases)}
+        if fact.subject not in subjects and not wordings & asked:
+            locality = [other for other in fact.locality if normalized(other.query) not in asked]
+            unrelated.append(dataclasses.replace(fact, locality=tuple(locality)))
+    return unrelated
 
 
 def _merge(placed: list[tuple[Fact, str]]) -> tuple[list[Fact], list[str], list[str]]:
