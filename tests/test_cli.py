@@ -227,8 +227,11 @@ def test_a_gate_and_its_threshold_can_be_changed(edited, tmp_path):
     shown = run("gate", out, "--threshold", 2)
     assert "accepts scores above 2" in shown
     editor = MeGEditor.from_pretrained(out)
-    assert editor.config.gate == "similarity" and editor.edits.gate.threshold == 2
+    assert editor.config.gate == "familiarity" and editor.edits.gate.threshold == 2
     assert not editor.route([EDITED[0].query]).edited
+    run("gate", out, "--gate", "similarity")
+    editor = MeGEditor.from_pretrained(out)
+    assert editor.config.gate == "similarity" and editor.edits.gate.threshold < 1
 
 
 def test_facts_are_added_changed_and_removed(edited, tmp_path):

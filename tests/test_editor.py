@@ -515,9 +515,23 @@ def test_a_threshold_can_be_chosen_and_a_gate_that_does_not_exist_cannot(editor)
         assert calibration.threshold == before and editor.route(LOCALITY).edited.all()
         with pytest.raises(ValueError, match="it must be 'similarity' or 'familiarity'"):
             editor.set_gate("nearest")
+        with pytest.raises(ValueError, match="threshold is nan; it must be finite"):
+            editor.set_gate("similarity", threshold=float("nan"))
         assert editor.edits.gate.threshold == -2.0
+        assert editor.evaluate(EDITED[:1]).protocol["threshold"] == -2.0
     finally:
-        editor.set_gate("similarity", threshold=before)
+        editor.set_gate()
+    assert editor.edits.gate.threshold == before
+
+
+def test_a_chosen_threshold_stays_when_facts_are_removed_or_added():
+    editor = make_editor(BANK)
+    edit(editor)
+    editor.set_gate(threshold=0.875)
+    editor.remove([EDITED[0].id])
+    assert editor.edits.gate.threshold == 0.875
+    editor.add([EDITED[0]])
+    assert editor.edits.gate.threshold == editor.config.threshold == 0.875
 
 
 def test_facts_that_the_model_knows_are_left_out_and_counted(tmp_path):
