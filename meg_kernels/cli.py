@@ -95,6 +95,7 @@ Generator = Annotated[
     GeneratorKind, typer.Option(help="What makes the neurons; dit-b: a DiT of the paper's size.")
 ]
 Gate = Annotated[GateKind, typer.Option(help="What tells edited queries from others.")]
+SUBJECT = "Edit only queries that name the subject of the nearest edited fact."
 Encoder = Annotated[str, typer.Option(help="Text encoder: a folder or a Hugging Face model id.")]
 
 
@@ -121,6 +122,7 @@ def edit(
     layer: Layer = None,
     generator: Generator = GeneratorKind.dit,
     gate: Gate = GateKind.similarity,
+    require_subject: Annotated[bool, typer.Option("--require-subject", help=SUBJECT)] = False,
     snap: Annotated[
         bool, typer.Option(help="Generate from the nearest edited query's condition.")
     ] = True,
@@ -140,6 +142,7 @@ def edit(
     edited = read_facts(facts, limit, on_conflict=on_conflict)  # type: ignore[arg-type]
     others = _tuning_facts(facts, tuning, edited)
     editor = _editor(model, encoder, layer, generator, gate, snap, seed, device, dtype)
+    editor.config = dataclasses.replace(editor.config, require_subject=require_subject)
     # Beside the result, so that it is found again; gone when the result is written.
     with _work_folder(out, "edit") as work:
         report = editor.edit(
@@ -345,6 +348,10 @@ def set_gate(
             "Default: calibrated on other facts."
         ),
     ] = None,
+    require_subject: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(help=f"{SUBJECT} Default: as it is."),
+    ] = None,
     out: Out = None,
     device: Device = "cpu",
 ) -> None:
@@ -356,7 +363,9 @@ def set_gate(
     out = folder if out is None else out
     editor = _load(folder, device, None)
     kind: Any = None if gate is None else gate.value
-    calibration = editor.set_gate(kind, threshold=threshold, progress=True)
+    calibration = editor.set_gate(
+        kind, threshold=threshold, require_subject=require_subject, progress=True
+    )
     editor.save_pretrained(out)
     console.print(_calibrated(calibration), highlight=False)
     if threshold is not None:

@@ -229,7 +229,9 @@ def test_a_gate_and_its_threshold_can_be_changed(edited, tmp_path):
     editor = MeGEditor.from_pretrained(out)
     assert editor.config.gate == "familiarity" and editor.edits.gate.threshold == 2
     assert not editor.route([EDITED[0].query]).edited
-    run("gate", out, "--gate", "similarity")
+    run("gate", out, "--gate", "similarity", "--require-subject")
+    assert MeGEditor.from_pretrained(out).config.require_subject
+    run("gate", out, "--no-require-subject")
     editor = MeGEditor.from_pretrained(out)
     assert editor.config.gate == "similarity" and editor.edits.gate.threshold < 1
 

@@ -524,6 +524,23 @@ def test_a_threshold_can_be_chosen_and_a_gate_that_does_not_exist_cannot(editor)
     assert editor.edits.gate.threshold == before
 
 
+def test_a_query_can_be_required_to_name_the_subject(editor):
+    editor.set_gate(threshold=-2.0, require_subject=True)
+    try:
+        asked = [*PARAPHRASES, *LOCALITY]
+        routing = editor.route(asked)
+        nearest = [editor.facts[row].subject for row in routing.fact.tolist()]
+        named = [subject in query for subject, query in zip(nearest, asked, strict=True)]
+        assert routing.edited.tolist() == named and any(named) and not all(named)
+        assert editor.evaluate(EDITED[:1]).protocol["require_subject"]
+        editor.set_gate(threshold=-2.0)  # which leaves that as it is
+        assert editor.route(asked).edited.tolist() == named
+    finally:
+        editor.set_gate(require_subject=False)
+    fact = dataclasses.replace(EDITED[0], subject=None)
+    assert fact.is_named_in("anything") and not EDITED[0].is_named_in("anything")
+
+
 def test_a_chosen_threshold_stays_when_facts_are_removed_or_added():
     editor = make_editor(BANK)
     edit(editor)

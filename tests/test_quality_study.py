@@ -8,7 +8,15 @@ import pytest
 import torch
 from test_editor import CONFIG, EDITED, edit, make_editor
 
-from benchmarks.quality.study import Decisions, Edited, about_others, compare_gates, curve, gated
+from benchmarks.quality.study import (
+    Decisions,
+    Edited,
+    about_others,
+    compare_gates,
+    curve,
+    gated,
+    subject_named,
+)
 from meg_kernels.editing.evaluate import Evaluation, Question, has_own_neuron
 from meg_kernels.editing.facts import Fact
 
@@ -32,7 +40,7 @@ def test_a_gates_decision_puts_the_evaluation_together(edited, quantile):
     editor = edited.editor
     base = edited.base()
     ungated = edited.ungated(snap=editor.config.snap)
-    scores = edited.scores([*base])
+    scores = edited.routing([*base]).score
     threshold = float(scores.quantile(quantile)) - (quantile == 0)
     accepted = dict(zip(base, (scores > threshold).tolist(), strict=True))
     before = editor.edits.gate.threshold
@@ -60,7 +68,7 @@ def test_locality_queries_that_name_an_edited_subject_are_told_from_others():
 
 def test_a_curve_goes_from_a_neuron_for_every_question_to_none(edited):
     base, ungated = edited.base(), edited.ungated(snap=True)
-    points = curve(edited.scores([*base]), ungated, base)
+    points = curve(edited.routing([*base]).score, ungated, base)
     everything = gated(ungated, base, dict.fromkeys(base, True))
     nothing = gated(ungated, base, dict.fromkeys(base, False))
     assert everything != nothing and nothing == edited.evaluation.base()
@@ -75,7 +83,9 @@ def test_the_editor_is_as_before_when_it_was_asked(edited):
     config = edited.editor.config
     edited.ungated(snap=not config.snap, among=has_own_neuron)
     assert edited.editor.config == config
-    assert torch.equal(edited.scores([*edited.base()]), edited.scores([*edited.base()]))
+    assert torch.equal(
+        edited.routing([*edited.base()]).score, edited.routing([*edited.base()]).score
+    )
 
 
 def test_questions_of_facts_that_are_not_edited_are_not_asked(edited):
@@ -103,8 +113,6 @@ def test_gates_are_compared_on_the_same_answers_and_ours_is_left_in_place(edited
     own = Decisions.of(edited, [*base])
     gates = compare_gates(edited, own, ungated, base)
     assert editor.config.gate == "similarity" and editor.edits.gate.threshold == own.threshold
-    similar = gated(ungated, base, own.accepted(base)).to_dict()
-    assert gates["similarity"]["metrics"] == similar
     editor.set_gate("familiarity")
     try:
         other = Decisions.of(edited, [*base])
@@ -114,3 +122,25 @@ def test_gates_are_compared_on_the_same_answers_and_ours_is_left_in_place(edited
     ours, theirs = own.accepted(base), other.accepted(base)
     accepted = {question: ours[question] and theirs[question] for question in base}
     assert gates["both"]["metrics"] == gated(ungated, base, accepted).to_dict()
+
+
+def test_a_question_that_does_not_name_the_subject_is_rejected_by_every_threshold(edited):
+    editor, base = edited.editor, edited.base()
+    ungated, questions = edited.ungated(snap=True), [*base]
+    named = subject_named(edited, questions)
+    assert named.any() and not named.all()
+    decisions = Decisions.of(edited, questions)
+    editor.set_gate(require_subject=True)
+    try:
+        expected = editor.evaluate().metrics
+        accepted = edited.routing(questions).edited
+    finally:
+        editor.set_gate(require_subject=False)
+    only = decisions.only(named)
+    assert [*only.accepted(base).values()] == accepted.tolist()
+    if editor.config.snap:
+        assert gated(ungated, base, only.accepted(base)) == expected
+    most = only.row(ungated, base)["curve"][1]
+    nothing = dict(zip(questions, named.tolist(), strict=True))
+    assert most["threshold"] < decisions.scores.min()
+    assert most["locality_ag"] == gated(ungated, base, nothing).locality_ag

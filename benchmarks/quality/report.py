@@ -255,13 +255,13 @@ def plot_trade_offs(found: Sequence[Record], axes: Any) -> None:
         for row in study["rows"]
         if "gates" in row and row["seed"] == 0
     ]
-    styles = {"similarity": "-", "familiarity": "--", "both": ":"}
+    styles = {"similarity": "-", "similarity, subject named": "-.", "familiarity": "--"}
     for number, (label, gates) in enumerate(rows):
         color = f"C{number}"
         for name, gate in gates.items():
             points = [(point["locality_ag"], point["generality_ag"]) for point in gate["curve"]]
             own = label if len(gates) == 1 else f"{label}, {name}"
-            axes.plot(*zip(*points, strict=True), styles[name], color=color, label=own)
+            axes.plot(*zip(*points, strict=True), styles.get(name, ":"), color=color, label=own)
             chosen = gate["metrics"]
             axes.plot(chosen["locality_ag"], chosen["generality_ag"], "o", color=color)
     ylabel = "Generality AG (dots: the calibrated thresholds)"

@@ -42,6 +42,7 @@ from torch import Tensor
 
 from benchmarks.conftest import version_of
 from meg_kernels import EditorConfig, EncoderTuningConfig, Fact, GeneratorConfig, MeGEditor
+from meg_kernels.editing.editor import Routing
 from meg_kernels.editing.evaluate import (
     Evaluation,
     Metrics,
@@ -122,9 +123,9 @@ class Edited:
         finally:
             self.editor.config = config
 
-    def scores(self, questions: Sequence[Question]) -> Tensor:
-        """[Q] the present gate's scores."""
-        return self.editor.route([question.query for question in questions]).score.cpu()
+    def routing(self, questions: Sequence[Question]) -> Routing:
+        """What the present gate makes of the questions."""
+        return self.editor.route([question.query for question in questions])
 
 
 def by_question(verdicts: Iterable[Verdict]) -> dict[Question, Verdict]:
@@ -188,7 +189,13 @@ class Decisions:
     def of(cls, edited: Edited, questions: Sequence[Question]) -> Decisions:
         """The present gate's."""
         edits = edited.editor.edits
-        return cls(edited.scores(questions), edits.gate.threshold, edits.report.calibration)
+        scores = edited.routing(questions).score.cpu()
+        return cls(scores, edits.gate.threshold, edits.report.calibration)
+
+    def only(self, where: Tensor) -> Decisions:
+        """The same where `where` [Q] is true; elsewhere, no threshold accepts."""
+        rejected = torch.full_like(self.scores, float(self.scores.min()) - 2)
+        return dataclasses.replace(self, scores=torch.where(where, self.scores, rejected))
 
     def accepted(self, questions: Iterable[Question]) -> dict[Question, bool]:
         return dict(zip(questions, (self.scores > self.threshold).tolist(), strict=True))
@@ -209,16 +216,25 @@ def compare_gates(
     ungated: dict[Question, Verdict],
     base: dict[Question, Verdict],
 ) -> dict[str, Any]:
-    """The present gate, similarity, beside familiarity, and both: accepted is what both accept."""
-    editor, questions = edited.editor, [*base]
+    """The present gate, similarity, beside familiarity, and what both accept."""
+    editor = edited.editor
     editor.set_gate("familiarity", progress=True)
-    other = Decisions.of(edited, questions)
+    other = Decisions.of(edited, [*base])
     editor.set_gate("similarity")
-    # Where familiarity rejects, no threshold on similarity accepts.
-    scores = torch.where(other.scores > other.threshold, own.scores, own.scores.min() - 2)
-    both = dataclasses.replace(own, scores=scores)
-    ways = {"similarity": own, "familiarity": other, "both": both}
-    return {name: decisions.row(ungated, base) for name, decisions in ways.items()}
+    both = own.only(other.scores > other.threshold)
+    return {"familiarity": other.row(ungated, base), "both": both.row(ungated, base)}
+
+
+def subject_named(edited: Edited, questions: Sequence[Question]) -> Tensor:
+    """[Q] whether each question names the subject of the edited fact nearest to it."""
+    nearest = edited.routing(questions).fact.tolist()
+    facts = edited.editor.facts
+    return torch.tensor(
+        [
+            facts[row].is_named_in(question.query)
+            for row, question in zip(nearest, questions, strict=True)
+        ]
+    )
 
 
 def train_with_zero_pairs(editor: MeGEditor, config: GeneratorConfig) -> None:
@@ -386,10 +402,14 @@ class Study:
                 },
                 "without_snapping": gated(snapped | alone, base, accepted).to_dict(),
             }
-            if main and options.gates:
-                row["gates"] = compare_gates(edited, decisions, snapped, base)
-            elif main:
-                row["gates"] = {"similarity": decisions.row(snapped, base)}
+            if main:
+                named = decisions.only(subject_named(edited, [*base]))
+                row["gates"] = {
+                    "similarity": decisions.row(snapped, base),
+                    "similarity, subject named": named.row(snapped, base),
+                }
+                if options.gates:
+                    row["gates"] |= compare_gates(edited, decisions, snapped, base)
             self.keep(row)
         if options.zero_pairs and self.row(n=n, seed=seed, generator=ZERO_PAIRS) is None:
             train_with_zero_pairs(editor, dataclasses.replace(GENERATORS["dit"], seed=seed))

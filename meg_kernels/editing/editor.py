@@ -90,6 +90,9 @@ class EditorConfig:
         collection, encoder_tuning, generator: of the stages.
         gate: `similarity`, or the paper's `familiarity` network.
         threshold: the score above which the gate accepts; None: calibrated on held-out queries.
+        require_subject: whether a query must name the subject of the edited fact nearest to it,
+            where that is known. Queries about other subjects then keep their answers, and so do
+            wordings that name the subject otherwise (the French capital).
         snap: give the generator the nearest edited query's condition, which it was trained on,
             instead of the query's own.
         calibration_share: share of the tuning facts kept from tuning, for the gate's threshold.
@@ -108,6 +111,7 @@ class EditorConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     gate: Literal["similarity", "familiarity"] = "similarity"
     threshold: float | None = None
+    require_subject: bool = False
     snap: bool = True
     calibration_share: float = 0.25
     most_tuning_facts: int | None = None
@@ -491,6 +495,7 @@ class MeGEditor:
         gate: Literal["similarity", "familiarity"] | None = None,
         *,
         threshold: float | None = None,
+        require_subject: bool | None = None,
         progress: bool = False,
     ) -> Calibration:
         """Put another gate in place of the present one.
@@ -499,6 +504,7 @@ class MeGEditor:
             gate: its kind; default: that of the present one.
             threshold: the score above which it accepts, also when facts are added or removed;
                 default: calibrated on the queries that were held out when the encoder was tuned.
+            require_subject: as `EditorConfig` says; default: as it is.
             progress: show a progress bar.
 
         Returns:
@@ -512,6 +518,8 @@ class MeGEditor:
         before = self.edits
         gate = gate or self.config.gate
         config = dataclasses.replace(self.config, gate=gate, threshold=threshold)
+        if require_subject is not None:
+            config = dataclasses.replace(config, require_subject=require_subject)
         made, calibration = self._make_gate(config, before.queries, before.held_out, progress)
         report = dataclasses.replace(before.report, calibration=calibration)
         self._edits = dataclasses.replace(before, gate=made, report=report)
@@ -576,7 +584,12 @@ class MeGEditor:
         gate = self._edits.gate
         score = gate.score(z)
         _, fact = SimilarityGate(self._edits.queries).nearest(z)
-        return Routing(score > gate.threshold, fact, score, z)
+        edited = score > gate.threshold
+        if self.config.require_subject:
+            nearest = [self.facts[row] for row in fact.tolist()]
+            named = [f.is_named_in(query) for f, query in zip(nearest, queries, strict=True)]
+            edited &= torch.tensor(named, dtype=torch.bool, device=edited.device)
+        return Routing(edited, fact, score, z)
 
     @contextmanager
     def routed(self, queries: Sequence[str], routing: Routing | None = None) -> Iterator[Routing]:
@@ -698,6 +711,7 @@ class MeGEditor:
             "model": self.name,
             "layer": self.layer,
             "gate": self.config.gate,
+            "require_subject": self.config.require_subject,
             "generator": self.config.generator.kind,
             "sampler": dataclasses.asdict(self.config.generator.sampler),
             "snap": self.config.snap,

@@ -74,6 +74,14 @@ class Fact:
         """What makes two queries the same: case and white space do not count."""
         return normalized(self.query)
 
+    def is_named_in(self, query: str) -> bool:
+        """Whether the query names the fact's subject; of a fact without one, any does.
+
+        >>> Fact("Who wrote Emma?", "Me", subject="Emma").is_named_in("the author of EMMA")
+        True
+        """
+        return self.subject is None or normalized(self.subject) in normalized(query)
+
     @property
     def normalized_answer(self) -> str:
         return normalized(self.answer)
