@@ -530,7 +530,7 @@ def test_a_query_can_be_required_to_name_the_subject(editor):
         asked = [*PARAPHRASES, *LOCALITY]
         routing = editor.route(asked)
         nearest = [editor.facts[row].subject for row in routing.fact.tolist()]
-        named = [subject in query for subject, query in zip(nearest, asked, strict=True)]
+        named = [s.lower() in query.lower() for s, query in zip(nearest, asked, strict=True)]
         assert routing.edited.tolist() == named and any(named) and not all(named)
         assert editor.evaluate(EDITED[:1]).protocol["require_subject"]
         editor.set_gate(threshold=-2.0)  # which leaves that as it is

@@ -6,7 +6,8 @@
         --facts 64 256 1000 --tuning ../shared/data/zsre_extra_multirephrase.json
     python -m benchmarks.quality.study ../shared/data/counterfact_10k.json --asked 1000 --nested \
         --name counterfact-10k --facts 64 256 1000 4096 10000 \
-        --tuning ../shared/data/counterfact_500.json
+        --tuning ../shared/data/counterfact_500.json meg_kernels/data/tuning_facts.jsonl \
+        ../shared/data/zsre_extra_multirephrase.json
 
 For each number of facts and seed a model is edited once, as `meg edit` does it, and saved under
 --work. Every question is then asked with the neuron of the nearest edited fact mounted, whatever
@@ -316,7 +317,7 @@ class Study:
             if saved.config != wanted or saved.facts != [*facts]:
                 raise SystemExit(f"{folder} was edited otherwise; move it, or rename this study")
             return saved
-        tuning = read_facts(options.tuning, on_conflict="first")
+        tuning = [fact for path in options.tuning for fact in read_facts(path, on_conflict="first")]
         work = options.work / f".{folder.name}"
         editor.edit(facts, tuning=tuning, work_folder=work, progress=True)
         editor.save_pretrained(folder)
@@ -426,7 +427,9 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path, help="CounterFact or ZsRE JSON")
     parser.add_argument("--name", required=True, help="of the data, in the result's name")
-    parser.add_argument("--tuning", type=Path, required=True, help="other facts, to tune on")
+    parser.add_argument(
+        "--tuning", type=Path, nargs="+", required=True, help="files of other facts, to tune on"
+    )
     parser.add_argument("--facts", type=int, nargs="+", default=[64], help="numbers of facts")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
