@@ -290,8 +290,8 @@ BASELINES = {
     "memit": Baseline(memit, MemitConfig()),
 }
 GRID: dict[str, list[dict[str, Any]]] = {
-    "fine_tuning": [{"learning_rate": rate} for rate in (3e-5, 1e-4, 3e-4)],
-    "lora": [{"learning_rate": rate} for rate in (1e-3, 5e-3, 2e-2)],
+    "fine_tuning": [{"learning_rate": rate} for rate in (1e-4, 3e-4)],
+    "lora": [{"learning_rate": rate} for rate in (5e-3, 2e-2)],
     "in_context": [{"separator": separator} for separator in ("\n", "\n\n")],
     "memit": [{"covariance_weight": weight} for weight in (150.0, 1500.0, 15000.0)],
 }
@@ -301,7 +301,7 @@ def grid() -> dict[str, Baseline]:
     """The baselines with other settings, by name and setting.
 
     >>> [name for name in grid() if "lora" in name][:2]
-    ['lora, learning_rate=0.001', 'lora, learning_rate=0.005']
+    ['lora, learning_rate=0.005', 'lora, learning_rate=0.02']
     """
     ways = {}
     for name, settings in GRID.items():
