@@ -106,10 +106,10 @@ def edit(
     model: Model = "smollm2",
     limit: Limit = None,
     tuning: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[list[Path]],  # noqa: UP045
         typer.Option(
-            help="Other facts, to tune the encoder and calibrate the gate. Default: those of FACTS "
-            "beyond the limit, if at least 64 of them have paraphrases; else the package's."
+            help="Other facts, to tune the encoder and calibrate the gate; may be given more than "
+            "once. Default: those of FACTS beyond the limit, and the package's where they are few."
         ),
     ] = None,
     on_conflict: Annotated[
@@ -140,9 +140,9 @@ def edit(
     if on_conflict not in ("error", "first"):
         raise typer.BadParameter(f"{on_conflict!r} is neither 'error' nor 'first'")
     edited = read_facts(facts, limit, on_conflict=on_conflict)  # type: ignore[arg-type]
-    others = _tuning_facts(facts, tuning, edited)
     editor = _editor(model, encoder, layer, generator, gate, snap, seed, device, dtype)
     editor.config = dataclasses.replace(editor.config, require_subject=require_subject)
+    others = _tuning_facts(facts, tuning, edited, editor.config.tuning_facts_for(len(edited)))
     # Beside the result, so that it is found again; gone when the result is written.
     with _work_folder(out, "edit") as work:
         report = editor.edit(
@@ -550,20 +550,20 @@ def _load(folder: Path, device: str, dtype: Dtype | None) -> MeGEditor:
         return MeGEditor.from_pretrained(folder, device=device, dtype=asked)
 
 
-ENOUGH_TO_TUNE = 64
-
-
-def _tuning_facts(facts: Path, tuning: Path | None, edited: list[Fact]) -> list[Fact] | None:
-    """The tuning file's facts, else those of the file that are not edited, else None."""
+def _tuning_facts(
+    facts: Path, tuning: list[Path] | None, edited: list[Fact], wanted: int
+) -> list[Fact]:
+    """The tuning files' facts, or those of the file that are not edited, filled up with ours."""
     from meg_kernels.editing.facts import read_facts, unrelated_to
+    from meg_kernels.editing.shipped import shipped_tuning_facts
 
-    if tuning is not None:
-        return read_facts(tuning, on_conflict="first")
+    if tuning:
+        return [fact for path in tuning for fact in read_facts(path, on_conflict="first")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rest = read_facts(facts, on_conflict="first")
     others = [fact for fact in unrelated_to(rest, edited) if fact.paraphrases]
-    return others if len(others) >= ENOUGH_TO_TUNE else None
+    return others if len(others) >= wanted else [*others, *shipped_tuning_facts()]
 
 
 @contextmanager

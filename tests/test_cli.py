@@ -219,6 +219,17 @@ def test_facts_that_the_model_knows_can_be_left_out(models, tuning_file, tmp_pat
     assert MeGEditor.from_pretrained(out).facts == EDITED[1:]
 
 
+def test_tuning_facts_are_those_asked_for_or_the_files_others_and_ours_where_they_are_few(tmp_path):
+    path, other = tmp_path / "facts.jsonl", tmp_path / "other.jsonl"
+    write_facts(path, FACTS[:6])
+    write_facts(other, OTHER_FACTS[:2])
+    edited, rest = FACTS[:2], FACTS[2:6]
+    assert cli._tuning_facts(path, None, edited, len(rest)) == rest
+    ours = shipped.shipped_tuning_facts()
+    assert cli._tuning_facts(path, None, edited, len(rest) + 1) == [*rest, *ours]
+    assert cli._tuning_facts(path, [other, path], edited, 1000) == [*OTHER_FACTS[:2], *FACTS[:6]]
+
+
 def test_a_gate_and_its_threshold_can_be_changed(edited, tmp_path):
     out = shutil.copytree(edited[0], tmp_path / "edited")
     shown = run("gate", out, "--gate", "familiarity")
