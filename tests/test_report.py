@@ -214,7 +214,7 @@ def other_studies() -> dict[str, dict]:
     steps = {"step": 25, "seconds": 2.0, "answered": 0.5, "distance": 0.9}
     trained = {"choice": "default", "parameters": 2_500_000, "answered": 0.5, "history": [steps]}
     tuned = {"tuning_facts": 384, "seconds": 30.4, "retrieved": 0.875, "accepted": 0.75}
-    changed = {"facts": 16, "seconds": 4.0, "of_again": 0.125}
+    changed = {"facts": 16, "seconds": 4.0, "of_first_edit": 0.125}
     same = {"asked": 100, "changed": 0}
     layer = LayerQuality(4, 1.0, 1.0, 0.75, 12.5, 0.25, 8.0)
     return {
@@ -243,7 +243,7 @@ def other_studies() -> dict[str, dict]:
         "layers": {"layers": [dataclasses.asdict(layer)], "default": 4, "n": 64, "protocol": {}},
         "life": {
             "facts": 256,
-            "again_seconds": 32.0,
+            "first_edit_seconds": 32.0,
             "added_right": 1.0,
             "changed_right": 0.9375,
             "removed_as_base": 1.0,

@@ -387,7 +387,7 @@ def life(studies: Studies, plots: Path) -> str:
             {
                 "change": f"{row['what']} {row['facts']}",
                 "seconds": f"{row['seconds']:.1f}",
-                "of the first edit's": f"{row['of_again']:.1%}",
+                "of the first edit's": f"{row['of_first_edit']:.1%}",
                 **{
                     f"{kind}: answers changed": f"{row[kind]['changed']} of {row[kind]['asked']}"
                     for kind in ("other facts", "locality")
@@ -397,7 +397,9 @@ def life(studies: Studies, plots: Path) -> str:
         ]
         parts.append(
             paragraphs(
-                markdown(f"{study['facts']} facts edited in {study['again_seconds']:.0f} s", lines),
+                markdown(
+                    f"{study['facts']} facts edited in {study['first_edit_seconds']:.0f} s", lines
+                ),
                 f"Added facts answered: {study['added_right']:.3f}; changed ones, with the new "
                 f"answer: {study['changed_right']:.3f}; removed ones, as the base model answers: "
                 f"{study['removed_as_base']:.3f}.",
