@@ -16,6 +16,7 @@ from benchmarks.quality.study import (
     curve,
     gated,
     subject_named,
+    train_with_zero_pairs,
 )
 from meg_kernels.editing.evaluate import Evaluation, Question, has_own_neuron
 from meg_kernels.editing.facts import Fact
@@ -144,3 +145,19 @@ def test_a_question_that_does_not_name_the_subject_is_rejected_by_every_threshol
     nothing = dict(zip(questions, named.tolist(), strict=True))
     assert most["threshold"] < decisions.scores.min()
     assert most["locality_ag"] == gated(ungated, base, nothing).locality_ag
+
+
+def test_with_zero_pairs_what_the_gate_should_reject_gets_almost_no_neuron():
+    editor = make_editor(dataclasses.replace(CONFIG, snap=False))
+    edit(editor)
+    config = dataclasses.replace(editor.config.generator, max_steps=600, close=0.05)
+    train_with_zero_pairs(editor, config)
+    edits = editor.edits
+    away = edits.held_out.negative(edits.queries, torch.Generator().manual_seed(config.seed))
+    sizes = [
+        editor.attached.layout.pack(edits.generator.generate(z)).norm(dim=1).mean()
+        for z in (away, edits.queries)
+    ]
+    assert sizes[0] < 0.5 * sizes[1]
+    said = editor.generate([fact.query for fact in EDITED], 16)
+    assert said == [fact.answer for fact in EDITED]
