@@ -62,7 +62,8 @@ class MemitConfig:
     """How MEMIT edits.
 
     Args:
-        num_layers: critical layers, of which the edited one is the last.
+        last: the last critical layer; None: the one that our edits are in.
+        num_layers: critical layers, up to that one.
         num_prefixes: random beginnings of a query, besides none.
         prefix_tokens: sampled for each of them, at most.
         learning_rate, max_steps: of Adam, which optimises δ.
@@ -73,11 +74,12 @@ class MemitConfig:
         text_tokens: sampled for each of the 300 texts, at most.
     """
 
+    last: int | None = None
     num_layers: int = 5
     num_prefixes: int = 1
     prefix_tokens: int = 10
     learning_rate: float = 0.5
-    max_steps: int = 15
+    max_steps: int = 25
     target_loss: float = 0.05
     kl_factor: float = 0.0625
     most_change: float = 0.75
