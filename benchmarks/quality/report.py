@@ -265,7 +265,7 @@ def plot_trade_offs(found: Sequence[Record], axes: Any) -> None:
             chosen = gate["metrics"]
             axes.plot(chosen["locality_ag"], chosen["generality_ag"], "o", color=color)
     ylabel = "Generality AG (dots: the calibrated thresholds)"
-    axes.set(xlabel="Locality AG", ylabel=ylabel, xlim=(0.8, 1.005))  # what anyone would choose
+    axes.set(xlabel="Locality AG", ylabel=ylabel, xlim=(0.8, 1.005), ylim=(0.5, 1.01))
     axes.legend(fontsize=7)
 
 
