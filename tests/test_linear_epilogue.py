@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from properties import given, st
@@ -274,17 +275,30 @@ def test_gelu_follows_its_tanh_form_from_end_to_end(dtype):
     call.check(call.launch())
 
 
+def interpreter_keeps_bits() -> bool:
+    """Whether numpy, which multiplies in Triton's interpreter, minds a row's place in a tile."""
+    random = np.random.default_rng(0)
+    a, b = (random.standard_normal(shape, np.float32) for shape in ((64, 32), (32, 64)))
+    return np.array_equal((a[::-1].copy() @ b)[::-1], a @ b)
+
+
 @pytest.mark.parametrize("width, dtype", MANY_ROWS, ids=str)
 def test_a_row_gets_the_same_bits_alone_and_in_a_batch_of_any_size(width, dtype, gated):
     call, whole = many_rows(width, dtype, gated)
+    exact = DEVICE.type == "cuda" or interpreter_keeps_bits()
+
+    def assert_same(result, expected):
+        # Some of OpenBLAS' kernels sum the rows of a tile differently: there it is the last bit.
+        torch.testing.assert_close(result, expected, **({"rtol": 0, "atol": 0} if exact else {}))
+
     with backend("triton"):
         for samples in ([7], [39, 0, 20, 21]):
-            assert torch.equal(call.samples(samples).run(), whole[samples])
+            assert_same(call.samples(samples).run(), whole[samples])
         row = (slice(11, 12), slice(3, 4))
         alone = replace(call, x=call.x[row])
         if gated:
             alone = replace(alone, gate=call.gate[11:12], residual=call.residual[row])
-        assert torch.equal(alone.run(), whole[row])
+        assert_same(alone.run(), whole[row])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -26,7 +26,7 @@ from meg_kernels.editing.evaluate import Evaluation
 from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import PromptTemplate, target_tokens
 
-TUNING = TrainingConfig(learning_rate=5e-3)
+TUNING = TrainingConfig(learning_rate=5e-3, max_epochs=60)
 LORA = LoraConfig(learning_rate=5e-2, max_epochs=200)
 MEMIT = MemitConfig(
     num_layers=2,

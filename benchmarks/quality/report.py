@@ -303,7 +303,7 @@ def convergence(studies: Studies, plots: Path) -> str:
     tables = []
     for study in studies["convergence"]:
         rows: dict[str, dict[str, str]] = {}
-        for row in study["rows"]:
+        for row in sorted(study["rows"], key=lambda row: row["n"]):
             cells = rows.setdefault(row["choice"], {"choice": row["choice"]})
             cells["parameters"] = f"{row['parameters'] / 1e6:.1f} M"
             cells[f"{row['n']} facts"] = (
