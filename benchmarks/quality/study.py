@@ -51,7 +51,7 @@ from meg_kernels.editing.evaluate import (
     Verdict,
     has_own_neuron,
 )
-from meg_kernels.editing.facts import read_facts
+from meg_kernels.editing.facts import normalized, read_facts
 from meg_kernels.editing.generators import build_generator
 from meg_kernels.editing.train import train_generator
 from meg_kernels.familiarity import Calibration
@@ -150,12 +150,12 @@ def about_others(questions: Iterable[Question], facts: Iterable[Fact]) -> set[Qu
     With very many edits some of the others ask for an edited fact in other words, and the data
     wants the old answer all the same.
     """
-    subjects = {fact.subject.casefold() for fact in facts if fact.subject}
+    subjects = {normalized(fact.subject) for fact in facts if fact.subject}
     return {
         question
         for question in questions
         if question.kind == "locality"
-        and not any(map(question.query.casefold().__contains__, subjects))
+        and not any(map(normalized(question.query).__contains__, subjects))
     }
 
 

@@ -298,11 +298,14 @@ class Evaluation:
         """The folder for the answers of this model, edited so, to these questions."""
         if self._work_folder is None:
             return None
+        return self._work_folder / f"{name}-{fingerprint(self._identity, *edits)}"
+
+    @functools.cached_property
+    def _identity(self) -> str:
+        """What tells this model and these questions from others."""
         # All weights, in a sum each: reading them is cheap beside one batch of answers.
         sums = [float(part.detach().sum(dtype=torch.float64)) for part in self.model.parameters()]
-        facts = [fact.to_dict() for fact in self.facts]
-        identity = fingerprint(self.protocol(), facts, sums, *edits)
-        return self._work_folder / f"{name}-{identity}"
+        return fingerprint(self.protocol(), [fact.to_dict() for fact in self.facts], sums)
 
     @torch.no_grad()
     def _ask(
