@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import logging
 
 import pytest
@@ -212,6 +213,25 @@ def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(t
     assert len(toy.looks) == 1 + 3  # at 60, 80 and 90 steps
     assert training == expected
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=1e-5, atol=1e-6)
+
+
+def test_seconds_go_on_where_an_interruption_ended_them(toy, tmp_path, monkeypatch):
+    config, clock = dataclasses.replace(TOY, max_steps=90, enough=1.0), itertools.count()
+    monkeypatch.setattr("meg_kernels.editing.train.time.perf_counter", lambda: next(clock))
+    looks = []
+
+    def interrupted(neurons, rows):
+        looks.append(rows)
+        if len(looks) == 4:  # one on the collected neurons, two that were saved
+            raise KeyboardInterrupt
+        return toy.only_the_collected(neurons, rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(config, answers=interrupted, work_folder=tmp_path)
+    _, training = toy.train(config, answers=toy.only_the_collected, work_folder=tmp_path)
+    # The clock moves on by one whenever it is read: at the start, and at each look.
+    assert [step for step, *_ in training.history] == [20, 40, 60, 80, 90]
+    assert training.seconds == (1, 2, 3, 4, 5)
 
 
 def test_a_finished_training_is_not_done_again(toy, tmp_path, monkeypatch):
