@@ -95,7 +95,7 @@ Generator = Annotated[
     GeneratorKind, typer.Option(help="What makes the neurons; dit-b: a DiT of the paper's size.")
 ]
 Gate = Annotated[GateKind, typer.Option(help="What tells edited queries from others.")]
-SUBJECT = "Edit only queries that name the subject of the nearest edited fact."
+SUBJECT = "Edit only queries that name the subject of the nearest edited fact. Default:"
 Encoder = Annotated[str, typer.Option(help="Text encoder: a folder or a Hugging Face model id.")]
 
 
@@ -122,7 +122,10 @@ def edit(
     layer: Layer = None,
     generator: Generator = GeneratorKind.dit,
     gate: Gate = GateKind.similarity,
-    require_subject: Annotated[bool, typer.Option("--require-subject", help=SUBJECT)] = False,
+    require_subject: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(help=f"{SUBJECT} from 1000 edited facts on."),
+    ] = None,
     snap: Annotated[
         bool, typer.Option(help="Generate from the nearest edited query's condition.")
     ] = True,
@@ -140,8 +143,9 @@ def edit(
     if on_conflict not in ("error", "first"):
         raise typer.BadParameter(f"{on_conflict!r} is neither 'error' nor 'first'")
     edited = read_facts(facts, limit, on_conflict=on_conflict)  # type: ignore[arg-type]
-    editor = _editor(model, encoder, layer, generator, gate, snap, seed, device, dtype)
-    editor.config = dataclasses.replace(editor.config, require_subject=require_subject)
+    editor = _editor(
+        model, encoder, layer, generator, gate, snap, seed, device, dtype, require_subject
+    )
     others = _tuning_facts(facts, tuning, edited, editor.config.tuning_facts_for(len(edited)))
     # Beside the result, so that it is found again; gone when the result is written.
     with _work_folder(out, "edit") as work:
@@ -350,7 +354,7 @@ def set_gate(
     ] = None,
     require_subject: Annotated[
         Optional[bool],  # noqa: UP045
-        typer.Option(help=f"{SUBJECT} Default: as it is."),
+        typer.Option(help=f"{SUBJECT} as it is."),
     ] = None,
     out: Out = None,
     device: Device = "cpu",
@@ -513,6 +517,7 @@ def _editor(
     seed: int,
     device: str,
     dtype: Dtype,
+    require_subject: bool | None = None,
 ) -> MeGEditor:
     import torch
 
@@ -523,6 +528,7 @@ def _editor(
         encoder_tuning=EncoderTuningConfig(seed=seed),
         generator=_generator_config(generator, seed),
         gate=gate.value,
+        require_subject=require_subject,
         snap=snap,
         seed=seed,
     )

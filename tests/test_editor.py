@@ -543,6 +543,25 @@ def test_a_query_can_be_required_to_name_the_subject(editor):
     assert fact.is_named_in("anything") and not EDITED[0].is_named_in("anything")
 
 
+@pytest.mark.parametrize("many", [len(EDITED), len(EDITED) + 1])
+def test_many_edited_facts_require_the_subject_unless_told_otherwise(editor, monkeypatch, many):
+    monkeypatch.setattr("meg_kernels.editing.editor.MANY_FACTS", many)
+    config = editor.config
+    editor.config = dataclasses.replace(config, require_subject=None)
+    editor.set_gate(threshold=-2.0)
+    try:
+        routing = editor.route(LOCALITY)
+        nearest = [editor.facts[row].subject for row in routing.fact.tolist()]
+        named = [s.lower() in query.lower() for s, query in zip(nearest, LOCALITY, strict=True)]
+        required = many == len(EDITED)
+        assert routing.edited.tolist() == (named if required else [True] * len(LOCALITY))
+        assert not all(named)
+        assert editor.evaluate(EDITED[:1]).protocol["require_subject"] is required
+    finally:
+        editor.config = config
+        editor.set_gate()
+
+
 def test_a_chosen_threshold_stays_when_facts_are_removed_or_added():
     editor = make_editor(BANK)
     edit(editor)

@@ -111,12 +111,12 @@ def test_questions_of_facts_that_are_not_edited_are_not_asked(edited):
 def test_gates_are_compared_on_the_same_answers_and_ours_is_left_in_place(edited):
     editor, base = edited.editor, edited.base()
     ungated = edited.ungated(snap=True)
-    own = Decisions.of(edited, [*base])
+    own = Decisions.of(edited, edited.routing([*base]))
     gates = compare_gates(edited, own, ungated, base)
     assert editor.config.gate == "similarity" and editor.edits.gate.threshold == own.threshold
     editor.set_gate("familiarity")
     try:
-        other = Decisions.of(edited, [*base])
+        other = Decisions.of(edited, edited.routing([*base]))
     finally:
         editor.set_gate("similarity")
     assert gates["familiarity"]["metrics"] == gated(ungated, base, other.accepted(base)).to_dict()
@@ -128,9 +128,10 @@ def test_gates_are_compared_on_the_same_answers_and_ours_is_left_in_place(edited
 def test_a_question_that_does_not_name_the_subject_is_rejected_by_every_threshold(edited):
     editor, base = edited.editor, edited.base()
     ungated, questions = edited.ungated(snap=True), [*base]
-    named = subject_named(edited, questions)
+    routing = edited.routing(questions)
+    named = subject_named(edited, questions, routing)
     assert named.any() and not named.all()
-    decisions = Decisions.of(edited, questions)
+    decisions = Decisions.of(edited, routing)
     editor.set_gate(require_subject=True)
     try:
         expected = editor.evaluate().metrics

@@ -53,6 +53,8 @@ from meg_kernels.editing.evaluate import (
 )
 from meg_kernels.editing.facts import normalized, read_facts
 from meg_kernels.editing.generators import build_generator
+from meg_kernels.editing.layers import default_layer
+from meg_kernels.editing.prompting import PromptTemplate
 from meg_kernels.editing.train import train_generator
 from meg_kernels.familiarity import Calibration
 from meg_kernels.neuron import Neurons
@@ -187,11 +189,10 @@ class Decisions:
     calibration: Calibration
 
     @classmethod
-    def of(cls, edited: Edited, questions: Sequence[Question]) -> Decisions:
-        """The present gate's."""
+    def of(cls, edited: Edited, routing: Routing) -> Decisions:
+        """The present gate's, by its scores alone."""
         edits = edited.editor.edits
-        scores = edited.routing(questions).score.cpu()
-        return cls(scores, edits.gate.threshold, edits.report.calibration)
+        return cls(routing.score.cpu(), edits.gate.threshold, edits.report.calibration)
 
     def only(self, where: Tensor) -> Decisions:
         """The same where `where` [Q] is true; elsewhere, no threshold accepts."""
@@ -220,21 +221,17 @@ def compare_gates(
     """The present gate, similarity, beside familiarity, and what both accept."""
     editor = edited.editor
     editor.set_gate("familiarity", progress=True)
-    other = Decisions.of(edited, [*base])
+    other = Decisions.of(edited, edited.routing([*base]))
     editor.set_gate("similarity")
     both = own.only(other.scores > other.threshold)
     return {"familiarity": other.row(ungated, base), "both": both.row(ungated, base)}
 
 
-def subject_named(edited: Edited, questions: Sequence[Question]) -> Tensor:
+def subject_named(edited: Edited, questions: Iterable[Question], routing: Routing) -> Tensor:
     """[Q] whether each question names the subject of the edited fact nearest to it."""
-    nearest = edited.routing(questions).fact.tolist()
-    facts = edited.editor.facts
+    nearest = [edited.editor.facts[row] for row in routing.fact.tolist()]
     return torch.tensor(
-        [
-            facts[row].is_named_in(question.query)
-            for row, question in zip(nearest, questions, strict=True)
-        ]
+        [fact.is_named_in(q.query) for fact, q in zip(nearest, questions, strict=True)]
     )
 
 
@@ -310,13 +307,18 @@ class Study:
             generator=dataclasses.replace(GENERATORS["dit"], seed=seed),
             seed=seed,
         )
-        editor = MeGEditor.for_model("smollm2", config)
         if (folder / "meg.json").exists():
             saved = MeGEditor.from_pretrained(folder)
-            wanted = dataclasses.replace(editor.config, generator=saved.config.generator)
+            wanted = dataclasses.replace(
+                config,
+                layer=default_layer(saved.model),
+                template=PromptTemplate.for_model(saved.model),
+                generator=saved.config.generator,
+            )
             if saved.config != wanted or saved.facts != [*facts]:
                 raise SystemExit(f"{folder} was edited otherwise; move it, or rename this study")
             return saved
+        editor = MeGEditor.for_model("smollm2", config)
         tuning = [fact for path in options.tuning for fact in read_facts(path, on_conflict="first")]
         work = options.work / f".{folder.name}"
         editor.edit(facts, tuning=tuning, work_folder=work, progress=True)
@@ -360,8 +362,9 @@ class Study:
         with editor.serving():
             base = edited.base()
             ceiling = edited.ceiling()
-        decisions = Decisions.of(edited, [*base])
-        accepted = decisions.accepted(base)
+        routing = edited.routing([*base])
+        decisions = Decisions.of(edited, routing)
+        accepted = dict(zip(base, routing.edited.tolist(), strict=True))
         whole = n == edited_n
         own = editor.config.generator if whole else None
         seconds = dict(editor.edits.report.seconds)
@@ -376,6 +379,8 @@ class Study:
             "seconds": seconds if whole else {},
             "protocol": evaluation.protocol(),
             "calibration": dataclasses.asdict(decisions.calibration),
+            "requires_subject": editor.config.requires_subject(len(editor.facts)),
+            "perplexity": dataclasses.asdict(editor.perplexity(progress=True)),
         }
         strangers = about_others(base, editor.facts)
         others = {q: verdict for q, verdict in base.items() if q in strangers}
@@ -404,7 +409,7 @@ class Study:
                 "without_snapping": gated(snapped | alone, base, accepted).to_dict(),
             }
             if main:
-                named = decisions.only(subject_named(edited, [*base]))
+                named = decisions.only(subject_named(edited, base, routing))
                 row["gates"] = {
                     "similarity": decisions.row(snapped, base),
                     "similarity, subject named": named.row(snapped, base),

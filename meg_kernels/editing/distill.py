@@ -167,7 +167,7 @@ def distill(
         identity=(teacher_steps, inputs, *teacher.parameters()),
         max_steps=student.config.steps_for(len(inputs)),
     )
-    history, _ = fit(student, task, work_folder=work_folder, progress=progress)
+    history = fit(student, task, work_folder=work_folder, progress=progress).history
     report = Distillation(
         len(trial.rows), taught, undistilled, quality(student), history[-1][0], history
     )

@@ -78,6 +78,7 @@ from meg_kernels.text_encoder import EncoderTuningConfig, TextEncoder, Wordings
 log = logging.getLogger(__name__)
 
 FEWEST_TUNING_FACTS = 8
+MANY_FACTS = 1000  # of which one comes close to many a query about another subject
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class EditorConfig:
         threshold: the score above which the gate accepts; None: calibrated on held-out queries.
         require_subject: whether a query must name the subject of the edited fact nearest to it,
             where that is known. Queries about other subjects then keep their answers, and so do
-            wordings that name the subject otherwise (the French capital).
+            wordings that name the subject otherwise (the French capital). Default: from a thousand
+            edited facts on, which otherwise come close to many a query about other subjects.
         snap: give the generator the nearest edited query's condition, which it was trained on,
             instead of the query's own.
         calibration_share: share of the tuning facts kept from tuning, for the gate's threshold.
@@ -111,7 +113,7 @@ class EditorConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     gate: Literal["similarity", "familiarity"] = "similarity"
     threshold: float | None = None
-    require_subject: bool = False
+    require_subject: bool | None = None
     snap: bool = True
     calibration_share: float = 0.25
     most_tuning_facts: int | None = None
@@ -135,6 +137,14 @@ class EditorConfig:
         [512, 1024, 2048]
         """
         return self.most_tuning_facts or min(max(4 * facts, 512), 2048)
+
+    def requires_subject(self, facts: int) -> bool:
+        """Whether a query must name the subject when so many facts are edited.
+
+        >>> [EditorConfig().requires_subject(facts) for facts in (64, 1000)]
+        [False, True]
+        """
+        return facts >= MANY_FACTS if self.require_subject is None else self.require_subject
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -484,7 +494,7 @@ class MeGEditor:
                 work_folder=work_folder,
                 progress=progress,
             )
-        seconds["generator"] = max(seconds["generator"], *training.seconds, 0.0)
+        seconds["generator"] += training.seconds_before
         report = dataclasses.replace(before.report, training=training, seconds=seconds)
         self._edits = dataclasses.replace(before, generator=made, report=report)
         self.config = dataclasses.replace(self.config, generator=generator)
@@ -585,7 +595,7 @@ class MeGEditor:
         score = gate.score(z)
         _, fact = SimilarityGate(self._edits.queries).nearest(z)
         edited = score > gate.threshold
-        if self.config.require_subject:
+        if self.config.requires_subject(len(self.facts)):
             nearest = [self.facts[row] for row in fact.tolist()]
             named = [f.is_named_in(query) for f, query in zip(nearest, queries, strict=True)]
             edited &= torch.tensor(named, dtype=torch.bool, device=edited.device)
@@ -711,7 +721,7 @@ class MeGEditor:
             "model": self.name,
             "layer": self.layer,
             "gate": self.config.gate,
-            "require_subject": self.config.require_subject,
+            "require_subject": self.config.requires_subject(len(edits.facts)),
             "generator": self.config.generator.kind,
             "sampler": dataclasses.asdict(self.config.generator.sampler),
             "snap": self.config.snap,
@@ -898,7 +908,7 @@ class MeGEditor:
                 work_folder=work_folder,
                 progress=progress,
             )
-        seconds["generator"] = max(seconds["generator"], *training.seconds, 0.0)
+        seconds["generator"] += training.seconds_before
         unlearnt = collection.unlearnt(facts[len(kept) :])
         if kept:
             unlearnt = [fact for fact in self.edits.report.unlearnt if fact in kept] + unlearnt

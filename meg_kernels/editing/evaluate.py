@@ -3,7 +3,7 @@
     Reliability   the edited query is answered with the new answer
     Generality    so are its paraphrases
     Locality      other queries are answered exactly as the base model answers them
-    AG            autoregressive generation: the greedy answer as a whole
+    AG            autoregressive generation: the greedy answer, up to its full stop
     TF            teacher forcing: the mean share of answer tokens that the argmax hits
     Score         the harmonic mean of the six
 
@@ -80,7 +80,7 @@ class Verdict:
 
     Args:
         question: that was asked.
-        right: whether the greedy answer as a whole was the wanted one.
+        right: whether the greedy answer was the wanted one, as `answers_match` says.
         hits: the share of the wanted answer's tokens that the argmax hit.
     """
 
@@ -235,7 +235,8 @@ class Evaluation:
         return {
             "prompt_template": self.template.text,
             "decoding": f"greedy, at most {self.max_new_tokens} tokens, up to a line break",
-            "ag": "whole answer, case and final full stop ignored (locality: the same tokens)",
+            "ag": "whole answer; case, its full stop and any sentence after that are ignored "
+            "(locality: the same tokens)",
             "tf": "mean share of the answer's tokens that are the argmax given those before",
             "locality": "against the base model's own greedy answers, in the same batches",
             "score": "harmonic mean of the six",

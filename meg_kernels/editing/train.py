@@ -50,12 +50,14 @@ class Training:
         answered: share of edited queries answered right by generated neurons at the end.
         history: (step, loss, answered, distance) at each look, distance as `distance` says.
         seconds: from the start to each look, with those before an interruption.
+        seconds_before: of them, those before the interruption.
     """
 
     steps: int
     answered: float
     history: tuple[tuple[int, float, float, float], ...] = ()
     seconds: tuple[float, ...] = field(default=(), compare=False)
+    seconds_before: float = field(default=0.0, compare=False)
 
 
 def train_generator(
@@ -123,9 +125,9 @@ def train_generator(
         identity=(inputs, targets),
         max_steps=config.steps_for(len(inputs)),
     )
-    history, seconds = fit(generator, task, work_folder=work_folder, progress=progress)
-    step, _, answered, _ = history[-1]
-    return Training(step, answered, history, seconds)
+    fitted = fit(generator, task, work_folder=work_folder, progress=progress)
+    step, _, answered, _ = fitted.history[-1]
+    return Training(step, answered, fitted.history, fitted.seconds, fitted.seconds_before)
 
 
 def _trained_enough(enough: float, close: float, history: Looks) -> bool:
@@ -192,9 +194,24 @@ class Task:
     max_steps: int
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """How a fit went.
+
+    Args:
+        history: for each look the step, the mean loss since the look before, and what `task.look`
+            returned.
+        seconds, seconds_before: as `Training` has them.
+    """
+
+    history: tuple[tuple[Any, ...], ...]
+    seconds: tuple[float, ...]
+    seconds_before: float
+
+
 def fit(
     generator: Generator, task: Task, *, work_folder: str | Path | None, progress: bool
-) -> tuple[tuple[tuple[Any, ...], ...], tuple[float, ...]]:
+) -> Fitted:
     """Fit `generator`, in place, until a look at its averaged weights says that it is done.
 
     Its configuration says how: batches, learning rate, averaging and the looks.
@@ -203,10 +220,6 @@ def fit(
         generator: one with a network.
         task: loss and aim.
         work_folder, progress: as `train_generator` says.
-
-    Returns:
-        For each look the step, the mean loss since the look before, and what `task.look` returned;
-        and for each look the seconds since the start, with those before an interruption.
 
     Raises:
         FloatingPointError: the loss became NaN.
@@ -227,7 +240,8 @@ def fit(
     step, history, seconds = checkpoint.load(generator, averaged, optimizer, schedule, random)
 
     generator.train()
-    started = time.perf_counter() - (seconds[-1] if seconds else 0.0)
+    before = seconds[-1] if seconds else 0.0
+    started = time.perf_counter() - before
     total_loss = 0.0
     with tqdm(total=task.max_steps, initial=step, desc=task.name, disable=not progress) as bar:
         while step < task.max_steps and not (history and task.done(history)):
@@ -252,7 +266,7 @@ def fit(
                 checkpoint.save(generator, averaged, optimizer, random, step, history, seconds)
     generator.load_state_dict(averaged.state_dict())
     generator.eval()
-    return tuple(history), tuple(seconds)
+    return Fitted(tuple(history), tuple(seconds), before)
 
 
 def descend(
