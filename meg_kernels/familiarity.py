@@ -94,6 +94,23 @@ def transplant(z: Tensor, origin: Tensor, target: Tensor) -> Tensor:
     return z - 2 * (z * axis).sum(-1, keepdim=True) * axis
 
 
+@dataclass(frozen=True)
+class Rewording:
+    """Other wordings of queries, as far from them as paraphrases that are known are from theirs.
+
+    Args:
+        queries, paraphrases: [H, dim] unit vectors of some queries and of a paraphrase of each.
+    """
+
+    queries: Tensor
+    paraphrases: Tensor
+
+    def __call__(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        """[B, dim] a wording of each of the queries z [B, dim]."""
+        rows = torch.randint(len(self.queries), (len(z),), generator=generator).to(z.device)
+        return transplant(self.paraphrases[rows], self.queries[rows], z)
+
+
 class SimilarityGate(nn.Module):
     """Familiar is what lies close to an edited query.
 

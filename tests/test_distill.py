@@ -16,7 +16,7 @@ from meg_kernels.diffusion import SamplerConfig
 from meg_kernels.editing import distill as distilling
 from meg_kernels.editing.distill import CLOSE, distill
 from meg_kernels.editing.generators import GeneratorConfig, build_generator
-from meg_kernels.editing.train import train_generator
+from meg_kernels.editing.train import Conditions, train_generator
 
 TEACHER_STEPS = 12
 EPS = torch.finfo(torch.float32).eps
@@ -109,8 +109,8 @@ def distance(made, wanted):
 def lessons_of(generator, steps, teacher_steps=TEACHER_STEPS):
     teacher = distilling._sampled_in(teacher_steps, generator)
     student = copy.deepcopy(distilling._sampled_in(steps, generator))
-    lessons = distilling._Lessons(teacher, student, generator.scaled_conditions(Toy().conditions))
-    return lessons, student
+    conditions = Conditions(generator, Toy().conditions, None)
+    return distilling._Lessons(teacher, student, conditions), student
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v", "noise"])
@@ -138,11 +138,13 @@ def test_half_of_the_lessons_are_on_conditions_with_the_trainings_noise():
     generator = with_config(trained(), condition_noise=0.3, batch_size=12)
     lessons, _ = lessons_of(generator, 1)
     random = torch.Generator().manual_seed(1)
-    lessons.inputs = 9 * torch.randn(12, CONDITION_DIM, generator=random)
+    many = 9 * torch.randn(12, CONDITION_DIM, generator=random)
+    lessons.conditions = Conditions(generator, many, None)
+    inputs = generator.scaled_conditions(many)
     offsets = []
     for _ in range(20):
         conditions = lessons._make(random)[0]
-        offsets.append((conditions[:, None] - lessons.inputs).square().mean(2).sqrt().amin(1))
+        offsets.append((conditions[:, None] - inputs).square().mean(2).sqrt().amin(1))
     offsets = torch.cat(offsets)
     assert float((offsets == 0).float().mean()) == 0.5
     assert offsets[offsets > 0].mean().item() == pytest.approx(0.3, rel=0.1)

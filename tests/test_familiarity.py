@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meg_kernels.familiarity import FamiliarityNetwork, SimilarityGate, calibrate, transplant
+from meg_kernels.familiarity import (
+    FamiliarityNetwork,
+    Rewording,
+    SimilarityGate,
+    calibrate,
+    transplant,
+)
 
 # Few distinct values, so that scores tie; some of them lie closer than any rounded threshold.
 scores = st.lists(
@@ -90,6 +96,17 @@ def test_transplanting_keeps_the_angles_between_all_that_is_moved_alike():
     z = unit(20, 16, seed=2)
     moved = transplant(z, origin, target)
     torch.testing.assert_close(moved @ moved.T, z @ z.T)
+
+
+def test_a_rewording_is_as_far_from_its_query_as_a_known_paraphrase_is():
+    queries, paraphrases, z = unit(6, 16, seed=0), unit(6, 16, seed=1), unit(200, 16, seed=2)
+    moved = Rewording(queries, paraphrases)(z, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(moved.norm(dim=-1), torch.ones(200, dtype=torch.float64))
+    cosines = (moved * z).sum(-1, keepdim=True)
+    known = (queries * paraphrases).sum(-1)
+    taken = (cosines - known).abs().argmin(1)
+    torch.testing.assert_close(cosines[:, 0], known[taken])
+    assert taken.unique().tolist() == list(range(6))  # all of them are used
 
 
 def test_transplanting_to_the_same_place_changes_nothing():

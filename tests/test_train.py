@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import logging
 
@@ -12,7 +13,8 @@ import torch
 
 from meg_kernels.editing import train
 from meg_kernels.editing.generators import GeneratorConfig, build_generator
-from meg_kernels.editing.train import train_generator
+from meg_kernels.editing.train import Conditions, train_generator
+from meg_kernels.familiarity import Rewording
 from meg_kernels.neuron import NeuronLayout
 
 LAYOUT = NeuronLayout(6, 6, False, "identity")
@@ -41,14 +43,15 @@ def float32(monkeypatch):
     monkeypatch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
 
 
+normalized = functools.partial(torch.nn.functional.normalize, dim=-1)
+
+
 class Toy:
     """N conditions with their neurons; a generated one is right when it is nearly theirs."""
 
     def __init__(self):
         generator = torch.Generator().manual_seed(2)
-        self.conditions = torch.nn.functional.normalize(
-            torch.randn(N, CONDITION_DIM, generator=generator), dim=-1
-        )
+        self.conditions = normalized(torch.randn(N, CONDITION_DIM, generator=generator))
         self.neurons = LAYOUT.unpack(torch.randn(N, LAYOUT.dim, generator=generator))
         self.looks = []
 
@@ -125,6 +128,40 @@ def test_training_ends_when_what_can_be_reached_is_reached(toy):
     _, training = toy.train(answers=without_two)
     assert training.answered == pytest.approx(3 / 5)
     assert training.steps < TOY.max_steps
+
+
+def rewording(seed=0, scale=0.3):
+    """Of a hundred queries, with paraphrases close to them."""
+    random = torch.Generator().manual_seed(seed)
+    queries, off = torch.randn(2, 100, CONDITION_DIM, generator=random)
+    return Rewording(*(normalized(z) for z in (queries, queries + scale * off)))
+
+
+@pytest.mark.parametrize("reword", [True, False])
+def test_half_of_the_conditions_are_of_other_wordings_or_noisy(toy, reword):
+    config = dataclasses.replace(TOY, reword=reword, condition_noise=0.0)
+    generator = build_generator(config, LAYOUT, CONDITION_DIM)
+    generator.standardize(toy.conditions, toy.neurons)
+    conditions = Conditions(generator, toy.conditions, rewording())
+    exact = generator.scaled_conditions(toy.conditions)
+    random = torch.Generator().manual_seed(1)
+    for _ in range(10):
+        rows, inputs = conditions.draw(random)
+        assert len(rows.unique()) == TOY.batch_size
+        off = (inputs - exact[rows]).norm(dim=1)
+        assert bool((off[::2] == 0).all()) and bool((off[1::2] > 0).all()) is reword
+
+
+def test_a_generator_that_saw_other_wordings_makes_closer_neurons_of_more_of_them(toy):
+    off = {}
+    for reword in (True, False):
+        config = dataclasses.replace(TOY, reword=reword, condition_noise=0.0, max_steps=300)
+        generator, _ = toy.train(
+            config, rewording=rewording(), answers=toy.only_the_collected
+        )
+        moved = rewording(seed=1)(toy.conditions, torch.Generator().manual_seed(0))
+        off[reword] = float(toy.distances(generator.generate(moved)).mean())
+    assert off[True] < 0.6 * off[False]
 
 
 def test_enough_is_a_share_of_what_can_be_reached(toy):
@@ -231,7 +268,7 @@ def test_seconds_go_on_where_an_interruption_ended_them(toy, tmp_path, monkeypat
     _, training = toy.train(config, answers=toy.only_the_collected, work_folder=tmp_path)
     # The clock moves on by one whenever it is read: at the start, and at each look.
     assert [step for step, *_ in training.history] == [20, 40, 60, 80, 90]
-    assert training.seconds == (1, 2, 3, 4, 5)
+    assert training.seconds == (1, 2, 3, 4, 5) and training.seconds_before == 2
 
 
 def test_a_finished_training_is_not_done_again(toy, tmp_path, monkeypatch):

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from meg_kernels.diffusion import NeuronDiT, plan_steps, sample
 from meg_kernels.editing.generators import DiTGenerator, Generator
-from meg_kernels.editing.train import Answers, Task, Trial, distance, draw_conditions, fit
+from meg_kernels.editing.train import Answers, Conditions, Task, Trial, distance, fit
+from meg_kernels.familiarity import Rewording
 from meg_kernels.neuron import Neurons
 
 MOST_STEPS = 4  # up to which d is at least 0.05
@@ -85,6 +86,7 @@ def distill(
     answers: Answers,
     steps: int,
     *,
+    rewording: Rewording | None = None,
     teacher_steps: int | None = None,
     seed: int | None = None,
     work_folder: str | Path | None = None,
@@ -104,7 +106,7 @@ def distill(
         steps: of the student, 1 to 4.
         teacher_steps: a multiple of `steps`; default: the one closest to 50.
         seed: of batches and noise; default: that of the generator's configuration.
-        work_folder, progress: as `train_generator` says.
+        rewording, work_folder, progress: as `train_generator` says.
 
     Raises:
         ValueError: the generator is no DiT, a number of steps is out of range, or the generator
@@ -158,14 +160,14 @@ def distill(
 
     if as_good(undistilled.answered, undistilled.to_teacher):
         return student, Distillation(len(trial.rows), taught, undistilled, undistilled, 0)
-    inputs = generator.scaled_conditions(conditions)
+    lessons = Conditions(generator, conditions, rewording)
     task = Task(
         "distilling generator",
-        _Lessons(teacher, student, inputs).loss,
+        _Lessons(teacher, student, lessons).loss,
         look,
         done=lambda history: as_good(*history[-1][2:]),
-        identity=(teacher_steps, inputs, *teacher.parameters()),
-        max_steps=student.config.steps_for(len(inputs)),
+        identity=(teacher_steps, *lessons.identity, *teacher.parameters()),
+        max_steps=student.config.steps_for(len(conditions)),
     )
     history = fit(student, task, work_folder=work_folder, progress=progress).history
     report = Distillation(
@@ -203,11 +205,11 @@ class _Lessons:
     Args:
         teacher: makes them; stays as it is.
         student: learns to take them in its own number of steps.
-        inputs: [N, c] standardised conditions.
+        conditions: that they start from.
     """
 
-    def __init__(self, teacher: DiTGenerator, student: DiTGenerator, inputs: Tensor):
-        self.teacher, self.student, self.inputs = teacher, student, inputs
+    def __init__(self, teacher: DiTGenerator, student: DiTGenerator, conditions: Conditions):
+        self.teacher, self.student, self.conditions = teacher, student, conditions
         self.schedule, self.prediction = teacher.noise_schedule, teacher.network.prediction
         timesteps = self.schedule.timesteps(student.config.sampler.num_steps)
         self.steps = plan_steps("ddim", self.schedule, timesteps, self.prediction)
@@ -229,7 +231,7 @@ class _Lessons:
         config = self.student.config
         lessons = []
         for _ in range(math.ceil(config.check_every / (USES * len(self.steps)))):
-            _, conditions = draw_conditions(self.inputs, config, random)
+            _, conditions = self.conditions.draw(random)
             states = self._states(conditions)
             for step, (x_t, x_next) in zip(self.steps, pairwise(states), strict=True):
                 x0 = (x_next - step.update.sample * x_t) / step.update.x0

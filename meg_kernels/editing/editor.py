@@ -65,6 +65,7 @@ from meg_kernels.editing.train import Answers, Training, train_generator
 from meg_kernels.familiarity import (
     Calibration,
     FamiliarityNetwork,
+    Rewording,
     SimilarityGate,
     calibrate,
     transplant,
@@ -164,7 +165,7 @@ class EditorConfig:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Conditions of queries that were neither edited nor tuned on, for calibrating a gate.
+    """Conditions of queries that were neither edited nor tuned on, to calibrate a gate by.
 
     Args:
         queries: [H, dim] of held-out facts, each repeated for each of its paraphrases.
@@ -181,6 +182,11 @@ class HeldOut:
 
     def tensors(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @property
+    def rewording(self) -> Rewording:
+        """Other wordings for any queries."""
+        return Rewording(self.queries, self.paraphrases)
 
     def positive(self, edited: Tensor, generator: torch.Generator) -> Tensor:
         """[H, dim] the paraphrases, moved beside edited queries."""
@@ -491,6 +497,7 @@ class MeGEditor:
                 before.queries,
                 before.neurons,
                 self._answers(before.facts),
+                rewording=before.held_out.rewording,
                 work_folder=work_folder,
                 progress=progress,
             )
@@ -569,6 +576,7 @@ class MeGEditor:
                 before.neurons,
                 self._answers(before.facts),
                 steps,
+                rewording=before.held_out.rewording,
                 teacher_steps=teacher_steps,
                 seed=seed,
                 work_folder=work_folder,
@@ -904,6 +912,7 @@ class MeGEditor:
                 queries,
                 neurons,
                 self._answers(facts),
+                rewording=held_out.rewording,
                 keep_scales=bool(kept),
                 work_folder=work_folder,
                 progress=progress,

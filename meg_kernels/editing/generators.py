@@ -50,8 +50,10 @@ class GeneratorConfig:
         batch_size, learning_rate, warmup_steps: of AdamW with a cosine schedule.
         max_steps: at which that ends; default: 3000, or 100 passes over the facts if more.
         ema_decay: of the averaged weights, which are the ones that generate.
-        condition_noise: standard deviation of noise added to half of the training conditions, in
-            units of theirs.
+        reword: have half of the training conditions be those of other wordings of the query, made
+            of paraphrases of facts that are not edited, where an editor has such.
+        condition_noise: otherwise, standard deviation of noise added to that half, in units of the
+            conditions' own.
         check_every: steps between two looks at the answers of generated neurons.
         enough: training has done its work when this share of the edited queries is answered right,
         close: and the neurons are within this distance of the collected ones, relative to the
@@ -76,6 +78,7 @@ class GeneratorConfig:
     max_steps: int | None = None
     warmup_steps: int = 20
     ema_decay: float = 0.98
+    reword: bool = True
     condition_noise: float = 0.1
     check_every: int = 50
     enough: float = 1.0
@@ -107,6 +110,7 @@ class GeneratorConfig:
             "sampler": SamplerConfig("ddpm", 50, "respaced"),
             "learning_rate": 1e-4,
             "ema_decay": 0.0,
+            "reword": False,
             "condition_noise": 0.0,
         }
         return cls(**(published | changes))
@@ -120,6 +124,7 @@ class GeneratorConfig:
             "sampler": SamplerConfig("ddim", 2),
             "learning_rate": 3e-4,
             "ema_decay": cls.ema_decay,
+            "reword": True,
             "condition_noise": cls.condition_noise,
             "check_every": 25,
         }

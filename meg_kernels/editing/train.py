@@ -26,6 +26,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from meg_kernels.editing.generators import Generator, GeneratorConfig, NeuronBank
+from meg_kernels.familiarity import Rewording
 from meg_kernels.neuron import Neurons
 from meg_kernels.precision import fast_products
 from meg_kernels.storage import CorruptFileError, fingerprint, read_tensors, write_tensors
@@ -66,6 +67,7 @@ def train_generator(
     neurons: Neurons,
     answers: Answers,
     *,
+    rewording: Rewording | None = None,
     keep_scales: bool = False,
     work_folder: str | Path | None = None,
     progress: bool = False,
@@ -77,6 +79,7 @@ def train_generator(
         conditions: [N, condition_dim].
         neurons: the N neurons collected under them.
         answers: tries neurons on the model.
+        rewording: makes conditions of other wordings, if the configuration wants them.
         keep_scales: leave the generator's standardisation as it is, for further training.
         work_folder: keeps a checkpoint, from which an interrupted training of the same data and
             configuration resumes. Default: none.
@@ -110,20 +113,20 @@ def train_generator(
         generator.store(conditions, neurons)
         return Training(0, look(generator)[0])
 
-    inputs = generator.scaled_conditions(conditions)
     targets = generator.scaled_weights(neurons)
+    lessons = Conditions(generator, conditions, rewording)
 
     def loss(step: int, random: torch.Generator) -> Tensor:
-        rows, noisy = draw_conditions(inputs, config, random)
-        return generator.loss(noisy, targets[rows], random)
+        rows, inputs = lessons.draw(random)
+        return generator.loss(inputs, targets[rows], random)
 
     task = Task(
         "training generator",
         loss,
         look,
         done=functools.partial(_trained_enough, enough, config.close),
-        identity=(inputs, targets),
-        max_steps=config.steps_for(len(inputs)),
+        identity=(*lessons.identity, targets),
+        max_steps=config.steps_for(len(targets)),
     )
     fitted = fit(generator, task, work_folder=work_folder, progress=progress)
     step, _, answered, _ = fitted.history[-1]
@@ -281,14 +284,43 @@ def descend(
     return value.detach()
 
 
-def draw_conditions(
-    inputs: Tensor, config: GeneratorConfig, random: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """A batch of inputs [N, c]: its rows [B], and their conditions [B, c] with training's noise."""
-    rows = torch.randperm(len(inputs), generator=random)[: config.batch_size].to(inputs.device)
-    jitter = torch.randn(len(rows), inputs.shape[1], generator=random)
-    jitter[::2] = 0  # half of the conditions stay exact
-    return rows, inputs[rows] + config.condition_noise * jitter.to(inputs.device)
+@dataclass(frozen=True)
+class Conditions:
+    """What a generator is trained on: in each batch, half of the conditions are a little off.
+
+    Args:
+        generator: whose configuration says how, and whose scales are those of the batches.
+        conditions: [N, condition_dim].
+        rewording: makes those of other wordings, if the configuration wants them.
+    """
+
+    generator: Generator
+    conditions: Tensor
+    rewording: Rewording | None
+
+    def draw(self, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The rows [B] of a batch, and its standardised conditions [B, condition_dim]."""
+        config, z = self.generator.config, self.conditions
+        rows = torch.randperm(len(z), generator=random)[: config.batch_size].to(z.device)
+        z = z[rows]
+        if self._rewords is not None:
+            z[1::2] = self._rewords(z[1::2], random)
+        inputs = self.generator.scaled_conditions(z)
+        if self._rewords is None:
+            noise = torch.randn(inputs[1::2].shape, generator=random).to(z.device)
+            inputs[1::2] += config.condition_noise * noise
+        return rows, inputs
+
+    @property
+    def identity(self) -> tuple[Tensor, ...]:
+        """Tensors that tell these conditions from others."""
+        rewords = self._rewords
+        others = () if rewords is None else (rewords.queries, rewords.paraphrases)
+        return self.generator.scaled_conditions(self.conditions), *others
+
+    @property
+    def _rewords(self) -> Rewording | None:
+        return self.rewording if self.generator.config.reword else None
 
 
 def _sample_rows(n: int, seed: int) -> Tensor:
