@@ -153,6 +153,9 @@ def test_a_study_of_steps_is_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "benchmarks" / "plots" / "steps.png").stat().st_size > 1000
 
 
+PERPLEXITY = {"base": 30.5, "edited": 30.25, "passages": 24, "accepted": 1, "tokens": 2000}
+
+
 def quality_study() -> dict:
     """What benchmarks.quality.study writes."""
 
@@ -178,8 +181,8 @@ def quality_study() -> dict:
     gate = {"metrics": shares, "curve": points, "calibration": {"auroc": 0.875}}
     gates = {"similarity": gate, "familiarity": gate, "both": gate}
     rows = [
-        row(0.9, gates=gates),
-        row(0.8, seed=1),
+        row(0.9, gates=gates, perplexity=PERPLEXITY),
+        row(0.8, seed=1, perplexity=PERPLEXITY),
         row(0.7, generator="bank", training_seconds=0.0),
     ]
     return {"study": "quality", "data": "zsre", "rows": rows}
@@ -195,6 +198,7 @@ def test_a_study_of_quality_is_a_table_and_a_plot(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "FOLDER", tmp_path / "benchmarks")
     assert report.main([str(path), str(tmp_path / "empty.json")]) == 0
     lines = [line for line in readme.read_text().splitlines() if line.startswith("| 997")]
+    assert readme.read_text().count("| zsre | 997 | 24 | 1 | 30.500 | 30.250 |") == 1
     generality = "0.850 (0.800 to 0.900)"
     rest = "0.980 | 0.990 | 0.900 | 0.990 | –"
     assert lines == [

@@ -67,7 +67,8 @@ CHOICES = {
     "learning rate 3e-4": changed(learning_rate=3e-4),
     "v-prediction": changed(prediction="v"),
     "condition through adaLN only": changed(token_condition=False),
-    "no noise on conditions": changed(condition_noise=0.0),
+    "noise on conditions, no other wordings": changed(reword=False),
+    "exact conditions": changed(reword=False, condition_noise=0.0),
     "first 256 directions": Choice(rank=256),
     "first 256 directions, whitened": Choice(rank=256, whitened=True),
     "mlp": changed(kind="mlp"),
@@ -131,7 +132,12 @@ def measure(editor: MeGEditor, n: int, choice: Choice) -> dict[str, Any]:
     generator = build(choice, editor.attached.layout, editor.encoder.dim)
     answers = editor._answers(edits.facts[:n])
     training = train_generator(
-        generator, edits.queries[:n], edits.neurons[:n], answers, progress=True
+        generator,
+        edits.queries[:n],
+        edits.neurons[:n],
+        answers,
+        rewording=edits.held_out.rewording,
+        progress=True,
     )
     enough = training.steps < choice.config.max_steps or training.answered >= WANTED
     return {

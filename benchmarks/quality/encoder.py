@@ -69,7 +69,7 @@ def measure(
     held_out = editor._tune_encoder(wordings, shipped_unrelated_queries(), progress=True)
     seconds = time.perf_counter() - started
     queries = editor.encoder.encode([fact.query for fact in facts])
-    gate, calibration = editor._make_gate("similarity", queries, held_out, progress=False)
+    gate, calibration = editor._make_gate(editor.config, queries, held_out, progress=False)
     owners, paraphrases = zip(
         *((row, text) for row, fact in enumerate(facts) for text in fact.paraphrases), strict=True
     )

@@ -162,7 +162,11 @@ def quality(studies: Studies, plots: Path) -> str:
     with figure(trade_off, "thresholds of the gates") as axes:
         plot_trade_offs(found, axes)
     return paragraphs(
-        *map(quality_table, found), image(scale), gates_table(found), image(trade_off)
+        *map(quality_table, found),
+        image(scale),
+        gates_table(found),
+        image(trade_off),
+        ability_table(found),
     )
 
 
@@ -222,6 +226,24 @@ def gates_table(found: Sequence[Record]) -> str:
         for name, gate in row["gates"].items()
     ]
     return markdown("gates, on the same answers", lines) if lines else ""
+
+
+def ability_table(found: Sequence[Record]) -> str:
+    """Perplexity before and after the edits, for each number of facts."""
+    lines = [
+        {
+            "data": study["data"],
+            "facts": str(row["facts"]),
+            "passages": str(read["passages"]),
+            "taken for an edited query": str(read["accepted"]),
+            "perplexity, base model": f"{read['base']:.3f}",
+            "perplexity, edited": f"{read['edited']:.3f}",
+        }
+        for study in found
+        for row in sorted(study["rows"], key=lambda row: row["facts"])
+        if row["generator"] == "dit" and row["seed"] == 0 and (read := row.get("perplexity"))
+    ]
+    return markdown("text that has nothing to do with the edits", lines) if lines else ""
 
 
 def plot_numbers(found: Sequence[Record], axes: Any) -> None:

@@ -63,6 +63,7 @@ from meg_kernels.storage import write_json
 RESULTS = Path(__file__).parents[1] / "results"
 GENERATORS = {
     "dit": GeneratorConfig(),
+    "dit, not reworded": GeneratorConfig(reword=False),
     "dit-b": GeneratorConfig.dit_b(),
     "mlp": GeneratorConfig(kind="mlp"),
     "bank": GeneratorConfig(kind="bank"),
@@ -256,7 +257,14 @@ def train_with_zero_pairs(editor: MeGEditor, config: GeneratorConfig) -> None:
     made = build_generator(config, layout, editor.encoder.dim)
     conditions = torch.cat([edits.queries, away])
     neurons = Neurons.cat([edits.neurons, zero])
-    train_generator(made, conditions, neurons, edited_answers, progress=True)
+    train_generator(
+        made,
+        conditions,
+        neurons,
+        edited_answers,
+        rewording=edits.held_out.rewording,
+        progress=True,
+    )
     editor._edits = dataclasses.replace(edits, generator=made)
 
 
