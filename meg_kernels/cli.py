@@ -95,6 +95,9 @@ Generator = Annotated[
     GeneratorKind, typer.Option(help="What makes the neurons; dit-b: a DiT of the paper's size.")
 ]
 Gate = Annotated[GateKind, typer.Option(help="What tells edited queries from others.")]
+SAVING = ("edit", "add", "train", "distill")
+"""Commands of long work whose result is an edited model."""
+
 SUBJECT = "Edit only queries that name the subject of the nearest edited fact. Default:"
 Encoder = Annotated[str, typer.Option(help="Text encoder: a folder or a Hugging Face model id.")]
 
@@ -157,8 +160,9 @@ def edit(
     if known := report.known:
         given = known + len(editor.facts)
         console.print(f"left out: {known} of {given} facts, which the model answers so already")
+    _print_saved(editor, out)
     query = editor.facts[0].query
-    console.print(f"saved to {out}; ask it: meg ask {out} {query!r}", markup=False)
+    console.print(f"ask it: meg ask {out} {query!r}", markup=False)
 
 
 @app.command(epilog="**Example:** `meg add edited more.jsonl`")
@@ -186,7 +190,7 @@ def add(
         report = editor.add(added, replace=replace, work_folder=work, progress=True)
         editor.save_pretrained(out)
     _print_edit(report, len(editor.facts))
-    console.print(f"{len(editor.facts)} facts are edited; saved to {out}", markup=False)
+    _print_saved(editor, out)
 
 
 @app.command(epilog="**Example:** `meg remove edited dynamite`")
@@ -199,9 +203,11 @@ def remove(
     """Take edits back: the base model answers their queries again."""
     out = folder if out is None else out
     editor = _load(folder, device, None)
+    if not {fact.id for fact in editor.facts} - set(ids):
+        raise ValueError(f"these are all edited facts; instead, delete the folder {folder}")
     editor.remove(ids)
     editor.save_pretrained(out)
-    console.print(f"{len(editor.facts)} facts are edited; saved to {out}", markup=False)
+    _print_saved(editor, out)
 
 
 @app.command("layers", epilog="**Example:** `meg layers facts.jsonl --limit 32 --plot layers.png`")
@@ -349,9 +355,15 @@ def set_gate(
         Optional[float],  # noqa: UP045
         typer.Option(
             help="Accept scores above this: the higher, the more Locality and the less Generality. "
-            "Default: calibrated on other facts."
+            "Default: as it is."
         ),
     ] = None,
+    calibrated: Annotated[
+        bool,
+        typer.Option(
+            "--calibrated", help="Take the threshold calibrated on other facts, not a chosen one."
+        ),
+    ] = False,
     require_subject: Annotated[
         Optional[bool],  # noqa: UP045
         typer.Option(help=f"{SUBJECT} as it is."),
@@ -368,13 +380,17 @@ def set_gate(
     editor = _load(folder, device, None)
     kind: Any = None if gate is None else gate.value
     calibration = editor.set_gate(
-        kind, threshold=threshold, require_subject=require_subject, progress=True
+        kind,
+        threshold=threshold,
+        calibrated=calibrated,
+        require_subject=require_subject,
+        progress=True,
     )
     editor.save_pretrained(out)
     console.print(_calibrated(calibration), highlight=False)
-    if threshold is not None:
-        console.print(f"accepts scores above {threshold}, as asked", highlight=False)
-    console.print(f"saved to {out}", markup=False)
+    if (chosen := editor.config.threshold) is not None:
+        console.print(f"accepts scores above {chosen}, as asked", highlight=False)
+    _print_saved(editor, out)
 
 
 @app.command(epilog="**Example:** `meg distill edited --steps 2`")
@@ -576,6 +592,10 @@ def _tuning_facts(
 def _work_folder(out: Path, command: str) -> Iterator[Path]:
     """A folder beside `out`, where an interrupted command goes on; gone when it is done."""
     out = out.resolve()  # which gives even "." a name
+    if command in SAVING:
+        from meg_kernels.editing.saving import check_free
+
+        check_free(out)  # now, not when the work is done
     work = out.parent / f".{out.name}.{command}"
     yield work
     shutil.rmtree(work, ignore_errors=True)
@@ -593,6 +613,12 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _print_saved(editor: MeGEditor, out: Path) -> None:
+    console.print(f"{len(editor.facts)} facts are edited; saved to {out}", markup=False)
+    if editor.config.requires_subject(len(editor.facts)):
+        console.print("only queries that name the subject of the nearest one are taken for it")
 
 
 def _print_edit(report: EditReport, n: int) -> None:
@@ -705,10 +731,11 @@ def _print_answers(editor: MeGEditor, prompts: list[str], max_new_tokens: int) -
     routing = editor.route(prompts)
     base = editor.generate_base(prompts, max_new_tokens)
     edited = editor.generate(prompts, max_new_tokens)
-    rows = zip(prompts, base, edited, routing.edited.tolist(), routing.score.tolist(), strict=True)
-    for prompt, before, after, accepted, score in rows:
+    for row, (prompt, before, after) in enumerate(zip(prompts, base, edited, strict=True)):
         texts = (escape(text) for text in (prompt, before, after))
-        table.add_row(*texts, f"{'yes' if accepted else 'no'} ({score:.2f})")
+        unnamed = "" if routing.named[row] else ", subject not named"
+        taken = "yes" if routing.edited[row] else "no"
+        table.add_row(*texts, f"{taken} ({routing.score[row]:.2f}{unnamed})")
     console.print(table)
 
 

@@ -242,9 +242,36 @@ def test_a_gate_and_its_threshold_can_be_changed(edited, tmp_path):
     assert not editor.route([EDITED[0].query]).edited
     run("gate", out, "--gate", "similarity", "--require-subject")
     assert MeGEditor.from_pretrained(out).config.require_subject
-    run("gate", out, "--no-require-subject")
+    name = EDITED[0].query, EDITED[0].paraphrases[0]
+    run("gate", out, "--threshold", -2)
+    nameless = "of all"  # in the tiny encoder's words
+    assert "subject not named)" in run("ask", out, *name, nameless, "--max-new-tokens", 3)
+    shown = run("gate", out, "--no-require-subject")
+    assert "accepts scores above -2" in shown  # as before
     editor = MeGEditor.from_pretrained(out)
-    assert editor.config.gate == "similarity" and editor.edits.gate.threshold < 1
+    assert editor.config.gate == "similarity" and editor.config.require_subject is False
+    assert "subject" not in run("ask", out, nameless, "--max-new-tokens", 3)
+    run("gate", out, "--calibrated")
+    assert -1 < MeGEditor.from_pretrained(out).edits.gate.threshold < 1
+
+
+def test_many_facts_say_that_the_subject_must_be_named(edited, tmp_path, monkeypatch):
+    out = shutil.copytree(edited[0], tmp_path / "edited")
+    said = "only queries that name the subject"
+    monkeypatch.setattr("meg_kernels.editing.editor.MANY_FACTS", len(EDITED))
+    assert said in run("gate", out) and said not in run("remove", out, EDITED[0].id)
+
+
+def test_a_folder_of_other_things_is_refused_before_the_work(
+    facts_file, models, edited, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr(MeGEditor, "edit", lambda *args, **more: pytest.fail("it was edited"))
+    monkeypatch.setattr(MeGEditor, "train", lambda *args, **more: pytest.fail("it was trained"))
+    for arguments in (("edit", facts_file, *models), ("train", edited[0])):
+        said = fails(monkeypatch, capsys, *arguments, "--out", tmp_path)
+        assert "holds other files (notes.txt)" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_facts_are_added_changed_and_removed(edited, tmp_path):
@@ -255,7 +282,7 @@ def test_facts_are_added_changed_and_removed(edited, tmp_path):
     assert further.answer in run("ask", out, further.query, "--max-new-tokens", 3)
     changed = dataclasses.replace(EDITED[0], answer=EDITED[1].answer)
     write_facts(tmp_path / "more.jsonl", [changed])
-    with pytest.raises(FactsError, match="answered with both"):
+    with pytest.raises(FactsError, match=r"answered with both(.|\n)*meg add --replace"):
         run("add", out, tmp_path / "more.jsonl")
     assert "5 facts are edited" in run("add", out, tmp_path / "more.jsonl", "--replace")
     assert "4 facts are edited" in run("remove", out, further.id)
@@ -451,6 +478,7 @@ def test_what_a_user_can_mend_is_one_clear_line(edited, edited_dit, tmp_path, mo
         (["evaluate", edited[0], "--json", edited[0] / "meg.json" / "report"], "meg.json"),
         (["evaluate", edited[0], "--device", "cuda:99"], "cuda:99"),
         (["distill", tmp_path / "absent", "--steps", 1], "holds no edited model"),
+        (["remove", edited[0], *(fact.id for fact in EDITED)], "instead, delete the folder"),
         (["distill", edited[0], "--steps", 1], "mlp and bank already take one step"),
         (["distill", edited_dit, "--steps", 5], "steps is 5; it must be 1 to 4"),
         (["distill", edited_dit, "--steps", 2, "--teacher-steps", 2], "teacher_steps is 2"),

@@ -513,53 +513,86 @@ def test_another_gate_is_that_of_an_edit_with_it(gate, tmp_path):
 def test_a_threshold_can_be_chosen_and_a_gate_that_does_not_exist_cannot(editor):
     before = editor.edits.gate.threshold
     calibration = editor.set_gate("similarity", threshold=-2.0)
-    try:
-        assert calibration.threshold == before and editor.route(LOCALITY).edited.all()
-        with pytest.raises(ValueError, match="it must be 'similarity' or 'familiarity'"):
-            editor.set_gate("nearest")
-        with pytest.raises(ValueError, match="threshold is nan; it must be finite"):
-            editor.set_gate("similarity", threshold=float("nan"))
-        assert editor.edits.gate.threshold == -2.0
-        assert editor.evaluate(EDITED[:1]).protocol["threshold"] == -2.0
-    finally:
-        editor.set_gate()
-    assert editor.edits.gate.threshold == before
+    assert calibration.threshold == before and editor.route(LOCALITY).edited.all()
+    with pytest.raises(ValueError, match="it must be 'similarity' or 'familiarity'"):
+        editor.set_gate("nearest")
+    with pytest.raises(ValueError, match="threshold is nan; it must be finite"):
+        editor.set_gate("similarity", threshold=float("nan"))
+    with pytest.raises(ValueError, match="either given or calibrated"):
+        editor.set_gate(threshold=0.5, calibrated=True)
+    editor.set_gate("similarity", require_subject=False)  # which leaves it as it is
+    assert editor.edits.gate.threshold == -2.0
+    assert editor.evaluate(EDITED[:1]).protocol["threshold"] == -2.0
+    editor.set_gate(calibrated=True)
+    assert editor.edits.gate.threshold == before and editor.config.threshold is None
+
+
+def test_another_kind_of_gate_has_a_threshold_of_its_own(editor):
+    editor.set_gate(threshold=-2.0)
+    calibration = editor.set_gate("familiarity")
+    assert editor.edits.gate.threshold == calibration.threshold != -2.0
 
 
 def test_a_query_can_be_required_to_name_the_subject(editor):
     editor.set_gate(threshold=-2.0, require_subject=True)
-    try:
-        asked = [*PARAPHRASES, *LOCALITY]
-        routing = editor.route(asked)
-        nearest = [editor.facts[row].subject for row in routing.fact.tolist()]
-        named = [s.lower() in query.lower() for s, query in zip(nearest, asked, strict=True)]
-        assert routing.edited.tolist() == named and any(named) and not all(named)
-        assert editor.evaluate(EDITED[:1]).protocol["require_subject"]
-        editor.set_gate(threshold=-2.0)  # which leaves that as it is
-        assert editor.route(asked).edited.tolist() == named
-    finally:
-        editor.set_gate(require_subject=False)
-    fact = dataclasses.replace(EDITED[0], subject=None)
-    assert fact.is_named_in("anything") and not EDITED[0].is_named_in("anything")
+    asked = [*PARAPHRASES, *LOCALITY]
+    routing = editor.route(asked)
+    nearest = [editor.facts[row].subject for row in routing.fact.tolist()]
+    named = [s.lower() in query.lower() for s, query in zip(nearest, asked, strict=True)]
+    assert routing.edited.tolist() == routing.named.tolist() == named
+    assert any(named) and not all(named)
+    assert editor.evaluate(EDITED[:1]).protocol["require_subject"]
+    editor.set_gate(threshold=2.0)  # which leaves that as it is
+    routing = editor.route(asked)
+    assert routing.named.tolist() == named and not routing.edited.any()
 
 
-@pytest.mark.parametrize("many", [len(EDITED), len(EDITED) + 1])
-def test_many_edited_facts_require_the_subject_unless_told_otherwise(editor, monkeypatch, many):
-    monkeypatch.setattr("meg_kernels.editing.editor.MANY_FACTS", many)
-    config = editor.config
-    editor.config = dataclasses.replace(config, require_subject=None)
+def test_a_fact_whose_own_query_does_not_spell_its_subject_asks_for_none(editor):
+    unspelt, unknown = (dataclasses.replace(EDITED[0], subject=s) for s in ("Nobody", None))
+    assert unspelt.is_named_in("anything") and unknown.is_named_in("anything")
+    assert not EDITED[0].is_named_in("anything") and EDITED[0].is_named_in(EDITED[0].query)
+    editor._edits = dataclasses.replace(editor.edits, facts=[unspelt, *EDITED[1:]])
+    editor.set_gate(require_subject=True)
+    assert editor.route(QUERIES).edited.all()
+
+
+def test_from_many_edited_facts_on_a_query_must_name_the_subject(editor, monkeypatch):
     editor.set_gate(threshold=-2.0)
-    try:
-        routing = editor.route(LOCALITY)
-        nearest = [editor.facts[row].subject for row in routing.fact.tolist()]
-        named = [s.lower() in query.lower() for s, query in zip(nearest, LOCALITY, strict=True)]
-        required = many == len(EDITED)
-        assert routing.edited.tolist() == (named if required else [True] * len(LOCALITY))
-        assert not all(named)
-        assert editor.evaluate(EDITED[:1]).protocol["require_subject"] is required
-    finally:
-        editor.config = config
-        editor.set_gate()
+    assert editor.config.require_subject is None
+    assert editor.route(LOCALITY).edited.all()
+    monkeypatch.setattr(editing, "MANY_FACTS", len(EDITED))
+    routing = editor.route(LOCALITY)
+    nearest = [editor.facts[row].subject for row in routing.fact.tolist()]
+    named = [s.lower() in query.lower() for s, query in zip(nearest, LOCALITY, strict=True)]
+    assert routing.edited.tolist() == named and not all(named)
+    assert editor.evaluate(EDITED[:1]).protocol["require_subject"] is True
+    editor.remove([EDITED[0].id])
+    assert editor.route(LOCALITY).edited.all()
+    assert editor.evaluate(EDITED[1:2]).protocol["require_subject"] is False
+
+
+def test_every_training_sees_other_wordings_made_of_the_held_out_paraphrases(monkeypatch):
+    editor, seen = make_editor(), []
+
+    def noted(name):
+        real = getattr(editing, name)
+
+        def training(*args, rewording, **more):
+            seen.append(rewording)
+            return real(*args, rewording=rewording, **more)
+
+        monkeypatch.setattr(editing, name, training)
+
+    noted("train_generator"), noted("distill")
+    edit(editor)
+    editor.add([next(fact for fact in FACTS if fact not in EDITED)])
+    editor.train(dataclasses.replace(CONFIG.generator, kind="dit"))
+    editor.distill(1)
+    held_out = editor.edits.held_out
+    assert len(seen) == 4
+    for rewording in seen:
+        assert torch.equal(rewording.queries, held_out.queries)
+        assert torch.equal(rewording.paraphrases, held_out.paraphrases)
 
 
 def test_a_chosen_threshold_stays_when_facts_are_removed_or_added():
@@ -1007,12 +1040,8 @@ def test_an_interrupted_evaluation_resumes_until_the_edits_change(editor, tmp_pa
     assert editor.evaluate(work_folder=tmp_path).metrics == expected and asked
     asked.clear()
     assert editor.evaluate(work_folder=tmp_path).metrics == expected and not asked
-    threshold = editor.edits.gate.threshold
-    try:
-        editor.set_gate("similarity", threshold=2.0)
-        rejecting = editor.evaluate(work_folder=tmp_path).metrics
-    finally:
-        editor.set_gate("similarity", threshold=threshold)
+    editor.set_gate("similarity", threshold=2.0)
+    rejecting = editor.evaluate(work_folder=tmp_path).metrics
     assert asked and rejecting.reliability_ag == 0 and rejecting.locality_ag == 1
 
 

@@ -156,10 +156,10 @@ def test_the_contradiction_in_real_counterfact_is_reported_by_its_lines():
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[8469 - 1] == lines[9157 - 1] == "{"  # where the two records begin
     assert (
-        "has 1 contradictions:\n"
+        "has contradictions (1):\n"
         "  line 8469 (record 309) and line 9157 (record 334): 'What is the twin city of Warsaw? "
         "It is' is answered with both 'Valencia' and 'Cairo'\n"
-        "keep one of each, or pass on_conflict='first'"
+        "keep one of each, or the first with on_conflict='first' (meg edit --on-conflict first)"
     ) in str(error.value)
 
 

@@ -41,6 +41,6 @@ def test_a_row_counts_what_an_edited_model_finds_and_rejects(monkeypatch):
     assert row["retrieved"] == pytest.approx(float(right.float().mean()))
     assert row["accepted"] == pytest.approx(float((right & routing.edited).float().mean()))
     assert row["rejected"] == pytest.approx(float((~away).float().mean()))
-    assert 0 < row["rejected"] and 0 < row["accepted"] and row["seconds"] > 0
+    assert row["rejected"] > 0 and row["accepted"] > 0 and row["seconds"] > 0
     assert poolings == ["mean"] and choice["pooling"] == "mean"
     assert row["calibration"] == dataclasses.asdict(editor.edits.report.calibration)

@@ -156,9 +156,7 @@ def test_a_generator_that_saw_other_wordings_makes_closer_neurons_of_more_of_the
     off = {}
     for reword in (True, False):
         config = dataclasses.replace(TOY, reword=reword, condition_noise=0.0, max_steps=300)
-        generator, _ = toy.train(
-            config, rewording=rewording(), answers=toy.only_the_collected
-        )
+        generator, _ = toy.train(config, rewording=rewording(), answers=toy.only_the_collected)
         moved = rewording(seed=1)(toy.conditions, torch.Generator().manual_seed(0))
         off[reword] = float(toy.distances(generator.generate(moved)).mean())
     assert off[True] < 0.6 * off[False]

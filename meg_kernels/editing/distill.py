@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Distillation:
         student: the network that came of it.
         steps: optimisation steps taken.
         history: (step, loss, answered, to_teacher) at each look.
+        seconds_before: that an interrupted distillation spent on them.
     """
 
     asked: int
@@ -77,6 +78,7 @@ class Distillation:
     student: Quality
     steps: int
     history: tuple[tuple[int, float, float, float], ...] = ()
+    seconds_before: float = field(default=0.0, compare=False)
 
 
 def distill(
@@ -169,9 +171,15 @@ def distill(
         identity=(teacher_steps, *lessons.identity, *teacher.parameters()),
         max_steps=student.config.steps_for(len(conditions)),
     )
-    history = fit(student, task, work_folder=work_folder, progress=progress).history
+    fitted = fit(student, task, work_folder=work_folder, progress=progress)
     report = Distillation(
-        len(trial.rows), taught, undistilled, quality(student), history[-1][0], history
+        len(trial.rows),
+        taught,
+        undistilled,
+        quality(student),
+        fitted.history[-1][0],
+        fitted.history,
+        fitted.seconds_before,
     )
     return student, report
 

@@ -93,9 +93,10 @@ class EditorConfig:
         gate: `similarity`, or the paper's `familiarity` network.
         threshold: the score above which the gate accepts; None: calibrated on held-out queries.
         require_subject: whether a query must name the subject of the edited fact nearest to it,
-            where that is known. Queries about other subjects then keep their answers, and so do
-            wordings that name the subject otherwise (the French capital). Default: from a thousand
-            edited facts on, which otherwise come close to many a query about other subjects.
+            where that is known and the fact's own query names it. Queries about other subjects
+            then keep their answers, and so do wordings that name the subject otherwise (the French
+            capital). Default: from a thousand edited facts on, which otherwise come close to many a
+            query about other subjects.
         snap: give the generator the nearest edited query's condition, which it was trained on,
             instead of the query's own.
         calibration_share: share of the tuning facts kept from tuning, for the gate's threshold.
@@ -167,6 +168,8 @@ class EditorConfig:
 class HeldOut:
     """Conditions of queries that were neither edited nor tuned on, to calibrate a gate by.
 
+    How their paraphrases lie also teaches generators other wordings.
+
     Args:
         queries: [H, dim] of held-out facts, each repeated for each of its paraphrases.
         paraphrases: [H, dim] of their paraphrases.
@@ -212,12 +215,14 @@ class Routing:
         fact: [B] int64: the edited fact nearest to each query.
         score: [B] the gate's score.
         z: [B, dim] the queries' conditions.
+        named: [B] bool: false where the query should name that fact's subject and does not.
     """
 
     edited: Tensor
     fact: Tensor
     score: Tensor
     z: Tensor
+    named: Tensor
 
 
 @dataclass(frozen=True)
@@ -249,7 +254,7 @@ class Edits:
         queries: [N, dim] their conditions.
         neurons: N collected neurons.
         initial: the one neuron that the collection started from.
-        held_out: what the gate is calibrated on.
+        held_out: what the gate is calibrated on; its paraphrases teach the generator too.
         gate, generator: as the configuration names them.
         report: of the last edit.
     """
@@ -420,7 +425,11 @@ class MeGEditor:
                 and before.facts[row].normalized_query not in queries
             ]
         kept = [before.facts[row] for row in rows]
-        check_facts([*kept, *facts])
+        try:
+            check_facts([*kept, *facts])
+        except FactsError as error:
+            hint = "with replace=True (meg add --replace) they take the place of the edited ones"
+            raise FactsError(f"{error}\n{hint}") from None
         seconds: dict[str, float] = {}
         with _timed(seconds, "collect"):
             collection = self._collect(facts, before.initial, work_folder, progress)
@@ -512,6 +521,7 @@ class MeGEditor:
         gate: Literal["similarity", "familiarity"] | None = None,
         *,
         threshold: float | None = None,
+        calibrated: bool = False,
         require_subject: bool | None = None,
         progress: bool = False,
     ) -> Calibration:
@@ -520,7 +530,9 @@ class MeGEditor:
         Args:
             gate: its kind; default: that of the present one.
             threshold: the score above which it accepts, also when facts are added or removed;
-                default: calibrated on the queries that were held out when the encoder was tuned.
+                default: as it is, or calibrated if the kind changes.
+            calibrated: take the threshold that is calibrated on the queries that were held out when
+                the encoder was tuned, in place of one that was chosen.
             require_subject: as `EditorConfig` says; default: as it is.
             progress: show a progress bar.
 
@@ -530,9 +542,13 @@ class MeGEditor:
 
         Raises:
             RuntimeError: nothing is edited.
-            ValueError: no such gate, or a threshold that is not finite.
+            ValueError: no such gate, a threshold that is not finite, or one to be calibrated.
         """
         before = self.edits
+        if calibrated and threshold is not None:
+            raise ValueError("a threshold is either given or calibrated")
+        if not calibrated and threshold is None and gate in (None, self.config.gate):
+            threshold = self.config.threshold
         gate = gate or self.config.gate
         config = dataclasses.replace(self.config, gate=gate, threshold=threshold)
         if require_subject is not None:
@@ -582,6 +598,7 @@ class MeGEditor:
                 work_folder=work_folder,
                 progress=progress,
             )
+        seconds["distill"] += distillation.seconds_before
         report = dataclasses.replace(before.report, seconds=seconds)
         self._edits = dataclasses.replace(before, generator=student, report=report)
         self.config = dataclasses.replace(self.config, generator=student.config)
@@ -598,16 +615,16 @@ class MeGEditor:
         z = self._encode(queries)
         if self._edits is None:
             nowhere = torch.full((len(z),), -1, device=z.device)
-            return Routing(nowhere > 0, nowhere, nowhere.float(), z)
+            return Routing(nowhere > 0, nowhere, nowhere.float(), z, nowhere < 0)
         gate = self._edits.gate
         score = gate.score(z)
         _, fact = SimilarityGate(self._edits.queries).nearest(z)
-        edited = score > gate.threshold
+        named = torch.ones_like(score, dtype=torch.bool)
         if self.config.requires_subject(len(self.facts)):
             nearest = [self.facts[row] for row in fact.tolist()]
-            named = [f.is_named_in(query) for f, query in zip(nearest, queries, strict=True)]
-            edited &= torch.tensor(named, dtype=torch.bool, device=edited.device)
-        return Routing(edited, fact, score, z)
+            for b, (near, query) in enumerate(zip(nearest, queries, strict=True)):
+                named[b] = near.is_named_in(query)
+        return Routing((score > gate.threshold) & named, fact, score, z, named)
 
     @contextmanager
     def routed(self, queries: Sequence[str], routing: Routing | None = None) -> Iterator[Routing]:

@@ -75,12 +75,15 @@ class Fact:
         return normalized(self.query)
 
     def is_named_in(self, query: str) -> bool:
-        """Whether the query names the fact's subject; of a fact without one, any does.
+        """Whether the query names the fact's subject as the fact's own query does.
+
+        Of a fact without a subject, or whose query does not spell it, any query does.
 
         >>> Fact("Who wrote Emma?", "Me", subject="Emma").is_named_in("the author of EMMA")
         True
         """
-        return self.subject is None or normalized(self.subject) in normalized(query)
+        subject = normalized(self.subject or "")
+        return subject in normalized(query) or subject not in self.normalized_query
 
     @property
     def normalized_answer(self) -> str:
@@ -285,9 +288,12 @@ def read_facts(
     if problems:
         raise FactsError(_listing(f"{path} has {len(problems)} bad records", problems))
     facts, duplicates, conflicts = _merge(placed)
-    contradictions = _listing(f"{path} has {len(conflicts)} contradictions", conflicts)
+    contradictions = _listing(f"{path} has contradictions ({len(conflicts)})", conflicts)
     if conflicts and on_conflict == "error":
-        raise FactsError(f"{contradictions}\nkeep one of each, or pass on_conflict='first'")
+        raise FactsError(
+            f"{contradictions}\nkeep one of each, or the first with on_conflict='first' "
+            "(meg edit --on-conflict first)"
+        )
     if conflicts:
         warnings.warn(f"{contradictions}\nthe first of each is kept", stacklevel=2)
     if duplicates:

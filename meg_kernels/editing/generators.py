@@ -152,7 +152,9 @@ class GeneratorConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GeneratorConfig:
-        return cls(**(dict(values) | {"sampler": SamplerConfig(**values["sampler"])}))
+        sampler = SamplerConfig(**values["sampler"])
+        # What was saved before there was a choice had not seen other wordings.
+        return cls(**({"reword": False} | dict(values) | {"sampler": sampler}))
 
 
 def _deviation(rows: Tensor) -> Tensor:

@@ -47,14 +47,19 @@ MANIFEST = "meg.json"
 _KINDS = ("facts", "edits", "gate", "generator", "encoder")
 
 
-def save_editor(editor: MeGEditor, folder: Path) -> None:
-    """Write `editor` to `folder`; see `MeGEditor.save_pretrained`."""
+def check_free(folder: Path) -> None:
+    """Raise FileExistsError if `folder` holds anything but an edited model."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
         left = [p for p in folder.iterdir() if p.name.split("-")[0].lstrip(".") not in _KINDS]
         if left:
             raise FileExistsError(
                 f"{folder} holds other files ({left[0].name}); choose an empty or new folder"
             )
+
+
+def save_editor(editor: MeGEditor, folder: Path) -> None:
+    """Write `editor` to `folder`; see `MeGEditor.save_pretrained`."""
+    check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     edits = editor.edits
     tensors = {f"held_out.{k}": v for k, v in edits.held_out.tensors().items()} | {

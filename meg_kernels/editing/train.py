@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from meg_kernels.editing.generators import Generator, GeneratorConfig, NeuronBank
+from meg_kernels.editing.generators import Generator, NeuronBank
 from meg_kernels.familiarity import Rewording
 from meg_kernels.neuron import Neurons
 from meg_kernels.precision import fast_products

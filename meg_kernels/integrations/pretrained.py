@@ -138,7 +138,13 @@ def load_language_model(
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device is {device}, but PyTorch sees no CUDA device; run: meg info")
     source = smollm2_folder() if name == SMOLLM2 else name
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except OSError as error:
+        raise OSError(
+            f"cannot load the model {name!r}: it must be {SMOLLM2!r}, a folder with a model, or a "
+            f"Hugging Face id that can be reached from here\n{error}"
+        ) from error
     model.to(device)  # type: ignore[arg-type]
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     if tokenizer.pad_token is None:
