@@ -571,8 +571,11 @@ def test_from_many_edited_facts_on_a_query_must_name_the_subject(editor, monkeyp
     assert editor.evaluate(EDITED[1:2]).protocol["require_subject"] is False
 
 
-def test_every_training_sees_other_wordings_made_of_the_held_out_paraphrases(monkeypatch):
-    editor, seen = make_editor(), []
+@pytest.mark.parametrize("reword", [None, True, False])
+@pytest.mark.parametrize("snap", [True, False])
+def test_every_training_sees_other_wordings_if_it_is_asked_about_them(monkeypatch, snap, reword):
+    generator = dataclasses.replace(CONFIG.generator, reword=reword)
+    editor, seen = make_editor(dataclasses.replace(CONFIG, snap=snap, generator=generator)), []
 
     def noted(name):
         real = getattr(editing, name)
@@ -586,10 +589,13 @@ def test_every_training_sees_other_wordings_made_of_the_held_out_paraphrases(mon
     noted("train_generator"), noted("distill")
     edit(editor)
     editor.add([next(fact for fact in FACTS if fact not in EDITED)])
-    editor.train(dataclasses.replace(CONFIG.generator, kind="dit"))
+    editor.train(dataclasses.replace(generator, kind="dit"))
     editor.distill(1)
-    held_out = editor.edits.held_out
     assert len(seen) == 4
+    if reword is False or (reword is None and snap):
+        assert seen == [None] * 4
+        return
+    held_out = editor.edits.held_out
     for rewording in seen:
         assert torch.equal(rewording.queries, held_out.queries)
         assert torch.equal(rewording.paraphrases, held_out.paraphrases)

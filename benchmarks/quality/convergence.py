@@ -67,8 +67,8 @@ CHOICES = {
     "learning rate 3e-4": changed(learning_rate=3e-4),
     "v-prediction": changed(prediction="v"),
     "condition through adaLN only": changed(token_condition=False),
-    "noise on conditions, no other wordings": changed(reword=False),
-    "exact conditions": changed(reword=False, condition_noise=0.0),
+    "exact conditions": changed(condition_noise=0.0),
+    "other wordings instead of noise": changed(reword=True),
     "first 256 directions": Choice(rank=256),
     "first 256 directions, whitened": Choice(rank=256, whitened=True),
     "mlp": changed(kind="mlp"),
@@ -136,7 +136,7 @@ def measure(editor: MeGEditor, n: int, choice: Choice) -> dict[str, Any]:
         edits.queries[:n],
         edits.neurons[:n],
         answers,
-        rewording=edits.held_out.rewording,
+        rewording=edits.held_out.rewording if choice.config.reword else None,
         progress=True,
     )
     enough = training.steps < choice.config.max_steps or training.answered >= WANTED

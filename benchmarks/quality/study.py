@@ -63,7 +63,7 @@ from meg_kernels.storage import write_json
 RESULTS = Path(__file__).parents[1] / "results"
 GENERATORS = {
     "dit": GeneratorConfig(),
-    "dit, not reworded": GeneratorConfig(reword=False),
+    "dit, other wordings": GeneratorConfig(reword=True),
     "dit-b": GeneratorConfig.dit_b(),
     "mlp": GeneratorConfig(kind="mlp"),
     "bank": GeneratorConfig(kind="bank"),
@@ -262,7 +262,7 @@ def train_with_zero_pairs(editor: MeGEditor, config: GeneratorConfig) -> None:
         conditions,
         neurons,
         edited_answers,
-        rewording=edits.held_out.rewording,
+        rewording=edits.held_out.rewording,  # such queries are asked about by themselves
         progress=True,
     )
     editor._edits = dataclasses.replace(edits, generator=made)

@@ -168,7 +168,7 @@ class EditorConfig:
 class HeldOut:
     """Conditions of queries that were neither edited nor tuned on, to calibrate a gate by.
 
-    How their paraphrases lie also teaches generators other wordings.
+    How their paraphrases lie can also teach a generator other wordings.
 
     Args:
         queries: [H, dim] of held-out facts, each repeated for each of its paraphrases.
@@ -254,7 +254,7 @@ class Edits:
         queries: [N, dim] their conditions.
         neurons: N collected neurons.
         initial: the one neuron that the collection started from.
-        held_out: what the gate is calibrated on; its paraphrases teach the generator too.
+        held_out: what the gate is calibrated on.
         gate, generator: as the configuration names them.
         report: of the last edit.
     """
@@ -506,7 +506,7 @@ class MeGEditor:
                 before.queries,
                 before.neurons,
                 self._answers(before.facts),
-                rewording=before.held_out.rewording,
+                rewording=self._rewording(generator, before.held_out),
                 work_folder=work_folder,
                 progress=progress,
             )
@@ -592,7 +592,7 @@ class MeGEditor:
                 before.neurons,
                 self._answers(before.facts),
                 steps,
-                rewording=before.held_out.rewording,
+                rewording=self._rewording(self.config.generator, before.held_out),
                 teacher_steps=teacher_steps,
                 seed=seed,
                 work_folder=work_folder,
@@ -929,7 +929,7 @@ class MeGEditor:
                 queries,
                 neurons,
                 self._answers(facts),
-                rewording=held_out.rewording,
+                rewording=self._rewording(generator.config, held_out),
                 keep_scales=bool(kept),
                 work_folder=work_folder,
                 progress=progress,
@@ -943,6 +943,11 @@ class MeGEditor:
             facts, queries, neurons, collection.initial, held_out, gate, generator, report
         )
         return report
+
+    def _rewording(self, config: GeneratorConfig, held_out: HeldOut) -> Rewording | None:
+        """What a generator shall see besides its queries' own conditions."""
+        wanted = not self.config.snap if config.reword is None else config.reword
+        return held_out.rewording if wanted else None
 
     def _answers(self, facts: Sequence[Fact]) -> Answers:
         """Whether the model answers facts with given neurons; layers below them run once."""

@@ -51,7 +51,8 @@ class GeneratorConfig:
         max_steps: at which that ends; default: 3000, or 100 passes over the facts if more.
         ema_decay: of the averaged weights, which are the ones that generate.
         reword: have half of the training conditions be those of other wordings of the query, made
-            of paraphrases of facts that are not edited, where an editor has such.
+            of paraphrases of facts that are not edited; default: in an editor that does not snap,
+            whose generator is asked about such.
         condition_noise: otherwise, standard deviation of noise added to that half, in units of the
             conditions' own.
         check_every: steps between two looks at the answers of generated neurons.
@@ -78,7 +79,7 @@ class GeneratorConfig:
     max_steps: int | None = None
     warmup_steps: int = 20
     ema_decay: float = 0.98
-    reword: bool = True
+    reword: bool | None = None
     condition_noise: float = 0.1
     check_every: int = 50
     enough: float = 1.0
@@ -124,7 +125,7 @@ class GeneratorConfig:
             "sampler": SamplerConfig("ddim", 2),
             "learning_rate": 3e-4,
             "ema_decay": cls.ema_decay,
-            "reword": True,
+            "reword": None,
             "condition_noise": cls.condition_noise,
             "check_every": 25,
         }

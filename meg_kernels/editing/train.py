@@ -79,7 +79,7 @@ def train_generator(
         conditions: [N, condition_dim].
         neurons: the N neurons collected under them.
         answers: tries neurons on the model.
-        rewording: makes conditions of other wordings, if the configuration wants them.
+        rewording: makes conditions of other wordings; default: noise makes them.
         keep_scales: leave the generator's standardisation as it is, for further training.
         work_folder: keeps a checkpoint, from which an interrupted training of the same data and
             configuration resumes. Default: none.
@@ -291,7 +291,7 @@ class Conditions:
     Args:
         generator: whose configuration says how, and whose scales are those of the batches.
         conditions: [N, condition_dim].
-        rewording: makes those of other wordings, if the configuration wants them.
+        rewording: makes those of other wordings; without, noise makes them.
     """
 
     generator: Generator
@@ -303,10 +303,10 @@ class Conditions:
         config, z = self.generator.config, self.conditions
         rows = torch.randperm(len(z), generator=random)[: config.batch_size].to(z.device)
         z = z[rows]
-        if self._rewords is not None:
-            z[1::2] = self._rewords(z[1::2], random)
+        if self.rewording is not None:
+            z[1::2] = self.rewording(z[1::2], random)
         inputs = self.generator.scaled_conditions(z)
-        if self._rewords is None:
+        if self.rewording is None:
             noise = torch.randn(inputs[1::2].shape, generator=random).to(z.device)
             inputs[1::2] += config.condition_noise * noise
         return rows, inputs
@@ -314,13 +314,9 @@ class Conditions:
     @property
     def identity(self) -> tuple[Tensor, ...]:
         """Tensors that tell these conditions from others."""
-        rewords = self._rewords
-        others = () if rewords is None else (rewords.queries, rewords.paraphrases)
-        return self.generator.scaled_conditions(self.conditions), *others
-
-    @property
-    def _rewords(self) -> Rewording | None:
-        return self.rewording if self.generator.config.reword else None
+        others = self.rewording
+        wordings = () if others is None else (others.queries, others.paraphrases)
+        return self.generator.scaled_conditions(self.conditions), *wordings
 
 
 def _sample_rows(n: int, seed: int) -> Tensor:
