@@ -222,7 +222,7 @@ def gates_table(found: Sequence[Record]) -> str:
         }
         for study in found
         for row in study["rows"]
-        if len(row.get("gates", {})) > 1
+        if len(row.get("gates", {})) > 1 and not row["seed"]
         for name, gate in row["gates"].items()
     ]
     return markdown("gates, on the same answers", lines) if lines else ""

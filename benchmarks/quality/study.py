@@ -66,6 +66,7 @@ GENERATORS = {
     "dit, other wordings": GeneratorConfig(reword=True),
     "dit-b": GeneratorConfig.dit_b(),
     "mlp": GeneratorConfig(kind="mlp"),
+    "mlp, other wordings": GeneratorConfig(kind="mlp", reword=True),
     "bank": GeneratorConfig(kind="bank"),
 }
 ZERO_PAIRS = "dit, zero pairs"
