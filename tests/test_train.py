@@ -302,12 +302,15 @@ def test_a_damaged_checkpoint_starts_again_with_a_warning(toy, tmp_path, caplog)
 
 def test_a_checkpoint_of_other_data_or_settings_is_not_taken(toy, tmp_path):
     toy.train(work_folder=tmp_path)
-    for number, change in enumerate([{"seed": 1}, {"learning_rate": 1e-3}, {}]):
+    others = [{"seed": 1}, {"learning_rate": 1e-3}, {"rewording": rewording()}]
+    others += [{"rewording": rewording(seed=1)}, {}]
+    for number, change in enumerate(others):
+        wordings = change.pop("rewording", None)
         config = dataclasses.replace(TOY, max_steps=20, **change)
-        if not change:
+        if number == len(others) - 1:
             toy.conditions = -toy.conditions
-        clean, expected = toy.train(config)
-        mixed, training = toy.train(config, work_folder=tmp_path)
+        clean, expected = toy.train(config, rewording=wordings)
+        mixed, training = toy.train(config, rewording=wordings, work_folder=tmp_path)
         assert training == expected
         assert torch.equal(weights(mixed), weights(clean))
         assert len(list(tmp_path.iterdir())) == number + 2
