@@ -525,6 +525,16 @@ def test_a_distilled_editor_answers_as_before_and_goes_on_as_before(editor, tmp_
     assert loaded.generate(test_editor.QUERIES + further, test_editor.MOST) == answers
 
 
+def test_seconds_of_a_distillation_are_with_those_before_an_interruption(editor, monkeypatch):
+    def resumed(*args, **more):
+        student, report = distill(*args, **more)
+        return student, dataclasses.replace(report, seconds_before=1000.0)
+
+    monkeypatch.setattr(test_editor.editing, "distill", resumed)
+    editor.distill(1, teacher_steps=TEACHER_STEPS)
+    assert editor.edits.report.seconds["distill"] > 1000
+
+
 def test_a_failed_distillation_leaves_the_editor_as_it_was(editor, monkeypatch):
     before, config = test_editor.state(editor), editor.config
     monkeypatch.setattr(distilling, "fit", test_editor.interrupt)

@@ -183,7 +183,7 @@ def quality_study() -> dict:
     rows = [
         row(0.9, gates=gates, perplexity=PERPLEXITY),
         row(0.8, seed=1, perplexity=PERPLEXITY),
-        row(0.7, generator="bank", training_seconds=0.0),
+        row(0.7, generator="bank", training_seconds=0.0, perplexity=PERPLEXITY),
     ]
     return {"study": "quality", "data": "zsre", "rows": rows}
 
