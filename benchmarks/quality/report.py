@@ -19,6 +19,7 @@ Record = Mapping[str, Any]
 Studies = Mapping[str, Sequence[Record]]
 ROOT = Path(__file__).parents[2]
 OURS = "MeG, ours"
+FEWEST_TRADED = 256  # facts: with so few, hardly any threshold trades one metric for another
 
 
 def markdown(title: str, rows: Sequence[Mapping[str, str]]) -> str:
@@ -221,11 +222,16 @@ def gates_table(found: Sequence[Record]) -> str:
             **six(gate["metrics"]),
         }
         for study in found
-        for row in study["rows"]
+        for row in by_size(study)
         if len(row.get("gates", {})) > 1 and not row["seed"]
         for name, gate in row["gates"].items()
     ]
     return markdown("gates, on the same answers", lines) if lines else ""
+
+
+def by_size(study: Record) -> list[Record]:
+    """The rows, those of the fewest facts first."""
+    return sorted(study["rows"], key=lambda row: row["facts"])
 
 
 def ability_table(found: Sequence[Record]) -> str:
@@ -240,7 +246,7 @@ def ability_table(found: Sequence[Record]) -> str:
             "perplexity, edited": f"{read['edited']:.3f}",
         }
         for study in found
-        for row in sorted(study["rows"], key=lambda row: row["facts"])
+        for row in by_size(study)
         if row["generator"] == "dit" and row["seed"] == 0 and (read := row.get("perplexity"))
     ]
     return markdown("text that has nothing to do with the edits", lines) if lines else ""
@@ -274,8 +280,8 @@ def plot_trade_offs(found: Sequence[Record], axes: Any) -> None:
     rows = [
         (f"{study['data']}, {row['facts']} facts", row["gates"])
         for study in found
-        for row in study["rows"]
-        if "gates" in row and row["seed"] == 0
+        for row in by_size(study)
+        if "gates" in row and row["seed"] == 0 and row["facts"] > FEWEST_TRADED
     ]
     styles = {"similarity": "-", "similarity, subject named": "-.", "familiarity": "--"}
     for number, (label, gates) in enumerate(rows):
