@@ -235,12 +235,8 @@ def order(n):
     return train._sample_rows(n, TOY.seed)
 
 
-@pytest.mark.parametrize("kind", ["dit", "mlp"])
-def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(toy, tmp_path, kind):
-    config = dataclasses.replace(TOY, kind=kind, max_steps=90, enough=1.0)
-
-    whole, expected = toy.train(config, answers=toy.only_the_collected)
-
+def interrupt_after_two_looks(toy, config, work_folder):
+    """Train until two looks are saved."""
     looks = []
 
     def interrupted(neurons, rows):
@@ -250,7 +246,16 @@ def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(t
         return toy.only_the_collected(neurons, rows)
 
     with pytest.raises(KeyboardInterrupt):
-        toy.train(config, answers=interrupted, work_folder=tmp_path)
+        toy.train(config, answers=interrupted, work_folder=work_folder)
+
+
+@pytest.mark.parametrize("kind", ["dit", "mlp"])
+def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(toy, tmp_path, kind):
+    config = dataclasses.replace(TOY, kind=kind, max_steps=90, enough=1.0)
+
+    whole, expected = toy.train(config, answers=toy.only_the_collected)
+
+    interrupt_after_two_looks(toy, config, tmp_path)
     toy.looks.clear()
     resumed, training = toy.train(config, answers=toy.only_the_collected, work_folder=tmp_path)
     assert len(toy.looks) == 1 + 3  # at 60, 80 and 90 steps
@@ -261,16 +266,7 @@ def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(t
 def test_seconds_go_on_where_an_interruption_ended_them(toy, tmp_path, monkeypatch):
     config, clock = dataclasses.replace(TOY, max_steps=90, enough=1.0), itertools.count()
     monkeypatch.setattr("meg_kernels.editing.train.time.perf_counter", lambda: next(clock))
-    looks = []
-
-    def interrupted(neurons, rows):
-        looks.append(rows)
-        if len(looks) == 4:  # one on the collected neurons, two that were saved
-            raise KeyboardInterrupt
-        return toy.only_the_collected(neurons, rows)
-
-    with pytest.raises(KeyboardInterrupt):
-        toy.train(config, answers=interrupted, work_folder=tmp_path)
+    interrupt_after_two_looks(toy, config, tmp_path)
     _, training = toy.train(config, answers=toy.only_the_collected, work_folder=tmp_path)
     # The clock moves on by one whenever it is read: at the start, and at each look.
     assert [step for step, *_ in training.history] == [20, 40, 60, 80, 90]

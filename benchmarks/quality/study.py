@@ -231,10 +231,7 @@ def compare_gates(
 
 def subject_named(edited: Edited, questions: Iterable[Question], routing: Routing) -> Tensor:
     """[Q] whether each question names the subject of the edited fact nearest to it."""
-    nearest = [edited.editor.facts[row] for row in routing.fact.tolist()]
-    return torch.tensor(
-        [fact.is_named_in(q.query) for fact, q in zip(nearest, questions, strict=True)]
-    )
+    return edited.editor._subject_named([q.query for q in questions], routing.fact).cpu()
 
 
 def train_with_zero_pairs(editor: MeGEditor, config: GeneratorConfig) -> None:

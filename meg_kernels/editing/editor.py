@@ -500,17 +500,16 @@ class MeGEditor:
         before = self.edits
         made = build_generator(generator, self.attached.layout, self.encoder.dim)
         seconds = {k: v for k, v in before.report.seconds.items() if k != "distill"}
-        with _timed(seconds, "generator"):
-            training = train_generator(
-                made,
-                before.queries,
-                before.neurons,
-                self._answers(before.facts),
-                rewording=self._rewording(generator, before.held_out),
-                work_folder=work_folder,
-                progress=progress,
-            )
-        seconds["generator"] += training.seconds_before
+        training = self._train(
+            made,
+            before.facts,
+            before.queries,
+            before.neurons,
+            before.held_out,
+            seconds,
+            work_folder,
+            progress,
+        )
         report = dataclasses.replace(before.report, training=training, seconds=seconds)
         self._edits = dataclasses.replace(before, generator=made, report=report)
         self.config = dataclasses.replace(self.config, generator=generator)
@@ -621,9 +620,7 @@ class MeGEditor:
         _, fact = SimilarityGate(self._edits.queries).nearest(z)
         named = torch.ones_like(score, dtype=torch.bool)
         if self.config.requires_subject(len(self.facts)):
-            nearest = [self.facts[row] for row in fact.tolist()]
-            for b, (near, query) in enumerate(zip(nearest, queries, strict=True)):
-                named[b] = near.is_named_in(query)
+            named = self._subject_named(queries, fact)
         return Routing((score > gate.threshold) & named, fact, score, z, named)
 
     @contextmanager
@@ -923,18 +920,17 @@ class MeGEditor:
         """Gate and generator for these facts: those that are kept, then those just collected."""
         with _timed(seconds, "gate"):
             gate, calibration = self._make_gate(self.config, queries, held_out, progress)
-        with _timed(seconds, "generator"):
-            training = train_generator(
-                generator,
-                queries,
-                neurons,
-                self._answers(facts),
-                rewording=self._rewording(generator.config, held_out),
-                keep_scales=bool(kept),
-                work_folder=work_folder,
-                progress=progress,
-            )
-        seconds["generator"] += training.seconds_before
+        training = self._train(
+            generator,
+            facts,
+            queries,
+            neurons,
+            held_out,
+            seconds,
+            work_folder,
+            progress,
+            keep_scales=bool(kept),
+        )
         unlearnt = collection.unlearnt(facts[len(kept) :])
         if kept:
             unlearnt = [fact for fact in self.edits.report.unlearnt if fact in kept] + unlearnt
@@ -943,6 +939,39 @@ class MeGEditor:
             facts, queries, neurons, collection.initial, held_out, gate, generator, report
         )
         return report
+
+    def _train(
+        self,
+        generator: Generator,
+        facts: Sequence[Fact],
+        queries: Tensor,
+        neurons: Neurons,
+        held_out: HeldOut,
+        seconds: dict[str, float],
+        work_folder: str | Path | None,
+        progress: bool,
+        keep_scales: bool = False,
+    ) -> Training:
+        """Train `generator`, in place; its seconds, with those that a resumed one took before."""
+        with _timed(seconds, "generator"):
+            training = train_generator(
+                generator,
+                queries,
+                neurons,
+                self._answers(facts),
+                rewording=self._rewording(generator.config, held_out),
+                keep_scales=keep_scales,
+                work_folder=work_folder,
+                progress=progress,
+            )
+        seconds["generator"] += training.seconds_before
+        return training
+
+    def _subject_named(self, queries: Sequence[str], fact: Tensor) -> Tensor:
+        """[B] whether each query names the subject of its row of `fact` [B], if that has one."""
+        near = [self.facts[row] for row in fact.tolist()]
+        named = [f.is_named_in(query) for f, query in zip(near, queries, strict=True)]
+        return torch.tensor(named, dtype=torch.bool, device=fact.device)
 
     def _rewording(self, config: GeneratorConfig, held_out: HeldOut) -> Rewording | None:
         """What a generator shall see besides its queries' own conditions."""
