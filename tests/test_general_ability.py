@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import doctest
 import json
 import math
 import re
@@ -15,7 +14,6 @@ from test_collect import LAYER, UNRELATED, widened
 from test_editor import BANK, EDITED, edit, make_editor, make_language_model, own_neuron
 
 from meg_kernels import MeGEditor, cli
-from meg_kernels.editing import general_ability
 from meg_kernels.editing.general_ability import first_sentence
 from meg_kernels.editing.shipped import shipped_passages
 
@@ -111,11 +109,6 @@ def test_an_editor_without_edits_reads_as_its_model():
 )
 def test_a_sentence_ends_at_its_first_mark_or_line_break(text, sentence):
     assert first_sentence(text) == sentence
-
-
-def test_the_examples_in_the_documentation_run():
-    result = doctest.testmod(general_ability)
-    assert result.attempted and not result.failed
 
 
 def test_texts_that_cannot_be_read_are_refused(editor):

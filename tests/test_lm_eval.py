@@ -5,7 +5,6 @@ Every answer against the harness's own HFLM, of the base model, or of the physic
 
 from __future__ import annotations
 
-import doctest
 import functools
 import importlib.util
 import json
@@ -223,14 +222,6 @@ def test_the_gate_sees_the_last_query_in_the_template_or_the_whole_context(
     from meg_kernels.integrations.lm_eval import query_of
 
     assert query_of(context, PromptTemplate(template)) == query
-
-
-@needs_lm_eval
-def test_the_examples_in_the_documentation_run():
-    from meg_kernels.integrations import lm_eval
-
-    result = doctest.testmod(lm_eval)
-    assert result.attempted and not result.failed
 
 
 # Tasks

@@ -6,7 +6,6 @@ Triton's kernel runs in its interpreter, or on the GPU where there is one.
 from __future__ import annotations
 
 import contextlib
-import doctest
 import importlib
 import itertools
 from dataclasses import dataclass, replace
@@ -545,11 +544,6 @@ def test_float64_is_computed_in_float64_but_not_by_triton(forced, gated):
     expected = torch.nn.functional.layer_norm(stream, (64,), eps=1e-6)
     expected = expected * (1 + call.scale[:, None]) + call.shift[:, None]
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-
-
-def test_the_examples_run():
-    result = doctest.testmod(importlib.import_module("meg_kernels.ops.modulated_norm"))
-    assert result.attempted and not result.failed
 
 
 # ---- on a GPU only -----------------------------------------------------------------------------

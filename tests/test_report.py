@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import doctest
 import json
 import sys
 
 import pytest
 import torch
 
-from benchmarks import measure, on_gpu, report
+from benchmarks import on_gpu, report
 from benchmarks.measure import Case, Ceilings, Passed, Race, Spread, Way, name_of, summary
-from benchmarks.quality import report as quality_report
 from meg_kernels.editing.evaluate import METRICS
 from meg_kernels.editing.layers import LayerQuality
 
@@ -374,14 +372,6 @@ def test_a_spread_is_median_and_quartiles():
     assert Spread.of([3.0, 1.0, 2.0, 5.0, 4.0]) == Spread(median=3.0, q1=2.0, q3=4.0)
     assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
     assert name_of(torch.bfloat16) == "bfloat16"
-
-
-@pytest.mark.parametrize(
-    "module", [measure, on_gpu, quality_report, report], ids=lambda module: module.__name__
-)
-def test_examples_in_docstrings(module):
-    result = doctest.testmod(module)
-    assert result.attempted and not result.failed
 
 
 def test_a_stage_that_takes_too_long_is_interrupted_and_its_output_kept(tmp_path):

@@ -6,7 +6,6 @@ Triton's kernel runs in its interpreter, or on the GPU where there is one.
 from __future__ import annotations
 
 import contextlib
-import doctest
 import importlib
 from dataclasses import dataclass, replace
 
@@ -574,11 +573,6 @@ def test_gradients_are_refused_where_they_would_be_lost(name):
 def test_the_cuda_backend_is_refused():
     with backend("cuda"), pytest.raises(RuntimeError, match="none but triton, cpu, reference"):
         random_call().run()
-
-
-def test_the_example_runs():
-    result = doctest.testmod(importlib.import_module("meg_kernels.ops.solver_step"))
-    assert result.attempted and not result.failed
 
 
 # ---- on a GPU only -----------------------------------------------------------------------------

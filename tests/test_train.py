@@ -100,6 +100,14 @@ def test_a_network_learns_until_all_queries_are_answered(toy, kind):
     assert not generator.training
 
 
+def test_looks_become_rarer_as_a_training_goes_on(toy):
+    """Each costs as much as many steps do; a tenth more steps are worth another."""
+    config = dataclasses.replace(TOY, check_every=2, max_steps=70)
+    _, training = toy.train(config, answers=toy.only_the_collected)
+    steps = [step for step, *_ in training.history]
+    assert steps == [*range(2, 41, 2), *range(44, 61, 4), 66, 70]
+
+
 def test_neurons_that_answer_are_brought_closer_for_as_many_steps_again(toy):
     """Whichever comes first: that they are close, or twice the steps that the answers took."""
 

@@ -13,9 +13,9 @@ For each number of facts and seed a model is edited once, as `meg edit` does it,
 --work. Every question is then asked with the neuron of the nearest edited fact mounted, whatever
 the gate says, and of the base model; a gate's decision picks one of the two answers, so that all
 gates and thresholds are compared on the same answers. Other generators are trained on the same
-neurons. With --nested only the largest number is edited; for the others the rest is removed again
-and the generator trained anew, on the neurons that are left: encoder and neurons are the same in
-all rows.
+neurons; the distilled one samples in one step what the DiT samples in fifty. With --nested only
+the largest number is edited; for the others the rest is removed again and the generator trained
+anew, on the neurons that are left: encoder and neurons are the same in all rows.
 
 --gates compares the paper's familiarity network, alone and with ours. --zero-pairs trains the DiT
 once more, as the paper's A.3 has it, with queries beside the edited ones that shall get
@@ -61,8 +61,10 @@ from meg_kernels.neuron import Neurons
 from meg_kernels.storage import write_json
 
 RESULTS = Path(__file__).parents[1] / "results"
+DISTILLED = "dit, distilled"
 GENERATORS = {
     "dit": GeneratorConfig(),
+    DISTILLED: GeneratorConfig(),
     "dit, other wordings": GeneratorConfig(reword=True),
     "dit-b": GeneratorConfig.dit_b(),
     "mlp": GeneratorConfig(kind="mlp"),
@@ -373,7 +375,6 @@ class Study:
         accepted = dict(zip(base, routing.edited.tolist(), strict=True))
         whole = n == edited_n
         own = editor.config.generator if whole else None
-        seconds = dict(editor.edits.report.seconds)
         shared = {
             "n": n,
             "seed": seed,
@@ -382,7 +383,7 @@ class Study:
             "base": Metrics.of(base.values()).to_dict(),
             "collected": ceiling.to_dict(),
             "unlearnt": len(editor.edits.report.unlearnt),
-            "seconds": seconds if whole else {},
+            "seconds": dict(editor.edits.report.seconds) if whole else {},
             "protocol": evaluation.protocol(),
             "calibration": dataclasses.asdict(decisions.calibration),
             "requires_subject": editor.config.requires_subject(len(editor.facts)),
@@ -396,6 +397,11 @@ class Study:
             config = dataclasses.replace(GENERATORS[name], seed=seed)
             if config != own:
                 editor.train(config, progress=True)
+                own = config
+            seconds = editor.edits.report.seconds["generator"]
+            if name == DISTILLED:
+                editor.distill(steps=1, progress=True)
+                seconds += editor.edits.report.seconds["distill"]
                 own = None
             main = name == options.generators[0]
             with editor.serving():
@@ -406,7 +412,7 @@ class Study:
             row = shared | {
                 "generator": name,
                 "training_steps": editor.edits.report.training.steps,
-                "training_seconds": editor.edits.report.seconds["generator"],
+                "training_seconds": seconds,
                 "metrics": gated(snapped, base, accepted).to_dict(),
                 "locality_about_others": {
                     "asked": len(others),

@@ -61,10 +61,10 @@ class DiTConfig:
 
     neuron_dim: int
     condition_dim: int
-    patch_size: int = 96
-    width: int = 256
-    depth: int = 6
-    num_heads: int = 4
+    patch_size: int = 512
+    width: int = 512
+    depth: int = 4
+    num_heads: int = 8
     mlp_ratio: float = 4.0
     condition_dropout: float = 0.0
     token_condition: bool = True

@@ -55,7 +55,8 @@ class GeneratorConfig:
             whose generator is asked about such.
         condition_noise: otherwise, standard deviation of noise added to that half, in units of the
             conditions' own.
-        check_every: steps between two looks at the answers of generated neurons.
+        check_every: steps between two looks at the answers of generated neurons, while these steps
+            are more than a tenth of those taken.
         enough: training has done its work when this share of the edited queries is answered right,
         close: and the neurons are within this distance of the collected ones, relative to the
             spread of those; or when it took twice the steps that the answers took.
@@ -63,10 +64,10 @@ class GeneratorConfig:
     """
 
     kind: Literal["dit", "mlp", "bank"] = "dit"
-    width: int = 256
-    depth: int = 6
-    num_heads: int = 4
-    patch_size: int = 96
+    width: int = 512
+    depth: int = 4
+    num_heads: int = 8
+    patch_size: int = 512
     token_condition: bool = True
     prediction: Literal["x0", "v", "noise"] = "x0"
     learns_variance: bool = False

@@ -255,8 +255,9 @@ def fit(
             average = get_ema_multi_avg_fn(min(config.ema_decay, step / (step + 10)))
             average([*averaged.parameters()], [*generator.parameters()], None)
             bar.update()
-            if step % config.check_every == 0 or step == task.max_steps:
-                taken = step - (history[-1][0] if history else 0)
+            last = history[-1][0] if history else 0
+            if step == next_look(last, config.check_every) or step == task.max_steps:
+                taken = step - last
                 mean_loss = total_loss / taken or loss.item()
                 if not math.isfinite(mean_loss):
                     raise FloatingPointError(
@@ -270,6 +271,15 @@ def fit(
     generator.load_state_dict(averaged.state_dict())
     generator.eval()
     return Fitted(tuple(history), tuple(seconds), before)
+
+
+def next_look(last: int, every: int) -> int:
+    """The step of the look after that at step `last`: a multiple of `every`.
+
+    >>> next_look(0, 50), next_look(950, 50), next_look(3000, 50)
+    (50, 1000, 3300)
+    """
+    return last + every * max(1, last // (10 * every))
 
 
 def descend(
