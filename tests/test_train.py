@@ -13,7 +13,7 @@ import torch
 
 from meg_kernels.editing import train
 from meg_kernels.editing.generators import GeneratorConfig, build_generator
-from meg_kernels.editing.train import Conditions, train_generator
+from meg_kernels.editing.train import Conditions, Trial, train_generator
 from meg_kernels.familiarity import Rewording
 from meg_kernels.neuron import NeuronLayout
 
@@ -98,6 +98,41 @@ def test_a_network_learns_until_all_queries_are_answered(toy, kind):
     assert training.history[-1][1] < training.history[0][1]
     assert bool((toy.distances(generator.generate(toy.conditions)) < 0.3).all())
     assert not generator.training
+
+
+@pytest.mark.parametrize(
+    ("right", "enough", "share", "tried"),
+    [
+        (150, 1.0, 1.0, 150),
+        (0, 0.0, 0.0, 150),
+        (63, 1.0, 63 / 64, 64),
+        (63, 149 / 150, 63 / 128, 128),
+        (149, 149 / 150, 149 / 150, 150),
+        (149, 1.0, 149 / 150, 150),
+    ],
+)
+def test_once_too_few_queries_are_answered_the_rest_is_not_tried(right, enough, share, tried):
+    asked = []
+
+    def answers(neurons, rows):
+        asked.append(len(rows))
+        return rows < right
+
+    trial = Trial(torch.zeros(150, CONDITION_DIM), torch.arange(150), answers)
+    assert trial.answered(LAYOUT.unpack(torch.zeros(150, LAYOUT.dim)), enough) == share
+    assert sum(asked) == tried
+
+
+def test_what_was_reached_in_the_end_is_the_share_of_all_queries(toy):
+    wrong, generator = toy.only_the_collected, torch.Generator().manual_seed(0)
+    toy.conditions = normalized(torch.randn(100, CONDITION_DIM, generator=generator))
+    toy.neurons = LAYOUT.unpack(torch.randn(100, LAYOUT.dim, generator=generator))
+
+    def answers(neurons, rows):
+        return wrong(neurons, rows) | (rows < 40)
+
+    _, training = toy.train(dataclasses.replace(TOY, max_steps=20), answers=answers)
+    assert training.answered == 0.4 != training.history[-1][2]
 
 
 def test_looks_become_rarer_as_a_training_goes_on(toy):

@@ -63,7 +63,7 @@ class DiTConfig:
     condition_dim: int
     patch_size: int = 512
     width: int = 512
-    depth: int = 4
+    depth: int = 2
     num_heads: int = 8
     mlp_ratio: float = 4.0
     condition_dropout: float = 0.0

@@ -65,7 +65,7 @@ class GeneratorConfig:
 
     kind: Literal["dit", "mlp", "bank"] = "dit"
     width: int = 512
-    depth: int = 4
+    depth: int = 2
     num_heads: int = 8
     patch_size: int = 512
     token_condition: bool = True
