@@ -219,7 +219,13 @@ def other_studies() -> dict[str, dict]:
     changed = {"facts": 16, "seconds": 4.0, "of_first_edit": 0.125}
     same = {"asked": 100, "changed": 0}
     layer = LayerQuality(4, 1.0, 1.0, 0.75, 12.5, 0.25, 8.0)
+    scores = [
+        {"task": "nq", "metric": "acc", "base": 0.5, "edited": 0.25, "stderr": 0.0125},
+        {"task": "nq", "metric": "bleu", "base": 0.75, "edited": 0.75, "stderr": None},
+    ]
+    seen = {"questions": 500, "contexts": 499, "accepted": 2}
     return {
+        "ability": {"data": "zsre", "facts": 997, "scores": scores, **seen},
         "quality-baselines": {
             "data": "zsre",
             "facts": 997,
@@ -268,6 +274,9 @@ def test_each_study_of_quality_has_its_tables(tmp_path, monkeypatch):
     text = readme.read_text()
     halves = "0.500 / 0.500 | 0.500 / 0.500 | 0.500 / 0.500"
     for line in (
+        "**500 questions, 997 facts of zsre edited**",
+        "| nq | acc | 0.500 ± 0.013 | 0.250 | 2 of 499 |",
+        "| nq | bleu | 0.750 | 0.750 | 2 of 499 |",
         "**zsre, 997 facts**",
         f"| base model | 500 | {halves} | 0.250 |  |",
         f"| fine tuning | 500 | {halves} | 0.250 | 61 s |",

@@ -56,12 +56,13 @@ def changed(**changes: Any) -> Choice:
     return Choice(dataclasses.replace(BASE, **changes))
 
 
-TWO_TOKENS: dict[str, Any] = {"width": 512, "num_heads": 8, "depth": 4, "patch_size": 576}
+TWELVE_TOKENS: dict[str, Any] = {"width": 256, "num_heads": 4, "depth": 6, "patch_size": 96}
 CHOICES = {
     "default": Choice(),
-    "width 512, depth 4, patches of 576": changed(**TWO_TOKENS),
-    "width 384": changed(width=384, num_heads=6),
-    "width 128": changed(width=128, num_heads=2),
+    "width 256, depth 6, patches of 96": changed(**TWELVE_TOKENS),
+    "depth 4": changed(depth=4),
+    "width 256": changed(width=256, num_heads=4),
+    "patches of 96": changed(patch_size=96),
     "batch 512": changed(batch_size=512),
     "batch 32": changed(batch_size=32),
     "learning rate 3e-4": changed(learning_rate=3e-4),

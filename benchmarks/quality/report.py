@@ -252,6 +252,33 @@ def ability_table(found: Sequence[Record]) -> str:
     return markdown("text that has nothing to do with the edits", lines) if lines else ""
 
 
+def ability(studies: Studies, plots: Path) -> str:
+    """Base and edited model on tasks of lm-evaluation-harness."""
+    tables = []
+    for study in studies["ability"]:
+        lines = [
+            {
+                "task": score["task"],
+                "metric": score["metric"],
+                "base model": with_error(score["base"], score["stderr"]),
+                "edited": share(score["edited"]),
+                "taken for an edited query": f"{study['accepted']} of {study['contexts']}",
+            }
+            for score in study["scores"]
+        ]
+        title = f"{study['questions']} questions, {study['facts']} facts of {study['data']} edited"
+        tables.append(markdown(title, lines))
+    return paragraphs(*tables)
+
+
+def with_error(value: float, stderr: float | None) -> str:
+    """
+    >>> with_error(0.25, 0.0137), with_error(0.25, None)
+    ('0.250 ± 0.014', '0.250')
+    """
+    return share(value) + ("" if stderr is None else f" ± {stderr:.3f}")
+
+
 def plot_numbers(found: Sequence[Record], axes: Any) -> None:
     """Each metric against the number of facts, for each data set's first generator."""
     for study, style in zip(found, ("-", "--", ":"), strict=False):
@@ -439,6 +466,7 @@ def life(studies: Studies, plots: Path) -> str:
 STUDIES: dict[str, Callable[[Studies, Path], str]] = {
     "steps": steps,
     "quality": quality,
+    "ability": ability,
     "quality-baselines": baselines,
     "convergence": convergence,
     "encoder": encoder,
