@@ -42,6 +42,7 @@ from meg_kernels.editing import saving
 from meg_kernels.editing.evaluate import Evaluation
 from meg_kernels.editing.neuron_cache import Served
 from meg_kernels.editing.prompting import greedy_answers
+from meg_kernels.storage import read_tensors
 
 EDITED, FURTHER = FACTS[:5], FACTS[5:7]
 MOST = 5
@@ -119,7 +120,7 @@ def make_editor(config: EditorConfig = CONFIG) -> MeGEditor:
 
 
 def edit(editor: MeGEditor, facts=EDITED, **more):
-    return editor.edit(facts, tuning=OTHER_FACTS, unrelated=UNRELATED, **more)
+    return editor.edit(facts, **{"tuning": OTHER_FACTS, "unrelated": UNRELATED} | more)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -654,13 +655,35 @@ def test_an_interrupted_edit_resumes_with_the_work_that_was_done(tmp_path, monke
         patch.setattr(editing, "train_generator", interrupt)
         with pytest.raises(KeyboardInterrupt):
             edit(resumed, work_folder=tmp_path)
+    (path,) = tmp_path.glob("encoder-*.safetensors")
+    tuned = float(read_tensors(path)[1]["seconds"])
     monkeypatch.setattr("meg_kernels.editing.collect._Fit.run", interrupt)
+    monkeypatch.setattr(TextEncoder, "tune", interrupt)
     edit(resumed, work_folder=tmp_path)
+    took = resumed.edits.report.seconds["encoder"]
+    assert took > tuned > 0  # what the interruption ended counts
     seconds = {"seconds": {}}
     assert dataclasses.replace(resumed.edits.report, **seconds) == dataclasses.replace(
         whole.edits.report, **seconds
     )
     assert state(resumed)[2:] == state(whole)[2:]
+
+
+@pytest.mark.parametrize("changed", ["seed", "facts", "nothing"])
+def test_an_encoder_that_was_tuned_is_taken_for_the_same_tuning_only(
+    tmp_path, monkeypatch, changed
+):
+    first = make_editor(BANK)
+    edit(first, work_folder=tmp_path)
+    tunings = []
+    tune = TextEncoder.tune
+    monkeypatch.setattr(TextEncoder, "tune", lambda *args: tunings.append(1) or tune(*args))
+    tuning = dataclasses.replace(BANK.encoder_tuning, seed=9 if changed == "seed" else 0)
+    editor = make_editor(dataclasses.replace(BANK, encoder_tuning=tuning))
+    more = {"tuning": OTHER_FACTS[:-1]} if changed == "facts" else {}
+    edit(editor, work_folder=tmp_path, **more)
+    assert len(tunings) == (changed != "nothing")
+    assert torch.equal(editor.edits.queries, first.edits.queries) == (changed == "nothing")
 
 
 # Adding and removing

@@ -74,6 +74,7 @@ from meg_kernels.integrations.pretrained import DEFAULT_ENCODER, load_language_m
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import LowerLayers, attach
 from meg_kernels.precision import frozen_products
+from meg_kernels.storage import fingerprint, once, read_tensors, write_tensors
 from meg_kernels.text_encoder import EncoderTuningConfig, TextEncoder, Wordings
 
 log = logging.getLogger(__name__)
@@ -374,8 +375,9 @@ class MeGEditor:
         seconds["collect"] += collection.seconds_before
         with _as_before_on_error(self.encoder):
             with _timed(seconds, "encoder"):
-                held_out = self._tune_encoder(wordings, unrelated, progress)
+                held_out, before = self._tune_encoder(wordings, unrelated, work_folder, progress)
                 queries = self._encode([fact.query for fact in facts])
+            seconds["encoder"] += before
             layout = self.attached.layout
             generator = build_generator(self.config.generator, layout, self.encoder.dim)
             return self._finish(
@@ -865,20 +867,55 @@ class MeGEditor:
         return usable[: self.config.tuning_facts_for(len(facts))]
 
     def _tune_encoder(
-        self, wordings: Sequence[Wordings], unrelated: Sequence[str], progress: bool
-    ) -> HeldOut:
-        """Tune the encoder on most of the wordings; the conditions of the others are held out."""
+        self,
+        wordings: Sequence[Wordings],
+        unrelated: Sequence[str],
+        work_folder: str | Path | None,
+        progress: bool,
+    ) -> tuple[HeldOut, float]:
+        """Tune the encoder on most of the wordings; the conditions of the others are held out.
+
+        Also returns the seconds that this took before an interruption, if it was finished then.
+        """
         held = max(2, round(len(wordings) * self.config.calibration_share))
-        self.encoder.tune(wordings[held:], self.config.encoder_tuning, progress)
+        before = self._tune_once(wordings[held:], work_folder, progress)
         pairs = [(w.same[0], other) for w in wordings[:held] for other in w.same[1:]]
         alike = [(w.same[0], other) for w in wordings[:held] for other in w.different]
-        return HeldOut(
+        held_out = HeldOut(
             self._encode([query for query, _ in pairs]),
             self._encode([other for _, other in pairs]),
             self._encode([query for query, _ in alike]),
             self._encode([other for _, other in alike]),
             self._encode(unrelated),
         )
+        return held_out, before
+
+    def _tune_once(
+        self, wordings: Sequence[Wordings], work_folder: str | Path | None, progress: bool
+    ) -> float:
+        """Tune the encoder, or take what an interrupted edit tuned; the seconds that took then."""
+        encoder, config = self.encoder, self.config.encoder_tuning
+        path = None
+        if work_folder is not None:
+            texts = [dataclasses.asdict(wording) for wording in wordings]
+            how = [dataclasses.asdict(config), encoder.pooling]
+            digest = fingerprint(how, texts, *encoder.model.state_dict().values())
+            path = Path(work_folder) / f"encoder-{digest}.safetensors"
+
+        def make() -> tuple[dict[str, Tensor], dict[str, str]]:
+            seconds: dict[str, float] = {}
+            with _timed(seconds, "tuning"):
+                encoder.tune(wordings, config, progress)
+            return encoder.model.state_dict(), {"seconds": str(seconds["tuning"])}
+
+        def write(path: Path, tuned: tuple[dict[str, Tensor], dict[str, str]]) -> None:
+            write_tensors(path, *tuned)
+
+        (weights, noted), found = once(path, make, write, read_tensors)
+        if not found:
+            return 0.0
+        encoder.model.load_state_dict(weights)
+        return float(noted["seconds"])
 
     def _make_gate(
         self, config: EditorConfig, queries: Tensor, held_out: HeldOut, progress: bool
