@@ -42,7 +42,7 @@ from meg_kernels.editing import saving
 from meg_kernels.editing.evaluate import Evaluation
 from meg_kernels.editing.neuron_cache import Served
 from meg_kernels.editing.prompting import greedy_answers
-from meg_kernels.storage import read_tensors
+from meg_kernels.storage import read_tensors, write_tensors
 
 EDITED, FURTHER = FACTS[:5], FACTS[5:7]
 MOST = 5
@@ -669,7 +669,7 @@ def test_an_interrupted_edit_resumes_with_the_work_that_was_done(tmp_path, monke
     assert state(resumed)[2:] == state(whole)[2:]
 
 
-@pytest.mark.parametrize("changed", ["seed", "facts", "nothing"])
+@pytest.mark.parametrize("changed", ["seed", "facts", "pooling", "encoder", "nothing"])
 def test_an_encoder_that_was_tuned_is_taken_for_the_same_tuning_only(
     tmp_path, monkeypatch, changed
 ):
@@ -681,9 +681,44 @@ def test_an_encoder_that_was_tuned_is_taken_for_the_same_tuning_only(
     tuning = dataclasses.replace(BANK.encoder_tuning, seed=9 if changed == "seed" else 0)
     editor = make_editor(dataclasses.replace(BANK, encoder_tuning=tuning))
     more = {"tuning": OTHER_FACTS[:-1]} if changed == "facts" else {}
+    if changed == "pooling":
+        editor.encoder.pooling = "cls"
+    if changed == "encoder":
+        with torch.no_grad():
+            next(editor.encoder.model.parameters()).mul_(1.5)
     edit(editor, work_folder=tmp_path, **more)
     assert len(tunings) == (changed != "nothing")
     assert torch.equal(editor.edits.queries, first.edits.queries) == (changed == "nothing")
+
+
+def test_a_work_file_that_holds_no_tuned_encoder_is_made_again(tmp_path, caplog):
+    first = make_editor(BANK)
+    edit(first, work_folder=tmp_path)
+    (path,) = tmp_path.glob("encoder-*.safetensors")
+    for content in ({}, {"seconds": "1.0"}):
+        write_tensors(path, {"other": torch.zeros(1)}, content)
+        editor = make_editor(BANK)
+        edit(editor, work_folder=tmp_path)
+        assert torch.equal(editor.edits.queries, first.edits.queries)
+        assert "holds no tuned encoder; it is made again" in caplog.text
+        caplog.clear()
+
+
+def test_the_gate_is_calibrated_on_wordings_that_the_encoder_was_not_tuned_on(monkeypatch):
+    seen = []
+    tune = TextEncoder.tune
+
+    def noting(encoder, wordings, *args):
+        seen.extend(text for wording in wordings for text in wording.same)
+        return tune(encoder, wordings, *args)
+
+    monkeypatch.setattr(TextEncoder, "tune", noting)
+    editor = make_editor(BANK)
+    edit(editor)
+    held_out = editor.edits.held_out
+    tuned = editor.encoder.encode(seen)
+    nearest = (held_out.queries @ tuned.T).amax(1)
+    assert seen and bool((nearest < 1 - 1e-4).all())
 
 
 # Adding and removing

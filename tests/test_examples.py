@@ -20,6 +20,10 @@ NAMES = [
 ]
 
 
+def test_there_are_examples():
+    assert len(NAMES) > 20
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_in_docstrings(name):
     if name == "meg_kernels.integrations.lm_eval":

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from meg_kernels.diffusion import NoiseSchedule, SamplerConfig
+from meg_kernels.diffusion import DiTConfig, NoiseSchedule, SamplerConfig
 from meg_kernels.editing.generators import Generator, GeneratorConfig, build_generator
 from meg_kernels.neuron import NeuronLayout, Neurons
 
@@ -80,6 +80,10 @@ def test_a_configuration_survives_json(config):
     assert GeneratorConfig.from_dict(values) == config
     del values["reword"]  # of a generator that was trained before there was such a choice
     assert GeneratorConfig.from_dict(values) == dataclasses.replace(config, reword=False)
+
+
+def test_the_default_network_is_the_same_everywhere():
+    assert GeneratorConfig().dit(1153, 384) == DiTConfig(1153, 384)
 
 
 def test_an_unknown_setting_is_refused():

@@ -26,9 +26,17 @@ def test_every_question_has_its_answer_once_among_those_of_others():
     assert questions != with_choices(RECORDS, len(RECORDS), seed=2)
 
 
+@pytest.mark.parametrize(
+    ("count", "records"), [(7, RECORDS), (1, [*RECORDS[:3], {"question": "?", "answer": "RED"}])]
+)
+def test_too_few_questions_or_answers_are_refused(count, records):
+    with pytest.raises(ValueError, match="questions and 4 different answers are needed; there are"):
+        with_choices(records, count, seed=0)
+
+
 def test_the_harness_runs_the_task(tmp_path):
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
-    from meg_kernels.integrations.lm_eval import evaluate_tasks
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    from meg_kernels.integrations.lm_eval import EditedLM, evaluate_tasks
 
     editor = make_editor(BANK)
     edit(editor)
@@ -40,6 +48,15 @@ def test_the_harness_runs_the_task(tmp_path):
         (TASK, "acc"),
         (TASK, "acc_norm"),
     ]
+    harness = EditedLM(editor)
+    evaluate = lm_eval.simple_evaluate(
+        harness,
+        tasks=[TASK],
+        task_manager=lm_eval.tasks.TaskManager(
+            include_path=str(tmp_path / "tasks"), include_defaults=False
+        ),
+    )
+    assert evaluate and {*harness.seen} == {question["question"] for question in questions}
     assert result.contexts == 3 and all(score.base * 3 % 1 < 1e-9 for score in result.scores)
     lines = (tmp_path / "tasks" / f"{TASK}.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == questions

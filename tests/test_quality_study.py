@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 
 import pytest
 import torch
-from test_editor import CONFIG, EDITED, edit, make_editor
+from test_editor import CONFIG, EDITED, UNRELATED, edit, make_editor
 
+from benchmarks.quality import study
 from benchmarks.quality.study import (
     Decisions,
     Edited,
@@ -146,6 +148,46 @@ def test_a_question_that_does_not_name_the_subject_is_rejected_by_every_threshol
     nothing = dict(zip(questions, named.tolist(), strict=True))
     assert most["threshold"] < decisions.scores.min()
     assert most["locality_ag"] == gated(ungated, base, nothing).locality_ag
+
+
+def test_generators_are_measured_one_after_the_other(tmp_path, monkeypatch):
+    """A distilled one is distilled, and the next is trained anew."""
+    config = dataclasses.replace(CONFIG.generator, kind="dit")
+    generators = {"dit": config, study.DISTILLED: config, "dit again": config}
+    monkeypatch.setattr(study, "GENERATORS", generators)
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    monkeypatch.setattr("meg_kernels.editing.editor.shipped_passages", lambda: UNRELATED)
+    editor = make_editor(dataclasses.replace(CONFIG, generator=config))
+    edit(editor)
+    distilled = []
+    distill = type(editor).distill
+
+    def noting(*args, **more):
+        distilled.append(distill(*args, **more))
+        return distilled[-1]
+
+    monkeypatch.setattr(type(editor), "distill", noting)
+    arguments = argparse.Namespace(
+        name="toy",
+        facts=[len(EDITED)],
+        generators=[*generators],
+        nested=False,
+        zero_pairs=False,
+        gates=False,
+        work=tmp_path,
+    )
+    made = study.Study(arguments)
+    made.measure(editor, EDITED, len(EDITED), seed=0)
+    rows = {row["generator"]: row for row in made.content["rows"]}
+    assert [*rows] == [*generators]
+    first, student, again = rows.values()
+    (distillation,) = distilled
+    assert student["training_steps"] == first["training_steps"] + distillation.steps
+    assert student["training_seconds"] > first["training_seconds"]
+    assert editor.edits.generator.config.sampler == config.sampler
+    for name in ("training_steps", "metrics", "without_snapping"):
+        assert again[name] == first[name]
+    assert all(row["metrics"]["reliability_ag"] == 1 for row in rows.values())
 
 
 def test_with_zero_pairs_what_the_gate_should_reject_gets_almost_no_neuron():

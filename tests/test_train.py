@@ -49,10 +49,10 @@ normalized = functools.partial(torch.nn.functional.normalize, dim=-1)
 class Toy:
     """N conditions with their neurons; a generated one is right when it is nearly theirs."""
 
-    def __init__(self):
+    def __init__(self, n=N):
         generator = torch.Generator().manual_seed(2)
-        self.conditions = normalized(torch.randn(N, CONDITION_DIM, generator=generator))
-        self.neurons = LAYOUT.unpack(torch.randn(N, LAYOUT.dim, generator=generator))
+        self.conditions = normalized(torch.randn(n, CONDITION_DIM, generator=generator))
+        self.neurons = LAYOUT.unpack(torch.randn(n, LAYOUT.dim, generator=generator))
         self.looks = []
 
     def distances(self, neurons, rows=slice(None)):
@@ -123,16 +123,33 @@ def test_once_too_few_queries_are_answered_the_rest_is_not_tried(right, enough, 
     assert sum(asked) == tried
 
 
-def test_what_was_reached_in_the_end_is_the_share_of_all_queries(toy):
-    wrong, generator = toy.only_the_collected, torch.Generator().manual_seed(0)
-    toy.conditions = normalized(torch.randn(100, CONDITION_DIM, generator=generator))
-    toy.neurons = LAYOUT.unpack(torch.randn(100, LAYOUT.dim, generator=generator))
+def test_what_was_reached_in_the_end_is_the_share_of_all_queries():
+    """Looks that end early see a part of them."""
+    toy = Toy(100)
 
     def answers(neurons, rows):
-        return wrong(neurons, rows) | (rows < 40)
+        return toy.only_the_collected(neurons, rows) | (rows < 40)
 
     _, training = toy.train(dataclasses.replace(TOY, max_steps=20), answers=answers)
     assert training.answered == 0.4 != training.history[-1][2]
+
+
+def test_a_training_that_need_not_answer_all_ends_when_it_answers_enough():
+    toy = Toy(100)
+
+    def answers(neurons, rows):
+        return toy.only_the_collected(neurons, rows) | (rows % 20 > 0)
+
+    config = dataclasses.replace(TOY, enough=0.94, close=float("inf"))
+    _, training = toy.train(config, answers=answers)
+    assert training.answered == 0.95 and training.steps == TOY.check_every
+
+
+def test_a_bank_answers_one_of_the_queries_that_share_a_condition():
+    toy = Toy(100)
+    toy.conditions[98:] = toy.conditions[0]
+    _, training = toy.train(dataclasses.replace(TOY, kind="bank"))
+    assert training.answered == 0.98
 
 
 def test_looks_become_rarer_as_a_training_goes_on(toy):

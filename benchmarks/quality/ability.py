@@ -42,11 +42,16 @@ def with_choices(
     (4, True)
     """
     draw = random.Random(seed)
-    answers = sorted({record["answer"] for record in records})
+    answers = [*{record["answer"].casefold(): record["answer"] for record in records}.values()]
+    if count > len(records) or len(answers) < CHOICES:
+        raise ValueError(
+            f"{count} questions and {CHOICES} different answers are needed; there are "
+            f"{len(records)} and {len(answers)}"
+        )
     questions = []
     for record in draw.sample(records, count):
         own = record["answer"]
-        others = draw.sample([answer for answer in answers if answer != own], CHOICES - 1)
+        others = draw.sample([a for a in answers if a.casefold() != own.casefold()], CHOICES - 1)
         choices = draw.sample([own, *others], CHOICES)
         asked = {"question": record["question"], "choices": choices, "right": choices.index(own)}
         questions.append(asked)
@@ -62,7 +67,8 @@ def write_task(folder: Path, questions: Sequence[Mapping[str, Any]]) -> None:
         f"task: {TASK}\n"
         "output_type: multiple_choice\n"
         "dataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {data.parent}/cache}}\n"
+        f"dataset_kwargs: {{data_files: {{test: {json.dumps(str(data))}}}, "
+        f"cache_dir: {json.dumps(str(data.parent / 'cache'))}}}\n"
         "test_split: test\n"
         'doc_to_text: "Q: {{question}}\\nA:"\n'
         "doc_to_choice: choices\n"
@@ -94,6 +100,7 @@ def main() -> None:
         "data": arguments.name,
         "facts": len(editor.facts),
         "questions": arguments.count,
+        "seed": arguments.seed,
         **dataclasses.asdict(scores),
         "versions": {name: version_of(name) for name in ("torch", "transformers", "lm_eval")},
     }

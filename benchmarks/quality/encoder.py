@@ -66,7 +66,8 @@ def measure(
     editor.config = dataclasses.replace(EditorConfig(), layer=editor.layer, **options)
     wordings = editor._usable_for_tuning(tuning, facts)
     started = time.perf_counter()
-    held_out = editor._tune_encoder(wordings, shipped_unrelated_queries(), progress=True)
+    unrelated = shipped_unrelated_queries()
+    held_out, _ = editor._tune_encoder(wordings, unrelated, None, progress=True)
     seconds = time.perf_counter() - started
     queries = editor.encoder.encode([fact.query for fact in facts])
     gate, calibration = editor._make_gate(editor.config, queries, held_out, progress=False)

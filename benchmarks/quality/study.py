@@ -13,9 +13,9 @@ For each number of facts and seed a model is edited once, as `meg edit` does it,
 --work. Every question is then asked with the neuron of the nearest edited fact mounted, whatever
 the gate says, and of the base model; a gate's decision picks one of the two answers, so that all
 gates and thresholds are compared on the same answers. Other generators are trained on the same
-neurons; the distilled one samples in one step what the DiT samples in fifty. With --nested only
-the largest number is edited; for the others the rest is removed again and the generator trained
-anew, on the neurons that are left: encoder and neurons are the same in all rows.
+neurons; the distilled one samples in one step, as the DiT does, but what the DiT samples in fifty.
+With --nested only the largest number is edited; for the others the rest is removed again and the
+generator trained anew, on the neurons that are left: encoder and neurons are the same in all rows.
 
 --gates compares the paper's familiarity network, alone and with ours. --zero-pairs trains the DiT
 once more, as the paper's A.3 has it, with queries beside the edited ones that shall get
@@ -33,6 +33,7 @@ import dataclasses
 import json
 import logging
 import random
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -331,6 +332,7 @@ class Study:
         work = options.work / f".{folder.name}"
         editor.edit(facts, tuning=tuning, work_folder=work, progress=True)
         editor.save_pretrained(folder)
+        shutil.rmtree(work)
         return editor
 
     def run(self) -> None:
@@ -398,9 +400,10 @@ class Study:
             if config != own:
                 editor.train(config, progress=True)
                 own = config
+            steps = editor.edits.report.training.steps
             seconds = editor.edits.report.seconds["generator"]
             if name == DISTILLED:
-                editor.distill(steps=1, progress=True)
+                steps += editor.distill(steps=1, progress=True).steps
                 seconds += editor.edits.report.seconds["distill"]
                 own = None
             main = name == options.generators[0]
@@ -411,7 +414,7 @@ class Study:
                 )
             row = shared | {
                 "generator": name,
-                "training_steps": editor.edits.report.training.steps,
+                "training_steps": steps,
                 "training_seconds": seconds,
                 "metrics": gated(snapped, base, accepted).to_dict(),
                 "locality_about_others": {

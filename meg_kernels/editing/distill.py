@@ -226,7 +226,7 @@ class _Lessons:
     def loss(self, step: int, random: torch.Generator) -> Tensor:
         """The loss of the student as it is at this step."""
         config = self.student.config
-        if step % config.check_every == 0:  # where a checkpoint is: resumed runs do so too
+        if step % config.check_every == 0:  # where checkpoints are: resumed runs do so too
             self.pool = self._make(random)
         rows = torch.randperm(len(self.pool[0]), generator=random)[: config.batch_size]
         condition, x_t, t, x0, weight = (part[rows.to(part.device)] for part in self.pool)

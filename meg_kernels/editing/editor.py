@@ -74,7 +74,13 @@ from meg_kernels.integrations.pretrained import DEFAULT_ENCODER, load_language_m
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import LowerLayers, attach
 from meg_kernels.precision import frozen_products
-from meg_kernels.storage import fingerprint, once, read_tensors, write_tensors
+from meg_kernels.storage import (
+    CorruptFileError,
+    fingerprint,
+    once,
+    read_tensors,
+    write_tensors,
+)
 from meg_kernels.text_encoder import EncoderTuningConfig, TextEncoder, Wordings
 
 log = logging.getLogger(__name__)
@@ -911,7 +917,13 @@ class MeGEditor:
         def write(path: Path, tuned: tuple[dict[str, Tensor], dict[str, str]]) -> None:
             write_tensors(path, *tuned)
 
-        (weights, noted), found = once(path, make, write, read_tensors)
+        def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+            weights, noted = read_tensors(path)
+            if weights.keys() != encoder.model.state_dict().keys() or "seconds" not in noted:
+                raise CorruptFileError(f"{path} holds no tuned encoder")
+            return weights, noted
+
+        (weights, noted), found = once(path, make, write, read)
         if not found:
             return 0.0
         encoder.model.load_state_dict(weights)

@@ -55,8 +55,8 @@ class GeneratorConfig:
             whose generator is asked about such.
         condition_noise: otherwise, standard deviation of noise added to that half, in units of the
             conditions' own.
-        check_every: steps between two looks at the answers of generated neurons, while these steps
-            are more than a tenth of those taken.
+        check_every: steps between two looks at the answers of generated neurons; in a long training
+            about a tenth of the steps taken, if that is more.
         enough: training has done its work when this share of the edited queries is answered right,
         close: and the neurons are within this distance of the collected ones, relative to the
             spread of those; or when it took twice the steps that the answers took.

@@ -1,8 +1,8 @@
 """Training a weight generator until its neurons answer right.
 
 What counts is whether the model answers with a generated neuron, not the loss: the weights of the
-averaged (EMA) network are tried on the edited queries every few steps, and training stops when
-enough of them are answered. A checkpoint after each look makes it resumable.
+averaged (EMA) network are tried on the edited queries now and then, and training stops when enough
+of them are answered. A checkpoint after each look makes it resumable.
 
 `fit` is the loop itself, for any loss: distillation runs in it too.
 """
@@ -113,7 +113,7 @@ def train_generator(
 
     if isinstance(generator, NeuronBank):
         generator.store(conditions, neurons)
-        return Training(0, look(generator)[0])
+        return Training(0, trial.answered(trial.generate(generator)))
 
     targets = generator.scaled_weights(neurons)
     lessons = Conditions(generator, conditions, rewording)

@@ -4,8 +4,8 @@
 
 Every token attends to all tokens of its sample; D is the dimension of a head. The op reads q, k and
 v where the qkv Linear left them, side by side in a token's row, and writes the heads side by side,
-as the output projection reads them. A neuron's patches are some tens of tokens: a head's scores fit
-on the chip. Source: Vaswani et al. 2017, equation 1.
+as the output projection reads them. A neuron's patches are three to some tens of tokens: a head's
+scores fit on the chip. Source: Vaswani et al. 2017, equation 1.
 """
 
 from __future__ import annotations
