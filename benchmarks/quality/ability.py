@@ -99,6 +99,7 @@ def main() -> None:
         "study": "ability",
         "data": arguments.name,
         "facts": len(editor.facts),
+        "generator": editor.config.generator.kind,
         "questions": arguments.count,
         "seed": arguments.seed,
         **dataclasses.asdict(scores),
