@@ -217,7 +217,7 @@ def other_studies() -> dict[str, dict]:
     trained = {"choice": "default", "parameters": 2_500_000, "answered": 0.5, "history": [steps]}
     tuned = {"tuning_facts": 384, "seconds": 30.4, "retrieved": 0.875, "accepted": 0.75}
     changed = {"facts": 16, "seconds": 4.0, "of_first_edit": 0.125}
-    same = {"asked": 100, "changed": 0}
+    same = {"asked": 100, "changed": 3, "lost": 1, "gained": 2}
     layer = LayerQuality(4, 1.0, 1.0, 0.75, 12.5, 0.25, 8.0)
     scores = [
         {"task": "nq", "metric": "acc", "base": 0.5, "edited": 0.25, "stderr": 0.0125},
@@ -284,7 +284,7 @@ def test_each_study_of_quality_has_its_tables(tmp_path, monkeypatch):
         "| default | 2.5 M | not in 25 steps (50%) | 4 s, 50 steps | 8 s, 75 steps |",
         "| default | 384 facts | 30 | 0.875 | 0.750 | 0.500 | 0.625 |",
         "| 4 (default) | 1.000 | 1.000 | 0.750 | 12.5 | 8.0 |",
-        "| change 16 | 4.0 | 12.5% | 0 of 100 | 0 of 100 |",
+        "| change 16 | 4.0 | 12.5% | 3 of 100 | 3 of 100 | 1 | 2 |",
     ):
         assert line in text, line
     names = [path.stem for path in (tmp_path / "benchmarks" / "plots").glob("*.png")]

@@ -5,8 +5,9 @@
 
 Adds 64 facts of the file, the first that are not edited, removes 32 edited ones, and changes the
 answers of 16 others, each to the answer of the next. The queries and paraphrases of the other facts
-and the locality queries of all are asked before and after each: answers that are not the same, word
-for word, are counted. Seconds are beside those that the model's first edit took.
+and the locality queries of all are asked before and after each. Answers that are not the same, word
+for word, are counted, and of those to the other facts the ones that were right and are wrong now or
+the other way about. Seconds are beside those that the model's first edit took.
 
 Writes benchmarks/results/life.json.
 """
@@ -17,7 +18,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -50,6 +51,16 @@ def answers(editor: MeGEditor, queries: Sequence[str]) -> dict[str, str]:
     return dict(zip(queries, said, strict=True))
 
 
+def right(facts: Sequence[Fact], said: Mapping[str, str]) -> set[str]:
+    """The queries and paraphrases of facts that are answered with the facts' answers."""
+    return {
+        query
+        for fact in facts
+        for query in asked([fact])
+        if answers_match(said[query], fact.answer)
+    }
+
+
 @dataclass
 class Life:
     """An edited model, asked everything after each change of its edits.
@@ -71,9 +82,9 @@ class Life:
 
     def change(self, name: str, run: Callable[[], Any], touched: Sequence[Fact]) -> dict[str, Any]:
         """Run one change of the edits, and tell what it took and what else it changed."""
-        edited = {fact.normalized_query for fact in self.editor.facts}
-        edited -= {fact.normalized_query for fact in touched}
-        others = [fact for fact in self.facts if fact.normalized_query in edited]
+        queries = {fact.normalized_query for fact in self.facts}
+        queries -= {fact.normalized_query for fact in touched}
+        others = [fact for fact in self.editor.facts if fact.normalized_query in queries]
         local = [query.query for fact in self.facts for query in fact.locality]
         started = time.perf_counter()
         run()
@@ -85,9 +96,11 @@ class Life:
             "seconds": seconds,
             "of_first_edit": seconds / self.first_edit,
         }
-        for kind, queries in (("other facts", asked(others)), ("locality", local)):
-            changed = sum(before[query] != self.said[query] for query in {*queries})
-            row[kind] = {"asked": len({*queries}), "changed": changed}
+        for kind, texts in (("other facts", {*asked(others)}), ("locality", {*local})):
+            changed = sum(before[query] != self.said[query] for query in texts)
+            row[kind] = {"asked": len(texts), "changed": changed}
+        was, now = right(others, before), right(others, self.said)
+        row["other facts"] |= {"lost": len(was - now), "gained": len(now - was)}
         print(json.dumps(row), flush=True)
         return row
 

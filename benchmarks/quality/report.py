@@ -447,6 +447,8 @@ def life(studies: Studies, plots: Path) -> str:
                     f"{kind}: answers changed": f"{row[kind]['changed']} of {row[kind]['asked']}"
                     for kind in ("other facts", "locality")
                 },
+                "other facts: right before, wrong now": f"{row['other facts']['lost']}",
+                "wrong before, right now": f"{row['other facts']['gained']}",
             }
             for row in study["rows"]
         ]
