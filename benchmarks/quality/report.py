@@ -177,7 +177,10 @@ def quality_table(study: Record) -> str:
     for row in study["rows"]:
         groups.setdefault((row["facts"], row["generator"]), []).append(row)
     lines = []
-    for (n, generator), rows in sorted(groups.items(), key=lambda item: item[0][0]):
+    # The default generator first, then those whose names begin like it.
+    for (n, generator), rows in sorted(
+        groups.items(), key=lambda item: (item[0][0], not item[0][1].startswith("dit"), item[0][1])
+    ):
 
         def mean(of: str, name: str, rows: list[Record] = rows) -> str:
             return spread([row[of][name] for row in rows])
