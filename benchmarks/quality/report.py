@@ -302,7 +302,7 @@ def plot_numbers(found: Sequence[Record], axes: Any) -> None:
         axes.plot(numbers, ceiling, style, color="0.6", label=f"collected, {study['data']}")
     if axes.has_data():
         axes.set(xscale="log", xlabel="edited facts", ylabel="AG (grey: Generality of collected)")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def plot_trade_offs(found: Sequence[Record], axes: Any) -> None:
