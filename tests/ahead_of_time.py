@@ -249,7 +249,7 @@ def launch_linear_epilogue() -> None:
 
 def launch_modulated_norm() -> None:
     for dtype in modulated_norm.DTYPES:
-        for width in (1, 512, 768, 1024, modulated_norm.MAX_WIDTH):
+        for width in (1, 256, 512, 768, 1024, modulated_norm.MAX_WIDTH):
             x = torch.zeros(2, 3, width, dtype=dtype)
             row = x[:, 0]
             modulated_norm.forward(x, x, row, row, 1e-6)
@@ -258,7 +258,7 @@ def launch_modulated_norm() -> None:
 
 def launch_short_attention() -> None:
     for dtype in short_attention.DTYPES:
-        for tokens in (1, 3, 17, 52, 82, short_attention.MAX_TOKENS):
+        for tokens in (1, 3, 12, 17, 52, 82, short_attention.MAX_TOKENS):
             for head_dim in (9, 64, 128):
                 short_attention.forward(torch.zeros(2, tokens, 6 * head_dim, dtype=dtype), 2)
 

@@ -36,7 +36,7 @@ def test_each_change_counts_the_answers_that_it_did_not_mean_to_change(editor):
     # Whatever else is changed is counted.
     others = [fact for fact in editor.facts if fact.id != added.id]
     held = sum(len(right([fact], life.said)) for fact in others)
-    everything = [fact.id for fact in editor.facts if fact.id != added.id]
+    everything = [fact.id for fact in others]
     row = life.change("remove", lambda: editor.remove(everything), [added])
     assert row["other facts"]["changed"] >= row["other facts"]["lost"] == held >= len(everything)
     back = life.change("add", lambda: editor.add(others), others)

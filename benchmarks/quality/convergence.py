@@ -4,10 +4,9 @@
         --facts 256 1000 4096
 
 The facts and collected neurons of an edited model are taken, the first so many of them, and one
-generator after the other is trained on them, each with one choice or the whole
-network changed, until 97% of the queries
-that the model answers with their collected neurons, or of a sample of 256, are answered with
-generated ones. Seconds are of the training alone, looks at the answers included.
+generator after the other is trained on them, each with one choice or the whole network changed,
+until 97% of the queries that the model answers with their collected neurons, or of a sample of 256,
+are answered with generated ones. Seconds are of the training alone, looks at the answers included.
 
 Two choices are not the package's: with a low rank, the generator makes the neurons' coordinates
 along their first principal directions, which share one scale or, whitened, have one each.
