@@ -177,9 +177,10 @@ def add(
     out: Out = None,
     device: Device = "cpu",
 ) -> None:
-    """Edit further FACTS into an edited model; those that are in it keep their neurons.
+    """Edit further FACTS into an edited model; those that are in it keep their answers.
 
-    An interrupted addition resumes when it is started again with the same arguments.
+    The neurons of FACTS are kept as they are collected, until `meg train` teaches them to the
+    generator. An interrupted addition resumes when it is started again with the same arguments.
     """
     from meg_kernels.editing.facts import read_facts
 
@@ -324,23 +325,38 @@ def ask(
 @app.command(epilog="**Example:** `meg train edited --generator mlp --out edited-mlp`")
 def train(
     folder: Folder,
-    generator: Generator = GeneratorKind.dit,
+    generator: Annotated[
+        Optional[GeneratorKind],  # noqa: UP045
+        typer.Option(
+            help="Train one of this kind from the start. Default: train the present one further, "
+            "on facts that were added."
+        ),
+    ] = None,
     out: Out = None,
-    seed: Seed = 0,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Of a generator trained from the start. Default: 0."),
+    ] = None,
     device: Device = "cpu",
 ) -> None:
-    """Train another generator on the neurons that an edit collected.
+    """Train a generator on the neurons that were collected for all edited facts.
 
     An interrupted training resumes when it is started again with the same arguments.
     """
+    if generator is None and seed is not None:
+        raise typer.BadParameter("--seed is of a new generator: give its --generator too")
     out = folder if out is None else out
     editor = _load(folder, device, None)
+    before = editor.edits
+    config = None if generator is None else _generator_config(generator, seed or 0)
     with _work_folder(out, "train") as work:
-        config = _generator_config(generator, seed)
         training = editor.train(config, work_folder=work, progress=True)
         editor.save_pretrained(out)
-    seconds = editor.edits.report.seconds["generator"]
-    console.print(f"{_trained(training)}, in {seconds:.1f} s", highlight=False)
+    if editor.edits is before:
+        console.print("no facts were added since the generator was trained; choose a --generator")
+    else:
+        seconds = editor.edits.report.seconds["generator"]
+        console.print(f"{_trained(training)}, in {seconds:.1f} s", highlight=False)
     console.print(f"saved to {out}", markup=False)
 
 
@@ -619,22 +635,26 @@ def _print_saved(editor: MeGEditor, out: Path) -> None:
     console.print(f"{len(editor.facts)} facts are edited; saved to {out}", markup=False)
     if editor.config.requires_subject(len(editor.facts)):
         console.print("only queries that name the subject of the nearest one are taken for it")
+    if added := int((~editor.edits.generated).sum()):
+        console.print(
+            f"{added} of them keep their collected neurons until the generator learns them: "
+            f"meg train {out}",
+            markup=False,
+        )
 
 
 def _print_edit(report: EditReport, n: int) -> None:
-    calibration, seconds = report.calibration, report.seconds
+    trained = "generator" in report.seconds
+    results = {
+        "collect": f"{n - len(report.unlearnt)} of {n} facts learnt",
+        "encoder": "tuned on other facts" if trained else "as it was",
+        "gate": _calibrated(report.calibration),
+        "generator": _trained(report.training),
+    }
     table = Table("stage", "seconds", "result", title="Editing", title_justify="left")
-    learnt = n - len(report.unlearnt)
-    table.add_row("collect", f"{seconds['collect']:.1f}", f"{learnt} of {n} facts learnt")
-    table.add_row("encoder", f"{seconds['encoder']:.1f}", "tuned on other facts")
-    table.add_row("gate", f"{seconds['gate']:.1f}", _calibrated(calibration))
-    training = report.training
-    table.add_row(
-        "generator",
-        f"{seconds['generator']:.1f}",
-        _trained(training),
-    )
-    table.add_row("all", f"{sum(seconds.values()):.1f}", "")
+    for stage, seconds in report.seconds.items():
+        table.add_row(stage, f"{seconds:.1f}", results[stage])
+    table.add_row("all", f"{sum(report.seconds.values()):.1f}", "")
     console.print(table)
     for fact in report.unlearnt:
         text = f"{fact.id}: {fact.query!r} -> {fact.answer!r}"
@@ -774,6 +794,13 @@ def _print_report(report: EvaluationReport) -> None:
         markup=False,
         highlight=False,
     )
+    edited, generated = protocol["edited_facts"], protocol["generated_facts"]
+    if generated < edited:
+        console.print(
+            f"{edited - generated} of {edited} facts were added since the generator was trained: "
+            "they have their collected neurons",
+            highlight=False,
+        )
     served = report.served
     console.print(
         f"{served.queries} queries asked of the edited model, {served.edited} taken for edited "

@@ -39,6 +39,7 @@ class Calibration:
         acceptance: share of held-out paraphrases accepted.
         rejection: share of held-out other queries rejected.
         num_positives, num_negatives: how many of each were held out.
+        edited: the number of edited queries that they were compared with, if that is known.
     """
 
     threshold: float
@@ -47,6 +48,7 @@ class Calibration:
     rejection: float
     num_positives: int
     num_negatives: int
+    edited: int | None = None
 
 
 def calibrate(positive: Tensor, negative: Tensor, rejection_weight: float = 1.0) -> Calibration:

@@ -278,7 +278,11 @@ def test_facts_are_added_changed_and_removed(edited, tmp_path):
     out = shutil.copytree(edited[0], tmp_path / "edited")
     further = FACTS[4]
     write_facts(tmp_path / "more.jsonl", [further])
-    assert "5 facts are edited" in run("add", out, tmp_path / "more.jsonl")
+    shown = run("add", out, tmp_path / "more.jsonl")
+    assert "5 facts are edited" in shown and cells(shown, "encoder")[2] == "as it was"
+    waiting = "1 of them keep their collected neurons until the generator learns them: meg train"
+    assert waiting in " ".join(shown.split())
+    assert "1 of 5 facts were added since the generator was trained" in run("evaluate", out)
     assert further.answer in run("ask", out, further.query, "--max-new-tokens", 3)
     changed = dataclasses.replace(EDITED[0], answer=EDITED[1].answer)
     write_facts(tmp_path / "more.jsonl", [changed])
@@ -289,6 +293,11 @@ def test_facts_are_added_changed_and_removed(edited, tmp_path):
     editor = MeGEditor.from_pretrained(out)
     assert editor.facts == [*EDITED[1:], changed]
     assert editor.generate([EDITED[0].query], 3) == [changed.answer]
+    assert "100.0% of edited queries answered after" in run("train", out)
+    assert MeGEditor.from_pretrained(out).generate([EDITED[0].query], 3) == [changed.answer]
+    again = run("train", out)
+    assert "no facts were added since the generator was trained; choose a --generator" in again
+    assert "were added since" not in run("evaluate", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["edited", "more.jsonl"]
 
 

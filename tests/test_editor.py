@@ -6,6 +6,7 @@ The tiny editor here (`make_editor`) also serves the command line's tests.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -39,6 +40,7 @@ from meg_kernels import (
 )
 from meg_kernels.editing import editor as editing
 from meg_kernels.editing import saving
+from meg_kernels.editing import train as training_module
 from meg_kernels.editing.evaluate import Evaluation
 from meg_kernels.editing.neuron_cache import Served
 from meg_kernels.editing.prompting import greedy_answers
@@ -172,6 +174,12 @@ def folder(mlp_folder, tmp_path):
     return shutil.copytree(mlp_folder, tmp_path / "edited")
 
 
+
+
+def asked_of(facts) -> list[str]:
+    return [query for fact in facts for query in (fact.query, *fact.paraphrases)]
+
+
 PARAPHRASES = [query for fact in EDITED for query in fact.paraphrases]
 QUERIES = [fact.query for fact in EDITED]
 ANSWERS = [fact.answer for fact in EDITED]
@@ -196,12 +204,13 @@ def greedy(model, tokenizer, query: str) -> list[int]:
 
 
 def own_neuron(editor: MeGEditor, query: str) -> Neurons:
-    """What the generator makes of this query alone."""
+    """What the generator makes of this query alone, if it was trained on the nearest fact."""
     z = editor.encoder.encode([query])
-    if editor.config.snap:
-        asked = editor.encoder.encode([fact.query for fact in editor.facts])
-        z = asked[(asked @ z[0]).argmax()].unsqueeze(0)
-    return editor.edits.generator.generate(z)
+    asked = editor.encoder.encode([fact.query for fact in editor.facts])
+    row = int((asked @ z[0]).argmax())
+    if not editor.edits.generated[row]:
+        return editor.edits.neurons[[row]]
+    return editor.edits.generator.generate(asked[[row]] if editor.config.snap else z)
 
 
 def said_by(editor: MeGEditor, queries) -> list[list[int]]:
@@ -218,6 +227,7 @@ def state(editor: MeGEditor):
         editor.edits.report,
         editor.generate(MIXED[:12], MOST),
         editor.edits.generator.generate(editor.edits.queries).value.tolist(),
+        editor.edits.generated.tolist(),
         routing.edited.tolist(),
         routing.fact.tolist(),
         routing.score.tolist(),
@@ -252,15 +262,23 @@ def test_edited_facts_are_answered_in_any_wording_and_other_queries_as_before(ki
     assert editor.generate(rejected, MOST) == as_before == editor.generate_base(rejected, MOST)
 
 
+@pytest.mark.parametrize("added", [[], FURTHER])
 @pytest.mark.parametrize("snap", [True, False])
-def test_each_row_of_a_mixed_batch_is_answered_by_its_own_widened_model(mlp_folder, snap):
+def test_each_row_of_a_mixed_batch_is_answered_by_its_own_widened_model(mlp_folder, snap, added):
     editor = load(mlp_folder)
     editor.config = dataclasses.replace(editor.config, snap=snap)
     base, tokenizer = make_language_model(editor.tokenizer), editor.tokenizer
-    edited = editor.route(MIXED).edited.tolist()
-    assert 5 < sum(edited) < len(MIXED) - 5
+    mixed = [*MIXED]
+    if added:
+        editor.add(added)
+        mixed[::7] = itertools.islice(itertools.cycle(asked_of(added)), len(mixed[::7]))
+    routing = editor.route(mixed)
+    edited = routing.edited.tolist()
+    assert 5 < sum(edited) < len(mixed) - 5
+    taken = editor.edits.generated[routing.fact[routing.edited]]
+    assert bool(taken.any()) and bool((~taken).any()) == bool(added)
     expected, moved = [], 0
-    for query, accepted in zip(MIXED, edited, strict=True):
+    for query, accepted in zip(mixed, edited, strict=True):
         plain = greedy(base, tokenizer, query)
         if accepted:
             expected.append(
@@ -269,7 +287,7 @@ def test_each_row_of_a_mixed_batch_is_answered_by_its_own_widened_model(mlp_fold
             moved += expected[-1] != plain
         else:
             expected.append(plain)
-    assert said_by(editor, MIXED) == expected
+    assert said_by(editor, mixed) == expected
     assert moved >= len(EDITED)
 
 
@@ -287,16 +305,19 @@ def test_with_snapping_all_wordings_of_a_fact_have_one_neuron_and_without_their_
     assert len(facts) < accepted
 
 
-def test_a_fact_asked_again_costs_no_generation_until_the_edits_change(editor):
+def test_a_fact_asked_again_costs_no_generation_until_the_generator_changes(editor):
     query, fact = EDITED[0].query, FURTHER[0]
     first = editor.generate([query, query, *UNRELATED], MOST)
     asked = 2 + len(UNRELATED)
     assert editor.served == Served(asked, 2, 1, 0)
     assert editor.generate([query], MOST) == first[:1]
     assert editor.served == Served(asked + 1, 3, 1, 1)
-    editor.add([fact])  # trains the generator further: what it made before is not asked for again
-    editor.generate([query], MOST)
-    assert editor.served.generated == 2
+    editor.add([fact])  # whose neuron is the collected one
+    editor.generate([query, fact.query], MOST)
+    assert editor.served == Served(asked + 3, 5, 1, 3)
+    editor.train()  # what the generator made before is not asked for again
+    editor.generate([query, fact.query], MOST)
+    assert editor.served == Served(asked + 5, 7, 3, 3)
 
 
 def test_nothing_is_generated_for_queries_that_are_not_edited(editor):
@@ -431,7 +452,7 @@ def test_a_single_fact_can_be_edited_and_others_added():
 def test_facts_that_cannot_be_learnt_are_reported(editor):
     brief = dataclasses.replace(CONFIG.collection, max_steps=1)
     editor.config = dataclasses.replace(editor.config, collection=brief)
-    assert editor.add(FURTHER).unlearnt == FURTHER
+    assert editor.add(FURTHER).unlearnt == FURTHER == editor.edits.report.unlearnt
     assert edit(editor, FURTHER).unlearnt == FURTHER
     editor.remove([FURTHER[0].id])
     assert editor.edits.report.unlearnt == FURTHER[1:]
@@ -590,6 +611,7 @@ def test_every_training_sees_other_wordings_if_it_is_asked_about_them(monkeypatc
     noted("train_generator"), noted("distill")
     edit(editor)
     editor.add([next(fact for fact in FACTS if fact not in EDITED)])
+    editor.train()
     editor.train(dataclasses.replace(generator, kind="dit"))
     editor.distill(1)
     assert len(seen) == 4
@@ -612,6 +634,32 @@ def test_a_chosen_threshold_stays_when_facts_are_removed_or_added():
     assert editor.edits.gate.threshold == editor.config.threshold == 0.875
 
 
+@pytest.mark.parametrize("gate", ["similarity", "familiarity"])
+def test_the_gate_is_calibrated_again_only_when_there_are_half_as_many_facts_again(gate, tmp_path):
+    editor = make_editor(dataclasses.replace(BANK, gate=gate))
+    edit(editor, FACTS[:4])
+    first, calibrated = editor.edits.report.calibration, []
+    real = editing.calibrate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(editing, "calibrate", lambda *a: calibrated.append(1) or real(*a))
+        threshold = editor.edits.gate.threshold
+        editor.add(FACTS[4:6])  # six
+        editor.remove([fact.id for fact in FACTS[:3]])  # three
+        editor.save_pretrained(tmp_path)
+        editor = load(tmp_path)
+        assert len(calibrated) == (0 if gate == "similarity" else 2)
+        if gate == "similarity":
+            assert editor.edits.gate.threshold == threshold
+            assert editor.edits.report.calibration == first and first.edited == 4
+        editor.add(FACTS[:3])  # six
+        editor.add(FACTS[6:7])  # seven
+        number = len(calibrated)
+        assert editor.edits.report.calibration.edited == 7
+        assert number == (1 if gate == "similarity" else 4)
+        editor.remove([fact.id for fact in FACTS[1:5]])  # three
+        assert editor.edits.report.calibration.edited == 3 and len(calibrated) == number + 1
+
+
 def test_facts_that_the_model_knows_are_left_out_and_counted(tmp_path):
     editor = make_editor(BANK)
     known = dataclasses.replace(EDITED[1], answer=editor.generate([QUERIES[1]], 16)[0])
@@ -630,8 +678,18 @@ def test_facts_that_the_model_knows_are_left_out_and_counted(tmp_path):
 # Interruptions
 
 
-@pytest.mark.parametrize("stage", ["collect", "calibrate", "train_generator", "EditReport"])
-@pytest.mark.parametrize("again", ["edit", "add"])
+@pytest.mark.parametrize(
+    "again, stage",
+    [
+        ("edit", "collect"),
+        ("edit", "calibrate"),
+        ("edit", "train_generator"),
+        ("edit", "EditReport"),
+        ("add", "collect"),
+        ("add", "SimilarityGate"),
+        ("add", "_holding"),
+    ],
+)
 def test_a_failed_edit_leaves_what_was_edited_before(editor, monkeypatch, stage, again):
     before = state(editor)
     with monkeypatch.context() as patch:
@@ -764,8 +822,9 @@ def test_an_interrupted_training_leaves_the_generator_and_goes_on(editor, tmp_pa
 @pytest.mark.parametrize("kind", ["mlp", "bank"])
 def test_added_facts_join_those_that_keep_their_neurons(editor, bank, kind):
     editor = bank if kind == "bank" else editor
-    neurons, held_out = editor.edits.neurons, editor.edits.held_out
-    scales = editor.edits.generator.weight_std
+    before, asked = editor.edits, [*asked_of(EDITED), *UNRELATED]
+    neurons, held_out = before.neurons, before.held_out
+    made, said = before.generator.generate(before.queries), editor.generate(asked, 16)
     report = editor.add(FURTHER)
     assert report.unlearnt == [] and report.training.answered == 1.0
     assert editor.facts == EDITED + FURTHER
@@ -773,10 +832,75 @@ def test_added_facts_join_those_that_keep_their_neurons(editor, bank, kind):
     assert torch.equal(pack(editor.edits.neurons)[: len(EDITED)], pack(neurons))
     assert len(editor.edits.neurons) == len(EDITED + FURTHER)
     assert editor.edits.held_out is held_out
-    assert torch.equal(editor.edits.generator.weight_std, scales)
+    assert report.seconds.keys() == {"collect", "encoder", "gate"}
+    for stage, took in before.report.seconds.items():
+        both = took + report.seconds.get(stage, 0.0)
+        assert editor.edits.report.seconds[stage] == pytest.approx(both)
+    generated = editor.edits.generator.generate(editor.edits.queries[: len(EDITED)])
+    assert torch.equal(pack(generated), pack(made))
+    assert editor.edits.generated.tolist() == [True] * len(EDITED) + [kind == "bank"] * 2
     queries = [fact.query for fact in EDITED + FURTHER]
     assert editor.generate(queries, MOST) == [fact.answer for fact in EDITED + FURTHER]
-    assert editor.generate(UNRELATED, MOST) == base_editor().generate(UNRELATED, MOST)
+    assert editor.generate(asked, 16) == said  # to the last word
+
+
+def test_added_facts_keep_their_collected_neurons_until_the_generator_learns_them(editor):
+    queries = [fact.query for fact in EDITED + FURTHER]
+    editor.add([dataclasses.replace(EDITED[0], answer=EDITED[1].answer), *FURTHER], replace=True)
+    answers = [ANSWERS[1], *ANSWERS[1:], *(fact.answer for fact in FURTHER)]
+    assert editor.generate(queries, MOST) == answers
+    before = editor.edits
+    assert before.generated.tolist() == [True] * 4 + [False] * 3
+    assert editor.evaluate().protocol["generated_facts"] == 4
+    with pytest.raises(ValueError, match=r"was not trained on 3 facts that were added: train it"):
+        editor.distill(1)
+    training, after = editor.train(), editor.edits
+    assert training.answered == 1.0 and after.report.training == training
+    assert after.generated.all() and after.neurons is before.neurons and after.gate is before.gate
+    assert editor.generate(queries, MOST) == answers
+    # Trained further: the generator's scales are still those of the facts that came first.
+    assert torch.equal(after.generator.weight_std, before.generator.weight_std)
+    assert editor.config.generator == CONFIG.generator
+    assert after.report.seconds["generator"] > before.report.seconds["generator"]
+    assert editor.train() == training and editor.edits is after  # nothing was added since
+    assert editor.evaluate().protocol["generated_facts"] == len(queries)
+
+
+def test_evaluations_before_and_after_the_generator_learns_are_kept_apart(editor, tmp_path):
+    editor.add(FURTHER)
+    editor.evaluate(work_folder=tmp_path)
+    files = names(tmp_path)
+    editor._edits = dataclasses.replace(
+        editor.edits, generated=torch.ones_like(editor.edits.generated)
+    )
+    editor.evaluate(work_folder=tmp_path)
+    assert names(tmp_path) > files
+
+
+def test_an_interrupted_further_training_goes_on(editor, tmp_path, monkeypatch):
+    editor.add(FURTHER)
+    whole = load_copy(editor, tmp_path / "whole")
+    expected = whole.train()
+    before, saves = editor.edits, []
+    save = training_module._Checkpoint.save
+
+    def interrupted(*args):
+        save(*args)
+        saves.append(1)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_module._Checkpoint, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            editor.train(work_folder=tmp_path / "work")
+    assert saves and editor.edits is before
+    assert editor.train(work_folder=tmp_path / "work") == expected
+    assert state(editor)[2:] == state(whole)[2:]
+
+
+def load_copy(editor: MeGEditor, folder) -> MeGEditor:
+    editor.save_pretrained(folder)
+    return load(folder)
 
 
 @pytest.mark.parametrize(
@@ -888,6 +1012,11 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, kind, gate):
     # And both go on alike.
     for one in (loaded, editor):
         one.add(FURTHER)
+    editor.save_pretrained(tmp_path / "edited")
+    loaded = load(tmp_path / "edited")
+    assert state(loaded) == state(editor)
+    for one in (loaded, editor):
+        one.train()
     seconds = {"seconds": {}}
     assert dataclasses.replace(loaded.edits.report, **seconds) == dataclasses.replace(
         editor.edits.report, **seconds
@@ -916,7 +1045,7 @@ def test_saving_again_leaves_no_stale_files(editor, folder):
     editor.save_pretrained(folder)
     manifest = json.loads((folder / "meg.json").read_text(encoding="utf-8"))
     assert names(folder) == {"meg.json", *manifest["files"].values()}
-    assert len(names(folder) & first) == 2  # meg.json and the encoder, which `add` leaves alone
+    assert len(names(folder) & first) == 3  # `add` leaves the generator and the encoder alone
     assert state(load(folder)) == state(editor)
 
 
@@ -1017,13 +1146,22 @@ def change_manifest(folder, **changes):
     "changes, message",
     [
         ({"format": "other"}, "meg.json was not written by MeG Kernels"),
-        ({"version": 2}, "has format version 2; this release reads 1: upgrade meg-kernels"),
+        ({"version": 3}, "has format version 3; this release reads up to 2: upgrade meg-kernels"),
     ],
 )
 def test_a_manifest_of_another_kind_is_refused(folder, changes, message):
     change_manifest(folder, **changes)
     with pytest.raises(CorruptFileError, match=message):
         load(folder)
+
+
+def test_what_was_saved_before_facts_could_wait_for_their_training_is_read(editor, folder):
+    content = read_tensors(file_of(folder, "edits"))[0]
+    del content["generated"]
+    manifest = json.loads((folder / "meg.json").read_text(encoding="utf-8"))
+    files = manifest["files"] | {"edits": saving._write(folder, "edits", content)}
+    change_manifest(folder, version=1, files=files)
+    assert state(load(folder)) == state(editor)
 
 
 def test_a_manifest_that_is_no_json_is_refused(folder):

@@ -4,7 +4,8 @@
     python -m benchmarks.quality.life build/edited ../shared/data/counterfact_500.json
 
 Adds 64 facts of the file, the first that are not edited, removes 32 edited ones, and changes the
-answers of 16 others, each to the answer of the next. The queries and paraphrases of the other facts
+answers of 16 others, each to the answer of the next; then trains the generator further on all of
+that. The queries and paraphrases of the other facts
 and the locality queries of all are asked before and after each. Answers that are not the same, word
 for word, are counted, and of those to the other facts the ones that were right and are wrong now or
 the other way about. Seconds are beside those that the model's first edit took.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -80,8 +82,16 @@ class Life:
         self.queries = [*asked(self.facts), *local]
         self.said = answers(self.editor, self.queries)
 
-    def change(self, name: str, run: Callable[[], Any], touched: Sequence[Fact]) -> dict[str, Any]:
-        """Run one change of the edits, and tell what it took and what else it changed."""
+    def change(
+        self, what: str, run: Callable[[], Any], touched: Sequence[Fact] = ()
+    ) -> dict[str, Any]:
+        """Run one change of the edits, and tell what it took and what else it changed.
+
+        Args:
+            what: it does.
+            run: does it.
+            touched: facts that are meant to be answered otherwise afterwards.
+        """
         queries = {fact.normalized_query for fact in self.facts}
         queries -= {fact.normalized_query for fact in touched}
         others = [fact for fact in self.editor.facts if fact.normalized_query in queries]
@@ -91,8 +101,7 @@ class Life:
         seconds = time.perf_counter() - started
         before, self.said = self.said, answers(self.editor, self.queries)
         row = {
-            "what": name,
-            "facts": len(touched),
+            "what": what,
             "seconds": seconds,
             "of_first_edit": seconds / self.first_edit,
         }
@@ -132,11 +141,15 @@ def main() -> None:
     every = [*removed, *changing, *others, *added]
     first_edit = sum(editor.edits.report.seconds.values())
     life = Life(editor, every, first_edit)
-    rows = [life.change("add", lambda: editor.add(added), added)]
+    rows = [life.change(f"add {len(added)}", lambda: editor.add(added), added)]
     added_right = life.right(added)
-    rows.append(life.change("remove", lambda: editor.remove([f.id for f in removed]), removed))
+    ids = [fact.id for fact in removed]
+    rows.append(life.change(f"remove {REMOVED}", lambda: editor.remove(ids), removed))
     same = [life.said[fact.query] == said for fact, said in zip(removed, base, strict=True)]
-    rows.append(life.change("change", lambda: editor.add(changed, replace=True), changed))
+    change = functools.partial(editor.add, changed, replace=True)
+    rows.append(life.change(f"change {CHANGED}", change, changed))
+    changed_right = life.right(changed)
+    rows.append(life.change("train the generator further", editor.train))
     content = {
         "study": "life",
         "facts": len(known),
@@ -144,7 +157,8 @@ def main() -> None:
         "rows": rows,
         "added_right": added_right,
         "removed_as_base": fmean(same),
-        "changed_right": life.right(changed),
+        "changed_right": changed_right,
+        "trained_right": life.right([*added, *changed]),
     }
     write_json(RESULT, content)
     print(json.dumps(content, indent=1))

@@ -443,7 +443,7 @@ def life(studies: Studies, plots: Path) -> str:
     for study in studies["life"]:
         lines = [
             {
-                "change": f"{row['what']} {row['facts']}",
+                "change": row["what"],
                 "seconds": f"{row['seconds']:.1f}",
                 "of the first edit's": f"{row['of_first_edit']:.1%}",
                 **{
@@ -462,7 +462,8 @@ def life(studies: Studies, plots: Path) -> str:
                 ),
                 f"Added facts answered: {study['added_right']:.3f}; changed ones, with the new "
                 f"answer: {study['changed_right']:.3f}; removed ones, as the base model answers: "
-                f"{study['removed_as_base']:.3f}.",
+                f"{study['removed_as_base']:.3f}; added and changed ones after the training: "
+                f"{study['trained_right']:.3f}.",
             )
         )
     return paragraphs(*parts)

@@ -87,6 +87,7 @@ log = logging.getLogger(__name__)
 
 FEWEST_TUNING_FACTS = 8
 MANY_FACTS = 1000  # of which one comes close to many a query about another subject
+CALIBRATED_TO = 1.5  # times as many facts, or as few, one threshold serves as well
 
 
 @dataclass(frozen=True)
@@ -238,10 +239,11 @@ class EditReport:
 
     Args:
         unlearnt: facts which the model does not answer even with their own neuron.
-        calibration: the gate's, on held-out queries.
+        calibration: the gate's, on held-out queries; the similarity gate keeps it until there are
+            half as many edited facts again, or a third fewer.
         training: the generator's.
         seconds: of the stages collect, encoder, gate and generator, and of a distillation; of
-            those that resumed, with what an interruption ended.
+            those that resumed, with what an interruption ended. An addition has no generator.
         known: facts that were left out, because the model answered them so already.
     """
 
@@ -263,7 +265,9 @@ class Edits:
         initial: the one neuron that the collection started from.
         held_out: what the gate is calibrated on.
         gate, generator: as the configuration names them.
-        report: of the last edit.
+        generated: [N] bool, on the CPU: the facts whose neurons the generator makes. It was not
+            trained on the others yet, which were added since: they have their collected neurons.
+        report: of the edit, its seconds with those of what was added since.
     """
 
     facts: list[Fact]
@@ -273,6 +277,7 @@ class Edits:
     held_out: HeldOut
     gate: SimilarityGate | FamiliarityNetwork
     generator: Generator
+    generated: Tensor
     report: EditReport
 
 
@@ -384,20 +389,34 @@ class MeGEditor:
                 held_out, before = self._tune_encoder(wordings, unrelated, work_folder, progress)
                 queries = self._encode([fact.query for fact in facts])
             seconds["encoder"] += before
+            with _timed(seconds, "gate"):
+                gate, calibration = self._make_gate(self.config, queries, held_out, progress)
             layout = self.attached.layout
             generator = build_generator(self.config.generator, layout, self.encoder.dim)
-            return self._finish(
-                list(facts),
+            training = self._train(
+                generator,
+                facts,
                 queries,
                 collection.neurons,
-                collection,
                 held_out,
-                generator,
                 seconds,
                 work_folder,
                 progress,
-                known=given - len(facts),
             )
+            unlearnt, known = collection.unlearnt(facts), given - len(facts)
+            report = EditReport(unlearnt, calibration, training, seconds, known)
+            self._edits = Edits(
+                list(facts),
+                queries,
+                collection.neurons,
+                collection.initial,
+                held_out,
+                gate,
+                generator,
+                torch.ones(len(facts), dtype=torch.bool),
+                report,
+            )
+        return report
 
     def add(
         self,
@@ -407,7 +426,10 @@ class MeGEditor:
         work_folder: str | Path | None = None,
         progress: bool = False,
     ) -> EditReport:
-        """Edit further facts. Those edited before keep their neurons.
+        """Edit further facts. Those edited before keep their neurons, and so their answers.
+
+        The generator stays as it is: the neurons that are collected for these facts are kept beside
+        it and answer for them, until `train` teaches it all of them.
 
         Args:
             facts: what shall be answered as well.
@@ -444,19 +466,32 @@ class MeGEditor:
         seconds["collect"] += collection.seconds_before
         with _timed(seconds, "encoder"):
             new = self._encode([fact.query for fact in facts])
-        return self._finish(
-            [*kept, *facts],
-            torch.cat([before.queries[rows], new]),
-            Neurons.cat([before.neurons[rows], collection.neurons]),
-            collection,
-            before.held_out,
-            copy.deepcopy(before.generator),
-            seconds,
-            work_folder,
-            progress,
-            kept,
-            before.report.known,
+        queries = torch.cat([before.queries[rows], new])
+        neurons = Neurons.cat([before.neurons[rows], collection.neurons])
+        with _timed(seconds, "gate"):
+            gate, calibration = self._gate_among(queries, progress)
+        unlearnt = [fact for fact in before.report.unlearnt if fact in kept]
+        unlearnt += collection.unlearnt(facts)
+        report = dataclasses.replace(
+            before.report, unlearnt=unlearnt, calibration=calibration, seconds=seconds
         )
+        in_all = {
+            stage: took + seconds.get(stage, 0.0)
+            for stage, took in before.report.seconds.items()
+        }
+        generator = _holding(before.generator, queries, neurons)
+        added = torch.full((len(facts),), isinstance(generator, NeuronBank))
+        self._edits = dataclasses.replace(
+            before,
+            facts=[*kept, *facts],
+            queries=queries,
+            neurons=neurons,
+            gate=gate,
+            generator=generator,
+            generated=torch.cat([before.generated[rows], added]),
+            report=dataclasses.replace(report, seconds=in_all),
+        )
+        return report
 
     def remove(self, ids: Sequence[str]) -> None:
         """Take edits back: their queries are answered by the base model again.
@@ -473,10 +508,7 @@ class MeGEditor:
             self._edits = None
             return
         queries, neurons = before.queries[keep], before.neurons[keep]
-        gate, calibration = self._make_gate(self.config, queries, before.held_out, progress=False)
-        generator = copy.deepcopy(before.generator)
-        if isinstance(generator, NeuronBank):
-            generator.store(queries, neurons.to(queries.device))
+        gate, calibration = self._gate_among(queries, progress=False)
         unlearnt = [fact for fact in before.report.unlearnt if fact.id not in gone]
         self._edits = dataclasses.replace(
             before,
@@ -484,21 +516,24 @@ class MeGEditor:
             queries=queries,
             neurons=neurons,
             gate=gate,
-            generator=generator,
+            generator=_holding(before.generator, queries, neurons),
+            generated=before.generated[keep],
             report=dataclasses.replace(before.report, unlearnt=unlearnt, calibration=calibration),
         )
 
     def train(
         self,
-        generator: GeneratorConfig,
+        generator: GeneratorConfig | None = None,
         *,
         work_folder: str | Path | None = None,
         progress: bool = False,
     ) -> Training:
-        """Train another generator on the collected neurons, in place of the present one.
+        """Train a generator on the collected neurons of all edited facts.
 
         Args:
-            generator: its kind, network and training.
+            generator: the kind, network and training of one that takes the place of the present
+                one. Default: the present one is trained further, if facts were added since it was
+                trained; that takes less long, and its other neurons move a little.
             work_folder: keeps a checkpoint, so that an interrupted training resumes.
             progress: show a progress bar.
 
@@ -506,8 +541,15 @@ class MeGEditor:
             RuntimeError: nothing is edited.
         """
         before = self.edits
-        made = build_generator(generator, self.attached.layout, self.encoder.dim)
-        seconds = {k: v for k, v in before.report.seconds.items() if k != "distill"}
+        seconds = dict(before.report.seconds)
+        earlier = 0.0
+        if generator is not None:
+            made = build_generator(generator, self.attached.layout, self.encoder.dim)
+            seconds.pop("distill", None)
+        elif bool(before.generated.all()):
+            return before.report.training
+        else:
+            made, earlier = copy.deepcopy(before.generator), seconds["generator"]
         training = self._train(
             made,
             before.facts,
@@ -517,10 +559,16 @@ class MeGEditor:
             seconds,
             work_folder,
             progress,
+            keep_scales=generator is None,
         )
-        report = dataclasses.replace(before.report, training=training, seconds=seconds)
-        self._edits = dataclasses.replace(before, generator=made, report=report)
-        self.config = dataclasses.replace(self.config, generator=generator)
+        seconds["generator"] += earlier
+        self._edits = dataclasses.replace(
+            before,
+            generator=made,
+            generated=torch.ones_like(before.generated),
+            report=dataclasses.replace(before.report, training=training, seconds=seconds),
+        )
+        self.config = dataclasses.replace(self.config, generator=made.config)
         return training
 
     def set_gate(
@@ -587,10 +635,16 @@ class MeGEditor:
 
         Raises:
             RuntimeError: nothing is edited.
-            ValueError: the generator is no DiT, a number of steps is out of range, or the generator
-                answers too little in `teacher_steps` to teach.
+            ValueError: the generator is no DiT, it was not trained on facts that were added, a
+                number of steps is out of range, or it answers too little in `teacher_steps` to
+                teach.
         """
         before = self.edits
+        if missing := int((~before.generated).sum()):
+            raise ValueError(
+                f"the generator was not trained on {missing} facts that were added: train it "
+                "first, with train() or meg train"
+            )
         seconds = dict(before.report.seconds)
         with _timed(seconds, "distill"):
             student, distillation = distill(
@@ -644,13 +698,27 @@ class MeGEditor:
         # Only accepted queries are generated for, and with snapping each fact once.
         index = torch.full((len(queries),), -1, device=routing.edited.device)
         if self.config.snap:
-            wanted, index[accepted] = routing.fact[accepted].unique(return_inverse=True)
-            z = self.edits.queries[wanted]
+            facts, index[accepted] = routing.fact[accepted].unique(return_inverse=True)
+            z = self.edits.queries[facts]
         else:
             index[accepted] = torch.arange(len(accepted), device=index.device)
-            z = routing.z[accepted]
-        with self.attached.neurons(self._cache.generate(self.edits.generator, z), index):
+            facts, z = routing.fact[accepted], routing.z[accepted]
+        with self.attached.neurons(self._neurons(facts, z), index):
             yield routing
+
+    def _neurons(self, facts: Tensor, z: Tensor) -> Neurons:
+        """Neurons for conditions z [B, dim], the edited facts nearest to which are facts [B]."""
+        edits = self.edits
+        if bool(edits.generated.all()):
+            return self._cache.generate(edits.generator, z)
+        facts = facts.cpu()
+        generated = edits.generated[facts]
+        made = self._cache.generate(edits.generator, z[generated.to(z.device)])
+        kept = edits.neurons[facts[~generated]].to(made.device, made.dtype)
+        self.served.reused += len(kept)
+        # Those that are generated stand first now.
+        order = torch.cat([generated.nonzero()[:, 0], (~generated).nonzero()[:, 0]]).argsort()
+        return Neurons.cat([made, kept])[order.to(made.device)]
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -730,6 +798,7 @@ class MeGEditor:
             edits.gate.threshold,
             edits.queries,
             self.attached.layout.pack(edits.neurons),
+            edits.generated,
             *edits.gate.state_dict().values(),
             *edits.generator.state_dict().values(),
         ]
@@ -756,6 +825,7 @@ class MeGEditor:
             "sampler": dataclasses.asdict(self.config.generator.sampler),
             "snap": self.config.snap,
             "edited_facts": len(edits.facts),
+            "generated_facts": int(edits.generated.sum()),
             "left_out": f"{edits.report.known} facts that the base model answered so already",
             "threshold": edits.gate.threshold,
             "threshold_calibrated_on": dataclasses.asdict(edits.report.calibration),
@@ -948,46 +1018,27 @@ class MeGEditor:
                 taught, negative = negative[order].chunk(2)
                 gate.fit(queries, taught, seed=self.config.seed, progress=progress)
         weight = config.rejection_weight
-        calibration = calibrate(gate.score(positive), gate.score(negative), weight)
+        calibration = dataclasses.replace(
+            calibrate(gate.score(positive), gate.score(negative), weight), edited=len(queries)
+        )
         gate.threshold = calibration.threshold if config.threshold is None else config.threshold
         return gate, calibration
 
-    def _finish(
-        self,
-        facts: list[Fact],
-        queries: Tensor,
-        neurons: Neurons,
-        collection: Collection,
-        held_out: HeldOut,
-        generator: Generator,
-        seconds: dict[str, float],
-        work_folder: str | Path | None,
-        progress: bool,
-        kept: Sequence[Fact] = (),
-        known: int = 0,
-    ) -> EditReport:
-        """Gate and generator for these facts: those that are kept, then those just collected."""
-        with _timed(seconds, "gate"):
-            gate, calibration = self._make_gate(self.config, queries, held_out, progress)
-        training = self._train(
-            generator,
-            facts,
-            queries,
-            neurons,
-            held_out,
-            seconds,
-            work_folder,
-            progress,
-            keep_scales=bool(kept),
-        )
-        unlearnt = collection.unlearnt(facts[len(kept) :])
-        if kept:
-            unlearnt = [fact for fact in self.edits.report.unlearnt if fact in kept] + unlearnt
-        report = EditReport(unlearnt, calibration, training, seconds, known)
-        self._edits = Edits(
-            facts, queries, neurons, collection.initial, held_out, gate, generator, report
-        )
-        return report
+    def _gate_among(
+        self, queries: Tensor, progress: bool
+    ) -> tuple[SimilarityGate | FamiliarityNetwork, Calibration]:
+        """The present gate, now over these edited queries: calibrated again only if it must be.
+
+        Another threshold would change who is let through among queries that have nothing to do
+        with what is added or removed. A familiarity network is another one after every change.
+        """
+        before = self.edits
+        then, now = before.report.calibration.edited or 0, len(queries)
+        if self.config.gate == "familiarity" or max(then, now) > CALIBRATED_TO * min(then, now):
+            return self._make_gate(self.config, queries, before.held_out, progress)
+        gate = SimilarityGate(queries)
+        gate.threshold = before.gate.threshold
+        return gate, before.report.calibration
 
     def _train(
         self,
@@ -1054,6 +1105,15 @@ class MeGEditor:
             return torch.cat(right)
 
         return answers
+
+
+def _holding(generator: Generator, queries: Tensor, neurons: Neurons) -> Generator:
+    """The generator of an edited model with these facts; a bank holds just their neurons."""
+    if not isinstance(generator, NeuronBank):
+        return generator
+    bank = copy.deepcopy(generator)
+    bank.store(queries, neurons.to(queries.device))
+    return bank
 
 
 def _fits_twice(model: PreTrainedModel) -> bool:

@@ -26,7 +26,8 @@ class Served:
         queries: that were routed.
         edited: of them, those that the gate took for edited ones.
         generated: neurons that the generator made for them.
-        reused: neurons that were in the cache.
+        reused: neurons that were there: in the cache, or collected for facts that the generator was
+            not trained on.
     """
 
     queries: int = 0

@@ -42,7 +42,8 @@ from meg_kernels.text_encoder import TextEncoder
 if TYPE_CHECKING:
     from meg_kernels.editing.editor import MeGEditor
 
-FORMAT, VERSION = "meg-kernels", 1
+FORMAT, VERSION = "meg-kernels", 2
+READABLE = (1, 2)  # in version 1 the generator made the neurons of all facts
 MANIFEST = "meg.json"
 _KINDS = ("facts", "edits", "gate", "generator", "encoder")
 
@@ -66,6 +67,7 @@ def save_editor(editor: MeGEditor, folder: Path) -> None:
         "queries": edits.queries,
         "neurons": editor.attached.layout.pack(edits.neurons),
         "initial": editor.attached.layout.pack(edits.initial),
+        "generated": edits.generated,
     }
     facts_name = f"facts-{_digest_of_facts(edits.facts)}.jsonl"
     if not (folder / facts_name).exists():
@@ -155,9 +157,11 @@ def load_editor(
         HeldOut(**{f.name: tensors[f"held_out.{f.name}"] for f in dataclasses.fields(HeldOut)}),
         _load_state(gate, files["gate"]).to(model.device),
         _load_state(generator, files["generator"]).to(model.device),
+        tensors.get("generated", torch.ones(len(facts), dtype=torch.bool)).cpu(),
         EditReport(
             [fact for fact in facts if fact.id in report["unlearnt"]],
-            Calibration(**report["calibration"]),
+            # In version 1 every change of the facts calibrated the gate.
+            Calibration(**{"edited": len(facts)} | report["calibration"]),
             Training(
                 **training
                 | {
@@ -179,10 +183,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CorruptFileError(f"{path} was not written by MeG Kernels")
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in READABLE:
         raise CorruptFileError(
-            f"{path} has format version {manifest.get('version')}; this release reads {VERSION}: "
-            "upgrade meg-kernels"
+            f"{path} has format version {manifest.get('version')}; this release reads up to "
+            f"{VERSION}: upgrade meg-kernels"
         )
     return manifest
 
