@@ -268,6 +268,8 @@ def plot_speed_up(run: Run, axes: Any) -> bool:
 
 def plot_scaling(run: Run, axes: Any) -> bool:
     """Queries answered in a second against how many are asked at once, way by way."""
+    from matplotlib import ticker
+
     series: dict[str, dict[int, float]] = {}
     for record in run.of("answer a query"):
         ways = {record["way"]: record, **record["against"]}
@@ -281,8 +283,10 @@ def plot_scaling(run: Run, axes: Any) -> bool:
         axes.plot(batches, [points[batch] for batch in batches], marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel="queries at once", ylabel="queries / s")
     axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return True
 
 
