@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import platform
+import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
@@ -156,13 +157,13 @@ def edit(
             edited, tuning=others, skip_known=skip_known, work_folder=work, progress=True
         )
         editor.save_pretrained(out)
-    _print_edit(report, len(editor.facts))
+    _print_edit("Editing", report, editor.facts, editor)
     if known := report.known:
         given = known + len(editor.facts)
         console.print(f"left out: {known} of {given} facts, which the model answers so already")
     _print_saved(editor, out)
     query = editor.facts[0].query
-    console.print(f"ask it: meg ask {out} {query!r}", markup=False)
+    console.print(f"ask it: {shlex.join(['meg', 'ask', str(out), query])}", markup=False)
 
 
 @app.command(epilog="**Example:** `meg add edited more.jsonl`")
@@ -187,10 +188,13 @@ def add(
     out = folder if out is None else out
     added = read_facts(facts, limit)
     editor = _load(folder, device, None)
+    before = len(editor.facts)
     with _work_folder(out, "add") as work:
         report = editor.add(added, replace=replace, work_folder=work, progress=True)
         editor.save_pretrained(out)
-    _print_edit(report, len(editor.facts))
+    _print_edit("Adding", report, added, editor)
+    if replaced := before + len(added) - len(editor.facts):
+        console.print(f"facts that they took the place of: {replaced}", highlight=False)
     _print_saved(editor, out)
 
 
@@ -353,11 +357,13 @@ def train(
         training = editor.train(config, work_folder=work, progress=True)
         editor.save_pretrained(out)
     if editor.edits is before:
-        console.print("no facts were added since the generator was trained; choose a --generator")
+        console.print("the generator makes all neurons already; --generator trains another one")
     else:
         seconds = editor.edits.report.seconds["generator"]
+        if generator is None:  # trained further: these are with those that it had taken before
+            seconds -= before.report.seconds["generator"]
         console.print(f"{_trained(training)}, in {seconds:.1f} s", highlight=False)
-    console.print(f"saved to {out}", markup=False)
+    _print_saved(editor, out)
 
 
 @app.command("gate", epilog="**Example:** `meg gate edited --threshold 0.7`")
@@ -474,7 +480,7 @@ def demo(
     report = editor.edit(facts, progress=True)
     if out is not None:
         editor.save_pretrained(out)
-    _print_edit(report, len(facts))
+    _print_edit("Editing", report, facts, editor)
     asked = [query for fact in facts[:4] for query in (fact.paraphrases[0], fact.locality[0].query)]
     _print_answers(editor, asked, 16)
     evaluation = editor.evaluate(progress=True)
@@ -635,28 +641,32 @@ def _print_saved(editor: MeGEditor, out: Path) -> None:
     console.print(f"{len(editor.facts)} facts are edited; saved to {out}", markup=False)
     if editor.config.requires_subject(len(editor.facts)):
         console.print("only queries that name the subject of the nearest one are taken for it")
-    if added := int((~editor.edits.generated).sum()):
+    if waiting := int((~editor.edits.generated).sum()):
         console.print(
-            f"{added} of them keep their collected neurons until the generator learns them: "
-            f"meg train {out}",
+            f"answered by collected neurons until the generator learns theirs: {waiting} of them; "
+            f"{shlex.join(['meg', 'train', str(out)])}",
             markup=False,
         )
 
 
-def _print_edit(report: EditReport, n: int) -> None:
-    trained = "generator" in report.seconds
+def _print_edit(title: str, report: EditReport, facts: Sequence[Fact], editor: MeGEditor) -> None:
+    """What was done for these facts, among those that are edited now."""
+    unlearnt = [fact for fact in report.unlearnt if fact in facts]
+    trained, calibration = "generator" in report.seconds, report.calibration
     results = {
-        "collect": f"{n - len(report.unlearnt)} of {n} facts learnt",
+        "collect": f"{len(facts) - len(unlearnt)} of {len(facts)} facts learnt",
         "encoder": "tuned on other facts" if trained else "as it was",
-        "gate": _calibrated(report.calibration),
+        "gate": _calibrated(calibration),
         "generator": _trained(report.training),
     }
-    table = Table("stage", "seconds", "result", title="Editing", title_justify="left")
+    if calibration.edited != len(editor.facts):
+        results["gate"] = f"threshold as it was, {editor.edits.gate.threshold:.3f}"
+    table = Table("stage", "seconds", "result", title=title, title_justify="left")
     for stage, seconds in report.seconds.items():
         table.add_row(stage, f"{seconds:.1f}", results[stage])
     table.add_row("all", f"{sum(report.seconds.values()):.1f}", "")
     console.print(table)
-    for fact in report.unlearnt:
+    for fact in unlearnt:
         text = f"{fact.id}: {fact.query!r} -> {fact.answer!r}"
         errors.print(f"[yellow]not learnt:[/] {escape(text)}")
 
@@ -797,8 +807,8 @@ def _print_report(report: EvaluationReport) -> None:
     edited, generated = protocol["edited_facts"], protocol["generated_facts"]
     if generated < edited:
         console.print(
-            f"{edited - generated} of {edited} facts were added since the generator was trained: "
-            "they have their collected neurons",
+            f"answered by collected neurons, which the generator did not learn yet: "
+            f"{edited - generated} of {edited} facts",
             highlight=False,
         )
     served = report.served

@@ -280,25 +280,59 @@ def test_facts_are_added_changed_and_removed(edited, tmp_path):
     write_facts(tmp_path / "more.jsonl", [further])
     shown = run("add", out, tmp_path / "more.jsonl")
     assert "5 facts are edited" in shown and cells(shown, "encoder")[2] == "as it was"
-    waiting = "1 of them keep their collected neurons until the generator learns them: meg train"
+    assert cells(shown, "collect")[2] == "1 of 1 facts learnt" and "took the place" not in shown
+    assert cells(shown, "gate")[2].startswith("threshold as it was, 0.")
+    waiting = (
+        "answered by collected neurons until the generator learns theirs: 1 of them; meg train"
+    )
     assert waiting in " ".join(shown.split())
-    assert "1 of 5 facts were added since the generator was trained" in run("evaluate", out)
+    assert "which the generator did not learn yet: 1 of 5 facts" in run("evaluate", out)
     assert further.answer in run("ask", out, further.query, "--max-new-tokens", 3)
     changed = dataclasses.replace(EDITED[0], answer=EDITED[1].answer)
     write_facts(tmp_path / "more.jsonl", [changed])
     with pytest.raises(FactsError, match=r"answered with both(.|\n)*meg add --replace"):
         run("add", out, tmp_path / "more.jsonl")
-    assert "5 facts are edited" in run("add", out, tmp_path / "more.jsonl", "--replace")
+    shown = run("add", out, tmp_path / "more.jsonl", "--replace")
+    assert "5 facts are edited" in shown and "that they took the place of: 1" in shown
     assert "4 facts are edited" in run("remove", out, further.id)
     editor = MeGEditor.from_pretrained(out)
     assert editor.facts == [*EDITED[1:], changed]
     assert editor.generate([EDITED[0].query], 3) == [changed.answer]
-    assert "100.0% of edited queries answered after" in run("train", out)
+    before = editor.edits.report.seconds["generator"]
+    shown = run("train", out)
+    after = MeGEditor.from_pretrained(out).edits.report.seconds["generator"]
+    assert "100.0% of edited queries answered after" in shown
+    assert f"in {after - before:.1f} s" in shown and "learns theirs" not in shown
     assert MeGEditor.from_pretrained(out).generate([EDITED[0].query], 3) == [changed.answer]
-    again = run("train", out)
-    assert "no facts were added since the generator was trained; choose a --generator" in again
-    assert "were added since" not in run("evaluate", out)
+    assert "the generator makes all neurons already; --generator trains" in run("train", out)
+    assert "did not learn yet" not in run("evaluate", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["edited", "more.jsonl"]
+
+
+def test_an_interrupted_further_training_is_kept_beside_the_folder(edited, tmp_path, monkeypatch):
+    out = shutil.copytree(edited[0], tmp_path / "edited")
+    write_facts(tmp_path / "more.jsonl", [FACTS[4]])
+    run("add", out, tmp_path / "more.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr("meg_kernels.editing.editor.MeGEditor._generates", interrupt)
+        result = CliRunner().invoke(cli.app, ["train", str(out)])
+    assert result.exit_code != 0
+    assert list((tmp_path / ".edited.train").glob("generator-*.safetensors"))
+    steps = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a: steps.append(1) or step(*a))
+    run("train", out)
+    assert not steps and MeGEditor.from_pretrained(out).edits.generated.all()
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def test_a_seed_is_of_a_new_generator(edited, tmp_path):
+    result = CliRunner().invoke(cli.app, ["train", str(edited[0]), "--seed", "3"])
+    said = " ".join(result.output.replace("│", " ").split())
+    assert result.exit_code == 2 and "--seed is of a new generator: give its --generator" in said
 
 
 def test_train_puts_another_generator_in_place_and_keeps_the_neurons(

@@ -519,7 +519,11 @@ def test_a_distilled_editor_answers_as_before_and_goes_on_as_before(editor, tmp_
     loaded = test_editor.load(tmp_path / "edited")
     assert loaded.config == editor.config
     assert test_editor.state(loaded) == test_editor.state(editor)
-    assert loaded.add(test_editor.FURTHER).training.answered == 1.0
+    loaded.add(test_editor.FURTHER)
+    distilled = loaded.edits.report.seconds["distill"]
+    assert loaded.train().answered == 1.0 and loaded.edits.generated.all()
+    assert loaded.edits.report.seconds["distill"] == distilled > 0
+    assert loaded.config.generator.sampler.num_steps == 1
     further = [fact.query for fact in test_editor.FURTHER]
     answers = test_editor.ANSWERS + [fact.answer for fact in test_editor.FURTHER]
     assert loaded.generate(test_editor.QUERIES + further, test_editor.MOST) == answers

@@ -174,8 +174,6 @@ def folder(mlp_folder, tmp_path):
     return shutil.copytree(mlp_folder, tmp_path / "edited")
 
 
-
-
 def asked_of(facts) -> list[str]:
     return [query for fact in facts for query in (fact.query, *fact.paraphrases)]
 
@@ -542,8 +540,9 @@ def test_a_threshold_can_be_chosen_and_a_gate_that_does_not_exist_cannot(editor)
         editor.set_gate("similarity", threshold=float("nan"))
     with pytest.raises(ValueError, match="either given or calibrated"):
         editor.set_gate(threshold=0.5, calibrated=True)
+    gate = editor.edits.gate
     editor.set_gate("similarity", require_subject=False)  # which leaves it as it is
-    assert editor.edits.gate.threshold == -2.0
+    assert editor.edits.gate is gate
     assert editor.evaluate(EDITED[:1]).protocol["threshold"] == -2.0
     editor.set_gate(calibrated=True)
     assert editor.edits.gate.threshold == before and editor.config.threshold is None
@@ -667,6 +666,7 @@ def test_facts_that_the_model_knows_are_left_out_and_counted(tmp_path):
     report = edit(editor, some, skip_known=True)
     assert editor.facts == [EDITED[0], *EDITED[2:]] and report.known == 1
     assert editor.evaluate().protocol["left_out"].startswith("1 facts")
+    editor.add([FURTHER[0]])
     editor.save_pretrained(tmp_path)
     editor.detach()
     loaded = MeGEditor.from_pretrained(tmp_path, editor.model, editor.tokenizer)
@@ -846,13 +846,14 @@ def test_added_facts_join_those_that_keep_their_neurons(editor, bank, kind):
 
 def test_added_facts_keep_their_collected_neurons_until_the_generator_learns_them(editor):
     queries = [fact.query for fact in EDITED + FURTHER]
+    editor.generate(queries, MOST)  # what is generated now is not asked for again
     editor.add([dataclasses.replace(EDITED[0], answer=EDITED[1].answer), *FURTHER], replace=True)
     answers = [ANSWERS[1], *ANSWERS[1:], *(fact.answer for fact in FURTHER)]
     assert editor.generate(queries, MOST) == answers
     before = editor.edits
     assert before.generated.tolist() == [True] * 4 + [False] * 3
     assert editor.evaluate().protocol["generated_facts"] == 4
-    with pytest.raises(ValueError, match=r"was not trained on 3 facts that were added: train it"):
+    with pytest.raises(ValueError, match="only a dit can be distilled"):
         editor.distill(1)
     training, after = editor.train(), editor.edits
     assert training.answered == 1.0 and after.report.training == training
@@ -864,6 +865,59 @@ def test_added_facts_keep_their_collected_neurons_until_the_generator_learns_the
     assert after.report.seconds["generator"] > before.report.seconds["generator"]
     assert editor.train() == training and editor.edits is after  # nothing was added since
     assert editor.evaluate().protocol["generated_facts"] == len(queries)
+
+
+def test_only_a_generator_that_learnt_all_facts_is_distilled():
+    generator = dataclasses.replace(CONFIG.generator, kind="dit")
+    editor = make_editor(dataclasses.replace(CONFIG, generator=generator))
+    edit(editor)
+    editor.add(FURTHER)
+    with pytest.raises(ValueError, match=r"not trained on facts that were added, 2 of 7: train it"):
+        editor.distill(1)
+
+
+def test_added_facts_that_the_generator_does_not_learn_keep_their_collected_neurons(editor):
+    hopeless = dataclasses.replace(FURTHER[1], answer=" ".join(["red", "blue"] * 6))
+    added = [FURTHER[0], EDITED[0]]
+    editor.remove([EDITED[0].id])
+    editor.add(added)
+    brief = dataclasses.replace(CONFIG.collection, max_steps=1)
+    editor.config = dataclasses.replace(editor.config, collection=brief)
+    assert editor.add([hopeless]).unlearnt == [hopeless]
+    generator = editor.edits.generator
+    generator.config = dataclasses.replace(generator.config, max_steps=1)
+    queries = [fact.query for fact in (*EDITED[1:], *added)]
+    answers = [fact.answer for fact in (*EDITED[1:], *added)]
+    assert editor.train().answered < 1
+    # The second it had learnt before; of the third, not even the collected neuron answers.
+    assert editor.edits.generated.tolist() == [True] * 4 + [False, True, True]
+    assert editor.generate(queries[4:], MOST) == answers[4:]
+    generator = editor.edits.generator
+    generator.config = dataclasses.replace(generator.config, max_steps=300)
+    editor.train()
+    assert editor.edits.generated.all() and editor.generate(queries, MOST) == answers
+
+
+def test_a_fact_that_waits_for_its_training_may_be_all_that_is_left(editor, tmp_path):
+    editor.add(FURTHER)
+    editor.remove([EDITED[1].id, FURTHER[0].id])
+    assert editor.edits.generated.tolist() == [True] * 4 + [False]
+    editor.remove([fact.id for fact in editor.facts[:4]])
+    assert editor.generate([FURTHER[1].query], MOST) == [FURTHER[1].answer]
+    assert state(load_copy(editor, tmp_path)) == state(editor)
+    editor.train()
+    assert editor.edits.generated.tolist() == [True]
+    assert editor.generate([FURTHER[1].query], MOST) == [FURTHER[1].answer]
+
+
+def test_a_bank_of_one_fact_takes_others():
+    editor = make_editor(BANK)
+    edit(editor, EDITED[:1])
+    changed = dataclasses.replace(EDITED[0], answer=EDITED[1].answer)
+    editor.add([FURTHER[0]])
+    editor.add([changed], replace=True)
+    queries = [FURTHER[0].query, changed.query]
+    assert editor.generate(queries, MOST) == [FURTHER[0].answer, changed.answer]
 
 
 def test_evaluations_before_and_after_the_generator_learns_are_kept_apart(editor, tmp_path):
@@ -1160,8 +1214,19 @@ def test_what_was_saved_before_facts_could_wait_for_their_training_is_read(edito
     del content["generated"]
     manifest = json.loads((folder / "meg.json").read_text(encoding="utf-8"))
     files = manifest["files"] | {"edits": saving._write(folder, "edits", content)}
-    change_manifest(folder, version=1, files=files)
+    del manifest["report"]["calibration"]["edited"]
+    change_manifest(folder, version=1, files=files, report=manifest["report"])
+    assert load(folder).edits.report.calibration.edited == len(EDITED)
     assert state(load(folder)) == state(editor)
+
+
+def test_a_banks_conditions_of_before_are_made_anew(bank, tmp_path):
+    expected = state(bank)
+    bank.edits.generator.conditions = bank.edits.generator.conditions.flip(0)
+    bank.save_pretrained(tmp_path)
+    assert state(load(tmp_path)) != expected
+    change_manifest(tmp_path, version=1)
+    assert state(load(tmp_path)) == expected
 
 
 def test_a_manifest_that_is_no_json_is_refused(folder):

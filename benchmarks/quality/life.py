@@ -5,10 +5,10 @@
 
 Adds 64 facts of the file, the first that are not edited, removes 32 edited ones, and changes the
 answers of 16 others, each to the answer of the next; then trains the generator further on all of
-that. The queries and paraphrases of the other facts
-and the locality queries of all are asked before and after each. Answers that are not the same, word
-for word, are counted, and of those to the other facts the ones that were right and are wrong now or
-the other way about. Seconds are beside those that the model's first edit took.
+that. The queries and paraphrases of the other facts and the locality queries of all are asked
+before and after each. Answers that are not the same, word for word, are counted, and of those to
+the other facts the ones that were right and are wrong now or the other way about. Seconds are
+beside those that the model's first edit took.
 
 Writes benchmarks/results/life.json.
 """
@@ -88,8 +88,8 @@ class Life:
         """Run one change of the edits, and tell what it took and what else it changed.
 
         Args:
-            what: it does.
-            run: does it.
+            what: the change's name, in the table.
+            run: makes it.
             touched: facts that are meant to be answered otherwise afterwards.
         """
         queries = {fact.normalized_query for fact in self.facts}

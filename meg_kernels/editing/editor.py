@@ -39,6 +39,7 @@ from meg_kernels.editing.evaluate import (
 from meg_kernels.editing.facts import Fact, FactsError, check_facts, unrelated_to
 from meg_kernels.editing.general_ability import Perplexity, perplexity
 from meg_kernels.editing.generators import (
+    DiTGenerator,
     Generator,
     GeneratorConfig,
     NeuronBank,
@@ -429,7 +430,9 @@ class MeGEditor:
         """Edit further facts. Those edited before keep their neurons, and so their answers.
 
         The generator stays as it is: the neurons that are collected for these facts are kept beside
-        it and answer for them, until `train` teaches it all of them.
+        it and answer for them, until `train` teaches it all of them. A familiarity gate learns them
+        at once; a similarity gate is calibrated again when there are half as many facts again as
+        when it was. Either can then decide otherwise about other queries.
 
         Args:
             facts: what shall be answered as well.
@@ -447,12 +450,12 @@ class MeGEditor:
         check_facts(facts)
         rows = list(range(len(before.facts)))
         if replace:
-            ids, queries = {fact.id for fact in facts}, {fact.normalized_query for fact in facts}
+            ids, given = {fact.id for fact in facts}, {fact.normalized_query for fact in facts}
             rows = [
                 row
                 for row in rows
                 if before.facts[row].id not in ids
-                and before.facts[row].normalized_query not in queries
+                and before.facts[row].normalized_query not in given
             ]
         kept = [before.facts[row] for row in rows]
         try:
@@ -476,8 +479,7 @@ class MeGEditor:
             before.report, unlearnt=unlearnt, calibration=calibration, seconds=seconds
         )
         in_all = {
-            stage: took + seconds.get(stage, 0.0)
-            for stage, took in before.report.seconds.items()
+            stage: took + seconds.get(stage, 0.0) for stage, took in before.report.seconds.items()
         }
         generator = _holding(before.generator, queries, neurons)
         added = torch.full((len(facts),), isinstance(generator, NeuronBank))
@@ -533,23 +535,23 @@ class MeGEditor:
         Args:
             generator: the kind, network and training of one that takes the place of the present
                 one. Default: the present one is trained further, if facts were added since it was
-                trained; that takes less long, and its other neurons move a little.
+                trained; that takes less long, and its other neurons move a little. Added facts that
+                it does not answer in the end keep their collected neurons, until the next time.
             work_folder: keeps a checkpoint, so that an interrupted training resumes.
             progress: show a progress bar.
 
         Raises:
             RuntimeError: nothing is edited.
         """
-        before = self.edits
-        seconds = dict(before.report.seconds)
-        earlier = 0.0
-        if generator is not None:
-            made = build_generator(generator, self.attached.layout, self.encoder.dim)
-            seconds.pop("distill", None)
-        elif bool(before.generated.all()):
+        before, seconds = self.edits, dict(self.edits.report.seconds)
+        waiting, further = ~before.generated, generator is None
+        if further and not bool(waiting.any()):
             return before.report.training
-        else:
+        if generator is None:
             made, earlier = copy.deepcopy(before.generator), seconds["generator"]
+        else:
+            made, earlier = build_generator(generator, self.attached.layout, self.encoder.dim), 0.0
+            seconds.pop("distill", None)
         training = self._train(
             made,
             before.facts,
@@ -559,13 +561,16 @@ class MeGEditor:
             seconds,
             work_folder,
             progress,
-            keep_scales=generator is None,
+            keep_scales=further,
         )
         seconds["generator"] += earlier
+        generated = torch.ones_like(waiting)
+        if further:
+            generated[waiting] = self._generates(made, waiting)
         self._edits = dataclasses.replace(
             before,
             generator=made,
-            generated=torch.ones_like(before.generated),
+            generated=generated,
             report=dataclasses.replace(before.report, training=training, seconds=seconds),
         )
         self.config = dataclasses.replace(self.config, generator=made.config)
@@ -599,20 +604,18 @@ class MeGEditor:
             RuntimeError: nothing is edited.
             ValueError: no such gate, a threshold that is not finite, or one to be calibrated.
         """
-        before = self.edits
+        before, config = self.edits, self.config
         if calibrated and threshold is not None:
             raise ValueError("a threshold is either given or calibrated")
-        if not calibrated and threshold is None and gate in (None, self.config.gate):
-            threshold = self.config.threshold
-        gate = gate or self.config.gate
-        config = dataclasses.replace(self.config, gate=gate, threshold=threshold)
         if require_subject is not None:
             config = dataclasses.replace(config, require_subject=require_subject)
-        made, calibration = self._make_gate(config, before.queries, before.held_out, progress)
-        report = dataclasses.replace(before.report, calibration=calibration)
-        self._edits = dataclasses.replace(before, gate=made, report=report)
+        if calibrated or threshold is not None or gate not in (None, config.gate):
+            config = dataclasses.replace(config, gate=gate or config.gate, threshold=threshold)
+            made, calibration = self._make_gate(config, before.queries, before.held_out, progress)
+            report = dataclasses.replace(before.report, calibration=calibration)
+            self._edits = dataclasses.replace(before, gate=made, report=report)
         self.config = config
-        return calibration
+        return self.edits.report.calibration
 
     def distill(
         self,
@@ -640,10 +643,11 @@ class MeGEditor:
                 teach.
         """
         before = self.edits
-        if missing := int((~before.generated).sum()):
+        waiting = int((~before.generated).sum())
+        if waiting and isinstance(before.generator, DiTGenerator):
             raise ValueError(
-                f"the generator was not trained on {missing} facts that were added: train it "
-                "first, with train() or meg train"
+                f"the generator was not trained on facts that were added, {waiting} of "
+                f"{len(before.facts)}: train it first, with train() or meg train"
             )
         seconds = dict(before.report.seconds)
         with _timed(seconds, "distill"):
@@ -711,14 +715,13 @@ class MeGEditor:
         edits = self.edits
         if bool(edits.generated.all()):
             return self._cache.generate(edits.generator, z)
-        facts = facts.cpu()
+        facts, layout = facts.cpu(), self.attached.layout
         generated = edits.generated[facts]
-        made = self._cache.generate(edits.generator, z[generated.to(z.device)])
-        kept = edits.neurons[facts[~generated]].to(made.device, made.dtype)
-        self.served.reused += len(kept)
-        # Those that are generated stand first now.
-        order = torch.cat([generated.nonzero()[:, 0], (~generated).nonzero()[:, 0]]).argsort()
-        return Neurons.cat([made, kept])[order.to(made.device)]
+        self.served.reused += len(facts[~generated].unique())
+        flat = layout.pack(edits.neurons[facts]).to(z.device)
+        rows = generated.nonzero()[:, 0].to(z.device)
+        flat[rows] = layout.pack(self._cache.generate(edits.generator, z[rows])).to(flat.dtype)
+        return layout.unpack(flat)
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -1066,6 +1069,17 @@ class MeGEditor:
             )
         seconds["generator"] += training.seconds_before
         return training
+
+    def _generates(self, generator: Generator, which: Tensor) -> Tensor:
+        """Whether generated neurons answer the edited facts `which` [N] bool marks: [M] bool.
+
+        Those that not even their collected neurons answer are not the generator's to reach.
+        """
+        edits, rows = self.edits, which.nonzero()[:, 0]
+        answers = self._answers(edits.facts)
+        made = generator.generate(edits.queries[rows.to(edits.queries.device)])
+        collected = edits.neurons[rows].to(made.device)
+        return (answers(made, rows) | ~answers(collected, rows)).cpu()
 
     def _subject_named(self, queries: Sequence[str], fact: Tensor) -> Tensor:
         """[B] whether each query names the subject of its row of `fact` [B], if that has one."""

@@ -311,13 +311,17 @@ class NeuronBank(Generator):
 
     def store(self, conditions: Tensor, neurons: Neurons) -> None:
         """Keep `neurons`, found under conditions [N, condition_dim]."""
-        self.conditions = F.normalize(self.scaled_conditions(conditions), dim=-1)
+        self.conditions = self.scaled_conditions(conditions)
         self.weights = self.scaled_weights(neurons)
+
+    def scaled_conditions(self, z: Tensor) -> Tensor:
+        """Directions, around no mean: the gate finds the same query nearest."""
+        return F.normalize(z, dim=-1)
 
     def _generate(self, conditions: Tensor) -> Tensor:
         if not len(conditions):
             return self.weights[:0]
-        return self.weights[(F.normalize(conditions, dim=-1) @ self.conditions.T).argmax(1)]
+        return self.weights[(conditions @ self.conditions.T).argmax(1)]
 
 
 GENERATORS: dict[str, type[Generator]] = {

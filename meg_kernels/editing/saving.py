@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from meg_kernels.editing.editor import MeGEditor
 
 FORMAT, VERSION = "meg-kernels", 2
-READABLE = (1, 2)  # in version 1 the generator made the neurons of all facts
+# In version 1 the generator made the neurons of all facts, every change of the facts calibrated the
+# gate, and a bank's conditions were centred.
+READABLE = (1, 2)
 MANIFEST = "meg.json"
 _KINDS = ("facts", "edits", "gate", "generator", "encoder")
 
@@ -144,23 +146,26 @@ def load_editor(
         else FamiliarityNetwork(encoder.dim)
     )
     gate.threshold = manifest["threshold"]
+    neurons = layout.unpack(tensors["neurons"].cpu())
     generator = build_generator(config.generator, layout, encoder.dim)
     if isinstance(generator, NeuronBank):
         generator.resize(len(facts))
+    generator = _load_state(generator, files["generator"]).to(model.device)
+    if isinstance(generator, NeuronBank) and manifest["version"] == 1:
+        generator.store(tensors["queries"], neurons.to(model.device))
     report = manifest["report"]
     training = report["training"]
     editor._edits = Edits(
         facts,
         tensors["queries"],
-        layout.unpack(tensors["neurons"].cpu()),
+        neurons,
         layout.unpack(tensors["initial"].cpu()),
         HeldOut(**{f.name: tensors[f"held_out.{f.name}"] for f in dataclasses.fields(HeldOut)}),
         _load_state(gate, files["gate"]).to(model.device),
-        _load_state(generator, files["generator"]).to(model.device),
+        generator,
         tensors.get("generated", torch.ones(len(facts), dtype=torch.bool)).cpu(),
         EditReport(
             [fact for fact in facts if fact.id in report["unlearnt"]],
-            # In version 1 every change of the facts calibrated the gate.
             Calibration(**{"edited": len(facts)} | report["calibration"]),
             Training(
                 **training
