@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -468,6 +470,21 @@ def test_facts_that_cannot_be_edited_are_refused(facts, message):
         edit(make_editor(), facts)
 
 
+def test_answers_that_differ_for_one_subject_and_relation_are_warned_of_once():
+    again = dataclasses.replace(EDITED[0], id="again", query="Abo looks", answer="pink")
+    message = re.escape(f"'{EDITED[0].query}' 'red', but 'Abo looks' 'pink'")
+    with pytest.warns(UserWarning, match=f"one relation \\(1\\):\n  {message}\na paraphrase of"):
+        editor = make_editor(BANK)
+        edit(editor, [*EDITED[:2], again])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        editor.add([EDITED[2]])
+        edit(make_editor(BANK), [EDITED[0], EDITED[1]])
+    third = dataclasses.replace(again, id="third", query="Abo is painted", answer="blue")
+    with pytest.warns(UserWarning, match=r"one relation \(1\):\n.*but 'Abo is painted' 'blue'"):
+        editor.add([third])
+
+
 def test_too_few_tuning_facts_are_refused():
     lonely = [dataclasses.replace(fact, paraphrases=()) for fact in OTHER_FACTS[7:]]
     with pytest.raises(FactsError, match=r"5 of 16 tuning facts have .* at least 8 are needed"):
@@ -849,6 +866,7 @@ def test_added_facts_keep_their_collected_neurons_until_the_generator_learns_the
     editor.generate(queries, MOST)  # what is generated now is not asked for again
     editor.add([dataclasses.replace(EDITED[0], answer=EDITED[1].answer), *FURTHER], replace=True)
     answers = [ANSWERS[1], *ANSWERS[1:], *(fact.answer for fact in FURTHER)]
+    assert editor.generate(queries[:1], MOST) == answers[:1]
     assert editor.generate(queries, MOST) == answers
     before = editor.edits
     assert before.generated.tolist() == [True] * 4 + [False] * 3

@@ -18,6 +18,7 @@ from benchmarks.quality.study import (
     curve,
     gated,
     subject_named,
+    taken_for,
     train_with_zero_pairs,
 )
 from meg_kernels.editing.evaluate import Evaluation, Question, has_own_neuron
@@ -150,6 +151,32 @@ def test_a_question_that_does_not_name_the_subject_is_rejected_by_every_threshol
     assert most["locality_ag"] == gated(ungated, base, nothing).locality_ag
 
 
+def test_what_paraphrases_are_taken_for_is_counted(edited):
+    editor, count = edited.editor, sum(len(fact.paraphrases) for fact in EDITED)
+    questions = [
+        Question("generality", number, query, "")
+        for number, fact in enumerate(EDITED)
+        for query in fact.paraphrases
+    ]
+    questions.append(Question("locality", 0, UNRELATED[0], ""))
+    routing = edited.routing(questions)
+    nearest = torch.tensor([edited.rows[question.fact] for question in questions])
+    right = dataclasses.replace(routing, fact=nearest, edited=torch.ones_like(routing.edited))
+    expected = {"asked": count, "own": count, "same_subject": 0, "another": 0, "none": 0}
+    assert taken_for(edited, questions, right) == expected
+
+    # The first three are taken for a fact about the same subject, for another one, and for none.
+    whole, other = editor.edits, dataclasses.replace(EDITED[0], id="x", query="Abo is made of")
+    wrong = dataclasses.replace(right, fact=nearest.clone(), edited=right.edited.clone())
+    wrong.fact[0], wrong.fact[1], wrong.edited[2] = len(EDITED), 4, False
+    editor._edits = dataclasses.replace(whole, facts=[*EDITED, other])
+    try:
+        expected = {"own": count - 3, "same_subject": 1, "another": 1, "none": 1}
+        assert taken_for(edited, questions, wrong) == expected | {"asked": count}
+    finally:
+        editor._edits = whole
+
+
 def test_generators_are_measured_one_after_the_other(tmp_path, monkeypatch):
     """A distilled one is distilled, and the next is trained anew."""
     config = dataclasses.replace(CONFIG.generator, kind="dit")
@@ -188,6 +215,8 @@ def test_generators_are_measured_one_after_the_other(tmp_path, monkeypatch):
     for name in ("training_steps", "metrics", "without_snapping"):
         assert again[name] == first[name]
     assert all(row["metrics"]["reliability_ag"] == 1 for row in rows.values())
+    paraphrases = sum(len(fact.paraphrases) for fact in EDITED)
+    assert all(row["paraphrases"]["asked"] == paraphrases for row in rows.values())
 
 
 def test_with_zero_pairs_what_the_gate_should_reject_gets_almost_no_neuron():

@@ -154,6 +154,9 @@ def test_a_study_of_steps_is_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
 PERPLEXITY = {"base": 30.5, "edited": 30.25, "passages": 24, "accepted": 1, "tokens": 2000}
 
 
+TAKEN = {"asked": 9, "own": 5, "same_subject": 2, "another": 1, "none": 1}
+
+
 def quality_study() -> dict:
     """What benchmarks.quality.study writes."""
 
@@ -179,7 +182,7 @@ def quality_study() -> dict:
     gate = {"metrics": shares, "curve": points, "calibration": {"auroc": 0.875}}
     gates = {"similarity": gate, "familiarity": gate, "both": gate}
     rows = [
-        row(0.9, gates=gates, perplexity=PERPLEXITY),
+        row(0.9, gates=gates, perplexity=PERPLEXITY, paraphrases=TAKEN),
         row(0.8, seed=1, perplexity=PERPLEXITY),
         row(0.7, generator="bank", training_seconds=0.0, perplexity=PERPLEXITY),
     ]
@@ -207,6 +210,7 @@ def test_a_study_of_quality_is_a_table_and_a_plot(tmp_path, monkeypatch):
     cells = "0.500 / 0.500 | 0.500 / 0.500 | 0.750 / 0.500 | 0.250"
     assert f"| zsre | 997 | familiarity | 0.875 | {cells} |" in readme.read_text()
     assert f"| zsre | 997 | both | – | {cells} |" in readme.read_text()
+    assert "| zsre | 997 | 9 | 5 | 2 | 1 | 1 |" in readme.read_text()
     assert (tmp_path / "benchmarks" / "plots" / "trade-off.png").stat().st_size > 1000
 
 
@@ -255,7 +259,8 @@ def other_studies() -> dict[str, dict]:
             "added_right": 1.0,
             "changed_right": 0.9375,
             "removed_as_base": 1.0,
-            "rows": [{"what": "change", **changed, "other facts": same, "locality": same}],
+            "trained_right": 0.75,
+            "rows": [{"what": "change 16", **changed, "other facts": same, "locality": same}],
         },
     }
 
@@ -284,6 +289,7 @@ def test_each_study_of_quality_has_its_tables(tmp_path, monkeypatch):
         "| default | 2.5 M | not in 25 steps (50%) | 4 s, 50 steps | 8 s, 75 steps |",
         "| default | 384 facts | 30 | 0.875 | 0.750 | 0.500 | 0.625 |",
         "| 4 (default) | 1.000 | 1.000 | 0.750 | 12.5 | 8.0 |",
+        "as the base model answers: 1.000; added and changed ones after the training: 0.750.",
         "| change 16 | 4.0 | 12.5% | 3 of 100 | 3 of 100 | 1 | 2 |",
     ):
         assert line in text, line

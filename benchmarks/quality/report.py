@@ -165,6 +165,7 @@ def quality(studies: Studies, plots: Path) -> str:
     return paragraphs(
         *map(quality_table, found),
         image(scale),
+        paraphrases_table(found),
         gates_table(found),
         image(trade_off),
         ability_table(found),
@@ -230,6 +231,25 @@ def gates_table(found: Sequence[Record]) -> str:
         for name, gate in row["gates"].items()
     ]
     return markdown("gates, on the same answers", lines) if lines else ""
+
+
+def paraphrases_table(found: Sequence[Record]) -> str:
+    """What the gate took paraphrases for, for each number of facts."""
+    lines = [
+        {
+            "data": study["data"],
+            "facts": str(row["facts"]),
+            "paraphrases": str(taken["asked"]),
+            "taken for their own fact": str(taken["own"]),
+            "for another fact about the same subject": str(taken["same_subject"]),
+            "for one about another subject": str(taken["another"]),
+            "for none": str(taken["none"]),
+        }
+        for study in found
+        for row in by_size(study)
+        if row["generator"] == "dit" and row["seed"] == 0 and (taken := row.get("paraphrases"))
+    ]
+    return markdown("what paraphrases are taken for", lines) if lines else ""
 
 
 def by_size(study: Record) -> list[Record]:

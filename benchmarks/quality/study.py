@@ -166,6 +166,30 @@ def about_others(questions: Iterable[Question], facts: Iterable[Fact]) -> set[Qu
     }
 
 
+def taken_for(edited: Edited, questions: Sequence[Question], routing: Routing) -> dict[str, int]:
+    """What the gate takes the paraphrases among some questions for, by their routing.
+
+    For their own fact, for another one about the same subject, for yet another one, or for no
+    edited fact.
+    """
+    facts = edited.editor.facts
+    counts = dict.fromkeys(("asked", "own", "same_subject", "another", "none"), 0)
+    where = zip(questions, routing.edited.tolist(), routing.fact.tolist(), strict=True)
+    for question, accepted, near in where:
+        if question.kind != "generality":
+            continue
+        own = edited.rows[question.fact]
+        counts["asked"] += 1
+        if not accepted:
+            counts["none"] += 1
+        elif near == own:
+            counts["own"] += 1
+        else:
+            mine, theirs = (normalized(facts[row].subject or "") for row in (own, near))
+            counts["same_subject" if mine == theirs else "another"] += 1
+    return counts
+
+
 def curve(
     scores: Tensor, ungated: dict[Question, Verdict], base: dict[Question, Verdict]
 ) -> list[dict[str, float | None]]:
@@ -390,6 +414,7 @@ class Study:
             "calibration": dataclasses.asdict(decisions.calibration),
             "requires_subject": editor.config.requires_subject(len(editor.facts)),
             "perplexity": dataclasses.asdict(editor.perplexity(progress=True)),
+            "paraphrases": taken_for(edited, [*base], routing),
         }
         strangers = about_others(base, editor.facts)
         others = {q: verdict for q, verdict in base.items() if q in strangers}

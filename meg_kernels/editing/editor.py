@@ -36,7 +36,13 @@ from meg_kernels.editing.evaluate import (
     evaluate,
     unknown_facts,
 )
-from meg_kernels.editing.facts import Fact, FactsError, check_facts, unrelated_to
+from meg_kernels.editing.facts import (
+    Fact,
+    FactsError,
+    check_facts,
+    unrelated_to,
+    warn_of_several_answers,
+)
 from meg_kernels.editing.general_ability import Perplexity, perplexity
 from meg_kernels.editing.generators import (
     DiTGenerator,
@@ -378,6 +384,7 @@ class MeGEditor:
         given = len(facts)
         if skip_known and not (facts := self.unknown(facts, progress=progress)):
             raise FactsError(f"the model answers all {given} facts so already")
+        warn_of_several_answers(facts)
         tuning = shipped_tuning_facts() if tuning is None else tuning
         unrelated = shipped_unrelated_queries() if unrelated is None else unrelated
         wordings = self._usable_for_tuning(tuning, facts)
@@ -463,6 +470,7 @@ class MeGEditor:
         except FactsError as error:
             hint = "with replace=True (meg add --replace) they take the place of the edited ones"
             raise FactsError(f"{error}\n{hint}") from None
+        warn_of_several_answers(facts, kept)
         seconds: dict[str, float] = {}
         with _timed(seconds, "collect"):
             collection = self._collect(facts, before.initial, work_folder, progress)

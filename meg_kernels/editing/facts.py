@@ -17,7 +17,7 @@ import dataclasses
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -310,6 +310,42 @@ def check_facts(facts: Iterable[Fact]) -> None:
     _, duplicates, conflicts = _merge(placed)
     if duplicates or conflicts:
         raise FactsError(_listing("the facts do not fit together", conflicts + duplicates))
+
+
+def several_answers(facts: Iterable[Fact]) -> list[str]:
+    """Facts about one subject and relation, where both are known, that have different answers.
+
+    That is right of some relations (twin towns); of others the facts contradict each other. Either
+    way a paraphrase of one may be taken for another of them.
+
+    Returns:
+        A line for each fact that disagrees with the first of its subject and relation.
+
+    >>> facts = [
+    ...     Fact("The capital of Chad is", "Rome", subject="Chad", relation="capital"),
+    ...     Fact("Chad's capital is", "Oslo", subject="Chad", relation="capital"),
+    ... ]
+    >>> print(*several_answers(facts))
+    'The capital of Chad is' 'Rome', but "Chad's capital is" 'Oslo'
+    """
+    firsts: dict[tuple[str, str], Fact] = {}
+    lines = []
+    for fact in facts:
+        if fact.subject and fact.relation:
+            first = firsts.setdefault((normalized(fact.subject), fact.relation), fact)
+            if first.normalized_answer != fact.normalized_answer:
+                lines.append(
+                    f"{first.query!r} {first.answer!r}, but {fact.query!r} {fact.answer!r}"
+                )
+    return lines
+
+
+def warn_of_several_answers(added: Sequence[Fact], kept: Sequence[Fact] = ()) -> None:
+    """Warn of `several_answers` that facts bring along, beside those that are edited already."""
+    before = set(several_answers(kept))
+    if lines := [line for line in several_answers([*kept, *added]) if line not in before]:
+        text = _listing(f"subjects with several answers for one relation ({len(lines)})", lines, 5)
+        warnings.warn(f"{text}\na paraphrase of one may be taken for the other", stacklevel=3)
 
 
 def unrelated_to(others: Iterable[Fact], edited: Iterable[Fact]) -> list[Fact]:
