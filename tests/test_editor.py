@@ -315,9 +315,13 @@ def test_a_fact_asked_again_costs_no_generation_until_the_generator_changes(edit
     editor.add([fact])  # whose neuron is the collected one
     editor.generate([query, fact.query], MOST)
     assert editor.served == Served(asked + 3, 5, 1, 3)
+    snapping, editor.config = editor.config, dataclasses.replace(editor.config, snap=False)
+    editor.generate([fact.query, fact.query], MOST)
+    assert editor.served == Served(asked + 5, 7, 1, 4)
+    editor.config = snapping
     editor.train()  # what the generator made before is not asked for again
     editor.generate([query, fact.query], MOST)
-    assert editor.served == Served(asked + 5, 7, 3, 3)
+    assert editor.served == Served(asked + 7, 9, 3, 4)
 
 
 def test_nothing_is_generated_for_queries_that_are_not_edited(editor):
