@@ -227,7 +227,7 @@ def gates_table(found: Sequence[Record]) -> str:
         }
         for study in found
         for row in by_size(study)
-        if len(row.get("gates", {})) > 1 and not row["seed"]
+        if row["generator"] == "dit" and len(row.get("gates", {})) > 1 and not row["seed"]
         for name, gate in row["gates"].items()
     ]
     return markdown("gates, on the same answers", lines) if lines else ""
@@ -304,22 +304,24 @@ def with_error(value: float, stderr: float | None) -> str:
 
 def plot_numbers(found: Sequence[Record], axes: Any) -> None:
     """Each metric against the number of facts, for each data set's first generator."""
-    for study, style in zip(found, ("-", "--", ":"), strict=False):
-        main = [row for row in study["rows"] if row["generator"] == "dit"]
+    mains = {
+        study["data"]: [row for row in study["rows"] if row["generator"] == "dit"]
+        for study in found
+    }
+    several = {data: rows for data, rows in mains.items() if len({r["facts"] for r in rows}) > 1}
+    for (data, main), style in zip(several.items(), ("-", "--", ":", "-."), strict=False):
         numbers = sorted({row["facts"] for row in main})
-        if len(numbers) < 2:
-            continue
         for color, name in enumerate(("reliability_ag", "generality_ag", "locality_ag")):
             shares = [
                 fmean(row["metrics"][name] for row in main if row["facts"] == n) for n in numbers
             ]
-            label = f"{name.removesuffix('_ag').capitalize()}, {study['data']}"
+            label = f"{name.removesuffix('_ag').capitalize()}, {data}"
             axes.plot(numbers, shares, style, color=f"C{color}", marker="o", label=label)
         ceiling = [
             fmean(row["collected"]["generality_ag"] for row in main if row["facts"] == n)
             for n in numbers
         ]
-        axes.plot(numbers, ceiling, style, color="0.6", label=f"collected, {study['data']}")
+        axes.plot(numbers, ceiling, style, color="0.6", label=f"collected, {data}")
     if axes.has_data():
         axes.set(xscale="log", xlabel="edited facts", ylabel="AG (grey: Generality of collected)")
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -331,7 +333,8 @@ def plot_trade_offs(found: Sequence[Record], axes: Any) -> None:
         (f"{study['data']}, {row['facts']} facts", row["gates"])
         for study in found
         for row in by_size(study)
-        if "gates" in row and row["seed"] == 0 and row["facts"] > FEWEST_TRADED
+        if row["generator"] == "dit" and "gates" in row and not row["seed"]
+        if row["facts"] > FEWEST_TRADED
     ]
     styles = {"similarity": "-", "similarity, subject named": "-.", "familiarity": "--"}
     for number, (label, gates) in enumerate(rows):
