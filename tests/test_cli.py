@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from test_collect import FACTS, OTHER_FACTS, UNRELATED, make_tokenizer
-from test_editor import CONFIG, make_encoder, make_language_model
+from test_editor import CONFIG, interrupt, make_encoder, make_language_model
 from typer.testing import CliRunner
 
 import meg_kernels
@@ -325,10 +325,6 @@ def test_an_interrupted_further_training_is_kept_beside_the_folder(edited, tmp_p
     assert not steps and MeGEditor.from_pretrained(out).edits.generated.all()
 
 
-def interrupt(*args):
-    raise KeyboardInterrupt
-
-
 def test_a_seed_is_of_a_new_generator(edited, tmp_path):
     result = CliRunner().invoke(cli.app, ["train", str(edited[0]), "--seed", "3"])
     said = " ".join(result.output.replace("│", " ").split())
@@ -418,9 +414,6 @@ def test_an_interrupted_distillation_goes_on_where_it_was(
     arguments += ["--out", tmp_path / "few"]
     monkeypatch.setattr(sys, "argv", ["meg", *map(str, arguments)])
 
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(MeGEditor, "save_pretrained", interrupt)
         with pytest.raises(SystemExit) as exit_:
@@ -472,9 +465,6 @@ def test_an_interrupted_edit_goes_on_where_it_was(
     arguments = ["edit", facts_file, *models, "--out", out, "--tuning", tuning_file, "--layer", 1]
     arguments += ["--generator", "bank"]
     monkeypatch.setattr(sys, "argv", ["meg", *map(str, arguments)])
-
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("meg_kernels.editing.editor.train_generator", interrupt)

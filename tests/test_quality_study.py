@@ -165,13 +165,13 @@ def test_what_paraphrases_are_taken_for_is_counted(edited):
     expected = {"asked": count, "own": count, "same_subject": 0, "another": 0, "none": 0}
     assert taken_for(edited, questions, right) == expected
 
-    # The first three are taken for a fact about the same subject, for another one, and for none.
+    # Of the first four one is taken for a fact about its subject, two for others, one for none.
     whole, other = editor.edits, dataclasses.replace(EDITED[0], id="x", query="Abo is made of")
     wrong = dataclasses.replace(right, fact=nearest.clone(), edited=right.edited.clone())
-    wrong.fact[0], wrong.fact[1], wrong.edited[2] = len(EDITED), 4, False
+    wrong.fact[0], wrong.fact[1], wrong.edited[2], wrong.fact[3] = len(EDITED), 4, False, 4
     editor._edits = dataclasses.replace(whole, facts=[*EDITED, other])
     try:
-        expected = {"own": count - 3, "same_subject": 1, "another": 1, "none": 1}
+        expected = {"own": count - 4, "same_subject": 1, "another": 2, "none": 1}
         assert taken_for(edited, questions, wrong) == expected | {"asked": count}
     finally:
         editor._edits = whole

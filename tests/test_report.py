@@ -184,7 +184,7 @@ def quality_study() -> dict:
     rows = [
         row(0.9, gates=gates, perplexity=PERPLEXITY, paraphrases=TAKEN),
         row(0.8, seed=1, perplexity=PERPLEXITY),
-        row(0.7, generator="bank", training_seconds=0.0, perplexity=PERPLEXITY),
+        row(0.7, generator="bank", training_seconds=0.0, perplexity=PERPLEXITY, gates=gates),
     ]
     return {"study": "quality", "data": "zsre", "rows": rows}
 
@@ -208,7 +208,7 @@ def test_a_study_of_quality_is_a_table_and_a_plot(tmp_path, monkeypatch):
     ]
     assert "**x**" not in readme.read_text()
     cells = "0.500 / 0.500 | 0.500 / 0.500 | 0.750 / 0.500 | 0.250"
-    assert f"| zsre | 997 | familiarity | 0.875 | {cells} |" in readme.read_text()
+    assert readme.read_text().count(f"| zsre | 997 | familiarity | 0.875 | {cells} |") == 1
     assert f"| zsre | 997 | both | – | {cells} |" in readme.read_text()
     assert "| zsre | 997 | 9 | 5 | 2 | 1 | 1 |" in readme.read_text()
     assert (tmp_path / "benchmarks" / "plots" / "trade-off.png").stat().st_size > 1000

@@ -225,10 +225,9 @@ def gates_table(found: Sequence[Record]) -> str:
             "AUROC, held out": share(gate["calibration"]["auroc"]) if name != "both" else "–",
             **six(gate["metrics"]),
         }
-        for study in found
-        for row in by_size(study)
-        if row["generator"] == "dit" and len(row.get("gates", {})) > 1 and not row["seed"]
-        for name, gate in row["gates"].items()
+        for study, row, gates in having("gates", found)
+        if len(gates) > 1
+        for name, gate in gates.items()
     ]
     return markdown("gates, on the same answers", lines) if lines else ""
 
@@ -245,16 +244,20 @@ def paraphrases_table(found: Sequence[Record]) -> str:
             "for one about another subject": str(taken["another"]),
             "for none": str(taken["none"]),
         }
-        for study in found
-        for row in by_size(study)
-        if row["generator"] == "dit" and row["seed"] == 0 and (taken := row.get("paraphrases"))
+        for study, row, taken in having("paraphrases", found)
     ]
     return markdown("what paraphrases are taken for", lines) if lines else ""
 
 
-def by_size(study: Record) -> list[Record]:
-    """The rows, those of the fewest facts first."""
-    return sorted(study["rows"], key=lambda row: row["facts"])
+def having(name: str, found: Sequence[Record]) -> Iterator[tuple[Record, Record, Any]]:
+    """Study, row and `row[name]` of the rows that have it, those of the fewest facts first.
+
+    Of the default generator and the first seed alone.
+    """
+    for study in found:
+        for row in sorted(study["rows"], key=lambda row: row["facts"]):
+            if row["generator"] == "dit" and row["seed"] == 0 and name in row:
+                yield study, row, row[name]
 
 
 def ability_table(found: Sequence[Record]) -> str:
@@ -268,9 +271,7 @@ def ability_table(found: Sequence[Record]) -> str:
             "perplexity, base model": f"{read['base']:.3f}",
             "perplexity, edited": f"{read['edited']:.3f}",
         }
-        for study in found
-        for row in by_size(study)
-        if row["generator"] == "dit" and row["seed"] == 0 and (read := row.get("perplexity"))
+        for study, row, read in having("perplexity", found)
     ]
     return markdown("text that has nothing to do with the edits", lines) if lines else ""
 
@@ -330,10 +331,8 @@ def plot_numbers(found: Sequence[Record], axes: Any) -> None:
 def plot_trade_offs(found: Sequence[Record], axes: Any) -> None:
     """Generality against Locality over the gates' thresholds, with the calibrated ones marked."""
     rows = [
-        (f"{study['data']}, {row['facts']} facts", row["gates"])
-        for study in found
-        for row in by_size(study)
-        if row["generator"] == "dit" and "gates" in row and not row["seed"]
+        (f"{study['data']}, {row['facts']} facts", gates)
+        for study, row, gates in having("gates", found)
         if row["facts"] > FEWEST_TRADED
     ]
     styles = {"similarity": "-", "similarity, subject named": "-.", "familiarity": "--"}

@@ -552,8 +552,8 @@ class MeGEditor:
             RuntimeError: nothing is edited.
         """
         before, seconds = self.edits, dict(self.edits.report.seconds)
-        waiting, further = ~before.generated, generator is None
-        if further and not bool(waiting.any()):
+        waiting = ~before.generated
+        if generator is None and not bool(waiting.any()):
             return before.report.training
         if generator is None:
             made, earlier = copy.deepcopy(before.generator), seconds["generator"]
@@ -569,11 +569,11 @@ class MeGEditor:
             seconds,
             work_folder,
             progress,
-            keep_scales=further,
+            keep_scales=generator is None,
         )
         seconds["generator"] += earlier
         generated = torch.ones_like(waiting)
-        if further:
+        if generator is None:
             generated[waiting] = self._generates(made, waiting)
         self._edits = dataclasses.replace(
             before,
@@ -1047,9 +1047,7 @@ class MeGEditor:
         then, now = before.report.calibration.edited or 0, len(queries)
         if self.config.gate == "familiarity" or max(then, now) > CALIBRATED_TO * min(then, now):
             return self._make_gate(self.config, queries, before.held_out, progress)
-        gate = SimilarityGate(queries)
-        gate.threshold = before.gate.threshold
-        return gate, before.report.calibration
+        return SimilarityGate(queries, before.gate.threshold), before.report.calibration
 
     def _train(
         self,

@@ -342,8 +342,7 @@ def several_answers(facts: Iterable[Fact]) -> list[str]:
 
 def warn_of_several_answers(added: Sequence[Fact], kept: Sequence[Fact] = ()) -> None:
     """Warn of `several_answers` that facts bring along, beside those that are edited already."""
-    before = set(several_answers(kept))
-    if lines := [line for line in several_answers([*kept, *added]) if line not in before]:
+    if lines := several_answers([*kept, *added])[len(several_answers(kept)) :]:
         text = _listing(f"subjects with several answers for one relation ({len(lines)})", lines, 5)
         warnings.warn(f"{text}\na paraphrase of one may be taken for the other", stacklevel=3)
 
