@@ -9,8 +9,18 @@ import sys
 
 import pytest
 import torch
-from test_collect import FACTS, OTHER_FACTS, UNRELATED, make_tokenizer
-from test_editor import CONFIG, interrupt, make_encoder, make_language_model
+from tiny import (
+    CONFIG,
+    FACTS,
+    OTHER_FACTS,
+    UNRELATED,
+    fails,
+    interrupt,
+    make_encoder,
+    make_language_model,
+    make_tokenizer,
+    run,
+)
 from typer.testing import CliRunner
 
 import meg_kernels
@@ -90,13 +100,6 @@ def tuning_file(tmp_path_factory):
     return path
 
 
-def run(*arguments) -> str:
-    """What `meg` prints; raises what it raises."""
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 @pytest.fixture(scope="module")
 def edited(models, facts_file, tuning_file, tmp_path_factory):
     """A folder with an edited model, and what making it printed."""
@@ -111,19 +114,6 @@ def edited_dit(models, facts_file, tuning_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("dit") / "edited"
     run("edit", facts_file, *models, "--out", out, "--tuning", tuning_file, "--layer", 1)
     return out
-
-
-def fails(monkeypatch, capsys, *arguments) -> str:
-    """What the whole program prints to stderr before it exits with 1."""
-    monkeypatch.setattr(sys, "argv", ["meg", *(str(a) for a in arguments)])
-    monkeypatch.setattr(cli.errors, "width", 400, raising=False)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    assert exit_.value.code == 1
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return said[said.index("error: ") :].strip()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

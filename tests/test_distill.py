@@ -8,12 +8,25 @@ import functools
 
 import numpy as np
 import pytest
-import test_editor
 import torch
 from test_train import CONDITION_DIM, LAYOUT, TOY, Toy, weights
+from tiny import (
+    ANSWERS,
+    CONFIG,
+    FURTHER,
+    MOST,
+    QUERIES,
+    UNRELATED,
+    interrupt,
+    load,
+    make_editor,
+    saved_editor,
+    state,
+)
 
 from meg_kernels.diffusion import SamplerConfig
 from meg_kernels.editing import distill as distilling
+from meg_kernels.editing import editor as editing
 from meg_kernels.editing.distill import CLOSE, distill
 from meg_kernels.editing.generators import GeneratorConfig, build_generator
 from meg_kernels.editing.train import Conditions, train_generator
@@ -479,18 +492,18 @@ def test_a_loss_that_becomes_nan_says_what_helps():
 
 @pytest.fixture(scope="module")
 def dit_folder(float32, tmp_path_factory):
-    config = dataclasses.replace(test_editor.CONFIG.generator, kind="dit")
-    config = dataclasses.replace(test_editor.CONFIG, generator=config)
-    return test_editor.saved_editor(tmp_path_factory, "dit", config)
+    config = dataclasses.replace(CONFIG.generator, kind="dit")
+    config = dataclasses.replace(CONFIG, generator=config)
+    return saved_editor(tmp_path_factory, "dit", config)
 
 
 @pytest.fixture
 def editor(dit_folder):
-    return test_editor.load(dit_folder)
+    return load(dit_folder)
 
 
 def test_a_distilled_editor_answers_as_before_and_goes_on_as_before(editor, tmp_path):
-    others = editor.generate(test_editor.UNRELATED, test_editor.MOST)
+    others = editor.generate(UNRELATED, MOST)
     config, teacher = editor.config, editor.edits.generator
     wanted = sampled_neurons(teacher, editor.edits.queries, TEACHER_STEPS)
     report = editor.distill(1, teacher_steps=TEACHER_STEPS, work_folder=tmp_path / "work")
@@ -512,21 +525,21 @@ def test_a_distilled_editor_answers_as_before_and_goes_on_as_before(editor, tmp_
         "generator",
         "distill",
     }
-    assert editor.generate(test_editor.QUERIES, test_editor.MOST) == test_editor.ANSWERS
-    assert editor.generate(test_editor.UNRELATED, test_editor.MOST) == others
+    assert editor.generate(QUERIES, MOST) == ANSWERS
+    assert editor.generate(UNRELATED, MOST) == others
 
     editor.save_pretrained(tmp_path / "edited")
-    loaded = test_editor.load(tmp_path / "edited")
+    loaded = load(tmp_path / "edited")
     assert loaded.config == editor.config
-    assert test_editor.state(loaded) == test_editor.state(editor)
-    loaded.add(test_editor.FURTHER)
+    assert state(loaded) == state(editor)
+    loaded.add(FURTHER)
     distilled = loaded.edits.report.seconds["distill"]
     assert loaded.train().answered == 1.0 and loaded.edits.generated.all()
     assert loaded.edits.report.seconds["distill"] == distilled > 0
     assert loaded.config.generator.sampler.num_steps == 1
-    further = [fact.query for fact in test_editor.FURTHER]
-    answers = test_editor.ANSWERS + [fact.answer for fact in test_editor.FURTHER]
-    assert loaded.generate(test_editor.QUERIES + further, test_editor.MOST) == answers
+    further = [fact.query for fact in FURTHER]
+    answers = ANSWERS + [fact.answer for fact in FURTHER]
+    assert loaded.generate(QUERIES + further, MOST) == answers
 
 
 def test_seconds_of_a_distillation_are_with_those_before_an_interruption(editor, monkeypatch):
@@ -534,21 +547,21 @@ def test_seconds_of_a_distillation_are_with_those_before_an_interruption(editor,
         student, report = distill(*args, **more)
         return student, dataclasses.replace(report, seconds_before=1000.0)
 
-    monkeypatch.setattr(test_editor.editing, "distill", resumed)
+    monkeypatch.setattr(editing, "distill", resumed)
     editor.distill(1, teacher_steps=TEACHER_STEPS)
     assert editor.edits.report.seconds["distill"] > 1000
 
 
 def test_a_failed_distillation_leaves_the_editor_as_it_was(editor, monkeypatch):
-    before, config = test_editor.state(editor), editor.config
-    monkeypatch.setattr(distilling, "fit", test_editor.interrupt)
+    before, config = state(editor), editor.config
+    monkeypatch.setattr(distilling, "fit", interrupt)
     with pytest.raises(KeyboardInterrupt):
         editor.distill(1, teacher_steps=TEACHER_STEPS)
     with pytest.raises(ValueError, match="steps is 9; it must be 1 to 4"):
         editor.distill(9)
-    assert test_editor.state(editor) == before and editor.config == config
+    assert state(editor) == before and editor.config == config
 
 
 def test_nothing_edited_cannot_be_distilled():
     with pytest.raises(RuntimeError, match="nothing is edited yet"):
-        test_editor.make_editor().distill(1)
+        make_editor().distill(1)

@@ -14,30 +14,43 @@ import warnings
 
 import pytest
 import torch
-import transformers
-from test_collect import (
+from tiny import (
+    ANSWERS,
+    BANK,
+    CONFIG,
+    EDITED,
     FACTS,
+    FURTHER,
     LAYER,
+    LOCALITY,
+    MIXED,
+    MOST,
     OTHER_FACTS,
+    PARAPHRASES,
+    QUERIES,
     UNRELATED,
-    make_model,
+    edit,
+    greedy,
+    interrupt,
+    load,
+    make_editor,
+    make_language_model,
     make_tokenizer,
+    own_neuron,
+    saved_editor,
+    state,
     widened,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from meg_kernels import (
     CollectionConfig,
     CorruptFileError,
     EditorConfig,
-    EncoderTuningConfig,
     Fact,
     FactsError,
     GeneratorConfig,
     MeGEditor,
-    Neurons,
     PromptTemplate,
-    SamplerConfig,
     TextEncoder,
 )
 from meg_kernels.editing import editor as editing
@@ -48,84 +61,6 @@ from meg_kernels.editing.neuron_cache import Served
 from meg_kernels.editing.prompting import greedy_answers
 from meg_kernels.storage import read_tensors, write_tensors
 
-EDITED, FURTHER = FACTS[:5], FACTS[5:7]
-MOST = 5
-CONFIG = EditorConfig(
-    layer=LAYER,
-    collection=CollectionConfig(learning_rate=0.1, max_steps=60),
-    encoder_tuning=EncoderTuningConfig(
-        epochs=20, learning_rate=1e-3, batch_size=8, alike_batches=False
-    ),
-    generator=GeneratorConfig(
-        kind="mlp",
-        mlp_width=64,
-        width=32,
-        depth=2,
-        num_heads=2,
-        patch_size=16,
-        learning_rate=5e-3,
-        max_steps=300,
-        check_every=20,
-        sampler=SamplerConfig(num_steps=2),
-    ),
-)
-BANK = dataclasses.replace(CONFIG, generator=dataclasses.replace(CONFIG.generator, kind="bank"))
-
-
-def make_language_model(tokenizer) -> transformers.PreTrainedModel:
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise / 32**0.5 if parameter.dim() > 1 else 1 + 0.1 * noise)
-    return make_model(model.requires_grad_(False), tokenizer)
-
-
-def make_encoder() -> TextEncoder:
-    queries = [q for f in FACTS + OTHER_FACTS for q in (f.query, *f.paraphrases)]
-    queries += [other.query for f in FACTS + OTHER_FACTS for other in f.locality] + UNRELATED
-    split = pre_tokenizers.Whitespace()
-    words = sorted({word for query in queries for word, _ in split.pre_tokenize_str(query)})
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
-    plain = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
-    plain.pre_tokenizer = split
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]"
-    )
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return TextEncoder(transformers.BertModel(config).eval(), tokenizer)
-
-
-def make_editor(config: EditorConfig = CONFIG) -> MeGEditor:
-    tokenizer = make_tokenizer()
-    return MeGEditor(make_language_model(tokenizer), tokenizer, make_encoder(), config)
-
-
-def edit(editor: MeGEditor, facts=EDITED, **more):
-    return editor.edit(facts, **{"tuning": OTHER_FACTS, "unrelated": UNRELATED} | more)
-
 
 @pytest.fixture(scope="module", autouse=True)
 def float32():
@@ -133,15 +68,6 @@ def float32():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
         yield
-
-
-def saved_editor(tmp_path_factory, name, config):
-    folder = tmp_path_factory.mktemp(name)
-    editor = make_editor(config)
-    report = edit(editor)
-    assert report.unlearnt == [] and report.training.answered == 1.0
-    editor.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -152,11 +78,6 @@ def mlp_folder(float32, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bank_folder(float32, tmp_path_factory):
     return saved_editor(tmp_path_factory, "bank", BANK)
-
-
-def load(folder) -> MeGEditor:
-    tokenizer = make_tokenizer()
-    return MeGEditor.from_pretrained(folder, make_language_model(tokenizer), tokenizer)
 
 
 @pytest.fixture
@@ -180,58 +101,15 @@ def asked_of(facts) -> list[str]:
     return [query for fact in facts for query in (fact.query, *fact.paraphrases)]
 
 
-PARAPHRASES = [query for fact in EDITED for query in fact.paraphrases]
-QUERIES = [fact.query for fact in EDITED]
-ANSWERS = [fact.answer for fact in EDITED]
-LOCALITY = [other.query for fact in EDITED for other in fact.locality]
-ELSEWHERE = LOCALITY + UNRELATED
-MIXED = [query for pair in zip(QUERIES + PARAPHRASES, ELSEWHERE, strict=False) for query in pair]
-
-
 def base_editor() -> MeGEditor:
     """Nothing edited: the model as it was."""
     return make_editor()
-
-
-def greedy(model, tokenizer, query: str) -> list[int]:
-    """Up to MOST tokens, one at a time, all of them anew for each: no batch, padding or cache."""
-    tokens, said = tokenizer(f"Q: {query}\nA:").input_ids, []
-    line_breaks = tokenizer("\n").input_ids
-    while len(said) < MOST and not {tokenizer.eos_token_id, *line_breaks} & set(said):
-        logits = model(torch.tensor([tokens + said]), use_cache=False).logits
-        said.append(int(logits[0, -1].argmax()))
-    return said
-
-
-def own_neuron(editor: MeGEditor, query: str) -> Neurons:
-    """What the generator makes of this query alone, if it was trained on the nearest fact."""
-    z = editor.encoder.encode([query])
-    asked = editor.encoder.encode([fact.query for fact in editor.facts])
-    row = int((asked @ z[0]).argmax())
-    if not editor.edits.generated[row]:
-        return editor.edits.neurons[[row]]
-    return editor.edits.generator.generate(asked[[row]] if editor.config.snap else z)
 
 
 def said_by(editor: MeGEditor, queries) -> list[list[int]]:
     prompts = [editor.template.format(query) for query in queries]
     with editor.routed(queries):
         return greedy_answers(editor.model, editor.tokenizer, prompts, MOST)
-
-
-def state(editor: MeGEditor):
-    """Everything that a user can see of an editor."""
-    routing = editor.route(MIXED)
-    return (
-        editor.facts,
-        editor.edits.report,
-        editor.generate(MIXED[:12], MOST),
-        editor.edits.generator.generate(editor.edits.queries).value.tolist(),
-        editor.edits.generated.tolist(),
-        routing.edited.tolist(),
-        routing.fact.tolist(),
-        routing.score.tolist(),
-    )
 
 
 # Editing and answering
@@ -720,10 +598,6 @@ def test_a_failed_edit_leaves_what_was_edited_before(editor, monkeypatch, stage,
     assert state(editor) == before
     editor.add(FURTHER)
     assert editor.facts == EDITED + FURTHER
-
-
-def interrupt(*args, **kwargs):
-    raise KeyboardInterrupt
 
 
 def test_an_interrupted_edit_resumes_with_the_work_that_was_done(tmp_path, monkeypatch):

@@ -9,9 +9,18 @@ import re
 
 import pytest
 import torch
-from test_cli import run
-from test_collect import LAYER, UNRELATED, widened
-from test_editor import BANK, EDITED, edit, make_editor, make_language_model, own_neuron
+from tiny import (
+    BANK,
+    EDITED,
+    LAYER,
+    UNRELATED,
+    edit,
+    make_editor,
+    make_language_model,
+    own_neuron,
+    run,
+    widened,
+)
 
 from meg_kernels import MeGEditor, cli
 from meg_kernels.editing.general_ability import first_sentence

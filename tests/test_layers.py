@@ -8,9 +8,7 @@ import sys
 
 import pytest
 import torch
-from test_cli import fails, run
-from test_collect import FACTS, make_model, make_tokenizer, widened
-from test_editor import greedy
+from tiny import FACTS, fails, greedy, make_model, make_tokenizer, run, widened
 
 from meg_kernels import CollectionConfig, cli, write_facts
 from meg_kernels.editing import layers as comparing

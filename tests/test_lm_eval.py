@@ -13,16 +13,19 @@ import sys
 
 import pytest
 import torch
-from test_cli import fails, run
-from test_collect import LAYER, UNRELATED, widened
-from test_editor import (
+from tiny import (
     BANK,
     CONFIG,
     EDITED,
+    LAYER,
+    UNRELATED,
     edit,
+    fails,
     make_editor,
     make_language_model,
     own_neuron,
+    run,
+    widened,
 )
 
 from meg_kernels import PromptTemplate, cli

@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_collect import FACTS, LAYER, make_model, make_tokenizer
+from tiny import FACTS, LAYER, make_model, make_tokenizer
 
 from benchmarks.quality import baselines, memit
 from benchmarks.quality.baselines import (

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_editor import CONFIG, EDITED, edit, make_editor
+from tiny import CONFIG, EDITED, edit, make_editor
 
 from benchmarks.quality.convergence import WANTED, Choice, build, measure
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_editor import CONFIG, EDITED, OTHER_FACTS, UNRELATED, make_editor, make_encoder
+from tiny import CONFIG, EDITED, OTHER_FACTS, UNRELATED, make_editor, make_encoder
 
 from benchmarks.quality import encoder as study
 from meg_kernels import EditorConfig

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_editor import CONFIG, EDITED, UNRELATED, edit, make_editor
+from tiny import CONFIG, EDITED, UNRELATED, edit, make_editor
 
 from benchmarks.quality import study
 from benchmarks.quality.study import (

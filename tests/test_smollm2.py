@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 import torch
-from test_collect import WidenedGatedFFN
+from tiny import WidenedGatedFFN
 
 from meg_kernels.editing.prompting import PromptTemplate
 from meg_kernels.editing.shipped import demo_facts
