@@ -68,7 +68,7 @@ def frozen_products(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterato
         with torch.autocast(own.device.type, dtype, enabled=dtype != own.dtype):
             yield
         return
-    packs = torch.backends.mkldnn.is_available()
+    packs = torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
     with (
         products_replaced({part: _Frozen(part, dtype) for part in frozen} if packs else {}),
         _quick_backward(own.device, own.dtype),
