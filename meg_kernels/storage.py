@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,26 +98,54 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def once(
-    path: Path | None,
-    make: Callable[[], T],
-    write: Callable[[Path, T], None],
-    read: Callable[[Path], T],
-) -> tuple[T, bool]:
-    """What `make` returns, and whether it was made before and read from the file at `path`.
+@dataclass(frozen=True)
+class WorkFolder:
+    """A folder where long work keeps what is finished, so that it resumes after an interruption.
 
-    A damaged file is made again; without a path, nothing is kept.
+    Args:
+        path: the folder, made when something is kept; None: nothing is kept.
     """
-    if path is None:
-        return make(), False
-    if path.exists():
-        try:
-            return read(path), True
-        except CorruptFileError as error:
-            log.warning("%s; it is made again", error)
-    made = make()
-    write(path, made)
-    return made, False
+
+    path: Path | None = None
+
+    @classmethod
+    def of(cls, folder: str | Path | None) -> WorkFolder:
+        """The work folder at a path, or one that keeps nothing."""
+        return cls(None if folder is None else Path(folder))
+
+    def __truediv__(self, name: str) -> WorkFolder:
+        """The folder of this name inside this one."""
+        return self if self.path is None else WorkFolder(self.path / name)
+
+    def file(self, name: str) -> Path | None:
+        """Where a file of this name is kept; None if nothing is."""
+        return None if self.path is None else self.path / name
+
+    def once(
+        self,
+        name: str,
+        make: Callable[[], T],
+        write: Callable[[Path, T], None],
+        read: Callable[[Path], T],
+    ) -> tuple[T, bool]:
+        """What `make` returns, made once and kept in the file of this name.
+
+        A damaged file is made again.
+
+        Returns:
+            What was made, and whether that was earlier: then it was read from the file.
+        """
+        path = self.file(name)
+        if path is None:
+            return make(), False
+        if path.exists():
+            try:
+                return read(path), True
+            except CorruptFileError as error:
+                log.warning("%s; it is made again", error)
+        made = make()
+        write(path, made)
+        return made, False
 
 
 def fingerprint(*parts: Any) -> str:
@@ -130,13 +159,4 @@ def fingerprint(*parts: Any) -> str:
         else:
             digest.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
         digest.update(b"\0")  # else 1, 23 would be 12, 3
-    return digest.hexdigest()[:16]
-
-
-def file_digest(path: str | Path) -> str:
-    """16 hex digits that identify a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
     return digest.hexdigest()[:16]

@@ -69,7 +69,7 @@ def tiny_settings():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meg_kernels, "EditorConfig", configure)
         # The tiny encoder takes 32 tokens.
-        patch.setattr("meg_kernels.editing.editor.shipped_passages", lambda: UNRELATED)
+        patch.setattr("meg_kernels.editing.edited_model.shipped_passages", lambda: UNRELATED)
         patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
         patch.setattr(cli.console, "width", 300, raising=False)
         yield
@@ -229,7 +229,7 @@ def test_a_gate_and_its_threshold_can_be_changed(edited, tmp_path):
     assert "accepts scores above 2" in shown
     editor = MeGEditor.from_pretrained(out)
     assert editor.config.gate == "familiarity" and editor.edits.gate.threshold == 2
-    assert not editor.route([EDITED[0].query]).edited
+    assert not editor.route([EDITED[0].query]).accepted
     run("gate", out, "--gate", "similarity", "--require-subject")
     assert MeGEditor.from_pretrained(out).config.require_subject
     name = EDITED[0].query, EDITED[0].paraphrases[0]
@@ -363,7 +363,10 @@ def test_distill_replaces_the_generator_by_one_of_fewer_steps(edited_dit, tmp_pa
 
     made, collected = [
         editor.edits.generator.scaled_weights(neurons)
-        for neurons in (editor.edits.generator.generate(editor.edits.queries), editor.edits.neurons)
+        for neurons in (
+            editor.edits.generator.generate(editor.edits.conditions),
+            editor.edits.neurons,
+        )
     ]
     _, steps, answered, _, distance = cells(shown, "student")
     assert (steps, answered) == ("1", "100.0%")
@@ -435,7 +438,7 @@ def test_demo_edits_asks_and_measures(models, monkeypatch, tmp_path):
         editor = for_model(cls, models[1], config, encoder=models[3], dtype=dtype, device=device)
         shipped_edit = editor.edit
         editor.edit = lambda facts, **more: shipped_edit(
-            facts, tuning=OTHER_FACTS, unrelated=UNRELATED, **more
+            facts, tuning=OTHER_FACTS, unrelated_queries=UNRELATED, **more
         )
         return editor
 

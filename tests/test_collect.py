@@ -13,7 +13,7 @@ from tiny import FACTS, LAYER, make_model, make_tokenizer, widened
 
 from meg_kernels.editing import collect as collecting
 from meg_kernels.editing.collect import CollectionConfig, collect, initial_neuron
-from meg_kernels.editing.prompting import PromptTemplate, target_batch, target_tokens
+from meg_kernels.editing.prompting import PromptedModel, PromptTemplate, target_tokens
 from meg_kernels.integrations.transformers import decoder_layers
 from meg_kernels.nn import attach
 from meg_kernels.storage import read_tensors
@@ -53,11 +53,13 @@ def is_answered(model, tokenizer, fact, neuron, template=None) -> bool:
     return True
 
 
-def collected(model, tokenizer, facts=FACTS, config=CONFIG, **more):
+def collected(model, tokenizer, facts=FACTS, config=CONFIG, template=None, **more):
     """A collection whose attachment is gone again."""
     attached = attach(model, LAYER)
     try:
-        return collect(attached, tokenizer, facts, config, **more)
+        return collect(
+            PromptedModel.of(model, tokenizer, template), attached, facts, config, **more
+        )
     finally:
         attached.detach()
 
@@ -352,7 +354,7 @@ def test_the_initial_neuron_responds_as_asked_on_average_and_adds_nothing(build,
     hook.remove()
 
     attached = attach(model, LAYER)
-    batch = target_batch(model, tokenizer, pairs)
+    batch = PromptedModel.of(model, tokenizer).batch(pairs)
     neuron = initial_neuron(attached, batch, response=2.5)
     attached.detach()
     responses = torch.stack(ends) @ neuron.key[0]

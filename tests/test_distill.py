@@ -505,12 +505,12 @@ def editor(dit_folder):
 def test_a_distilled_editor_answers_as_before_and_goes_on_as_before(editor, tmp_path):
     others = editor.generate(UNRELATED, MOST)
     config, teacher = editor.config, editor.edits.generator
-    wanted = sampled_neurons(teacher, editor.edits.queries, TEACHER_STEPS)
+    wanted = sampled_neurons(teacher, editor.edits.conditions, TEACHER_STEPS)
     report = editor.distill(1, teacher_steps=TEACHER_STEPS, work_folder=tmp_path / "work")
     assert list((tmp_path / "work").iterdir())
     assert report.student.answered == report.teacher.answered == 1.0
     student = editor.edits.generator
-    made = student.scaled_weights(student.generate(editor.edits.queries))
+    made = student.scaled_weights(student.generate(editor.edits.conditions))
     assert distance(made, wanted) == pytest.approx(report.student.to_teacher, abs=1e-4)
     assert report.student.to_teacher <= CLOSE
 

@@ -54,11 +54,10 @@ from meg_kernels import (
     TextEncoder,
 )
 from meg_kernels.editing import editor as editing
-from meg_kernels.editing import saving
 from meg_kernels.editing import train as training_module
 from meg_kernels.editing.evaluate import Evaluation
-from meg_kernels.editing.neuron_cache import Served
-from meg_kernels.editing.prompting import greedy_answers
+from meg_kernels.routing import saving
+from meg_kernels.routing.neuron_cache import Served
 from meg_kernels.storage import read_tensors, write_tensors
 
 
@@ -109,7 +108,7 @@ def base_editor() -> MeGEditor:
 def said_by(editor: MeGEditor, queries) -> list[list[int]]:
     prompts = [editor.template.format(query) for query in queries]
     with editor.routed(queries):
-        return greedy_answers(editor.model, editor.tokenizer, prompts, MOST)
+        return editor.prompted.answers(prompts, MOST)
 
 
 # Editing and answering
@@ -128,10 +127,10 @@ def test_edited_facts_are_answered_in_any_wording_and_other_queries_as_before(ki
     assert editor.edits.gate.kind == gate
     routing = editor.route(QUERIES + PARAPHRASES + UNRELATED)
     others = len(UNRELATED)
-    assert routing.edited[: len(QUERIES)].all()
+    assert routing.accepted[: len(QUERIES)].all()
     assert routing.fact[: len(QUERIES)].tolist() == list(range(len(EDITED)))
     assert routing.fact[len(QUERIES) : -others].tolist() == [i for i in range(5) for _ in range(2)]
-    rejected = [query for query in UNRELATED if not editor.route([query]).edited.any()]
+    rejected = [query for query in UNRELATED if not editor.route([query]).accepted.any()]
     assert rejected == UNRELATED if gate == "similarity" else len(rejected) > others / 2
     base = base_editor()
     assert editor.generate(QUERIES, MOST) == ANSWERS
@@ -151,9 +150,9 @@ def test_each_row_of_a_mixed_batch_is_answered_by_its_own_widened_model(mlp_fold
         editor.add(added)
         mixed[::7] = itertools.islice(itertools.cycle(asked_of(added)), len(mixed[::7]))
     routing = editor.route(mixed)
-    edited = routing.edited.tolist()
+    edited = routing.accepted.tolist()
     assert 5 < sum(edited) < len(mixed) - 5
-    taken = editor.edits.generated[routing.fact[routing.edited]]
+    taken = editor.edits.generated[routing.fact[routing.accepted]]
     assert bool(taken.any()) and bool((~taken).any()) == bool(added)
     expected, moved = [], 0
     for query, accepted in zip(mixed, edited, strict=True):
@@ -175,10 +174,10 @@ def test_with_snapping_all_wordings_of_a_fact_have_one_neuron_and_without_their_
     for snap in (True, False):
         editor.config = dataclasses.replace(editor.config, snap=snap)
         editor.edits.generator.generate = lambda z, snap=snap: made.setdefault(snap, generate(z))
-        editor._cache.clear()
+        editor.router.forget()
         editor.generate(MIXED, 1)
     routing = editor.route(MIXED)
-    accepted, facts = int(routing.edited.sum()), routing.fact[routing.edited].unique()
+    accepted, facts = int(routing.accepted.sum()), routing.fact[routing.accepted].unique()
     assert (len(made[True]), len(made[False])) == (len(facts), accepted)
     assert len(facts) < accepted
 
@@ -187,19 +186,19 @@ def test_a_fact_asked_again_costs_no_generation_until_the_generator_changes(edit
     query, fact = EDITED[0].query, FURTHER[0]
     first = editor.generate([query, query, *UNRELATED], MOST)
     asked = 2 + len(UNRELATED)
-    assert editor.served == Served(asked, 2, 1, 0)
+    assert editor.router.served == Served(asked, 2, 1, 0)
     assert editor.generate([query], MOST) == first[:1]
-    assert editor.served == Served(asked + 1, 3, 1, 1)
+    assert editor.router.served == Served(asked + 1, 3, 1, 1)
     editor.add([fact])  # whose neuron is the collected one
     editor.generate([query, fact.query], MOST)
-    assert editor.served == Served(asked + 3, 5, 1, 3)
+    assert editor.router.served == Served(asked + 3, 5, 1, 3)
     snapping, editor.config = editor.config, dataclasses.replace(editor.config, snap=False)
     editor.generate([fact.query, fact.query], MOST)
-    assert editor.served == Served(asked + 5, 7, 1, 4)
+    assert editor.router.served == Served(asked + 5, 7, 1, 4)
     editor.config = snapping
     editor.train()  # what the generator made before is not asked for again
     editor.generate([query, fact.query], MOST)
-    assert editor.served == Served(asked + 7, 9, 3, 4)
+    assert editor.router.served == Served(asked + 7, 9, 3, 4)
 
 
 def test_nothing_is_generated_for_queries_that_are_not_edited(editor):
@@ -303,7 +302,7 @@ def test_nothing_edited_answers_as_the_base_model_and_says_so():
     editor = base_editor()
     assert editor.facts == []
     assert editor.generate(MIXED, MOST) == editor.generate_base(MIXED, MOST)
-    assert not editor.route(MIXED).edited.any()
+    assert not editor.route(MIXED).accepted.any()
     for ask in (
         lambda: editor.edits,
         lambda: editor.add(FURTHER),
@@ -318,7 +317,7 @@ def test_an_edit_replaces_the_one_before(editor):
     edit(editor, FURTHER)
     assert editor.facts == FURTHER
     assert editor.generate([fact.query for fact in FURTHER], MOST) == [f.answer for f in FURTHER]
-    rejected = [query for query in QUERIES if not editor.route([query]).edited.any()]
+    rejected = [query for query in QUERIES if not editor.route([query]).accepted.any()]
     assert len(rejected) >= 3
     assert editor.generate(rejected, MOST) == base_editor().generate(rejected, MOST)
 
@@ -370,10 +369,12 @@ def test_answers_that_differ_for_one_subject_and_relation_are_warned_of_once():
 def test_too_few_tuning_facts_are_refused():
     lonely = [dataclasses.replace(fact, paraphrases=()) for fact in OTHER_FACTS[7:]]
     with pytest.raises(FactsError, match=r"5 of 16 tuning facts have .* at least 8 are needed"):
-        make_editor().edit(EDITED, tuning=OTHER_FACTS[:7] + lonely, unrelated=UNRELATED)
+        make_editor().edit(
+            EDITED, tuning_facts=OTHER_FACTS[:7] + lonely, unrelated_queries=UNRELATED
+        )
     # Those that share a subject with an edited fact do not count.
     with pytest.raises(FactsError, match=r"0 of 5 tuning facts"):
-        make_editor().edit(EDITED, tuning=EDITED, unrelated=UNRELATED)
+        make_editor().edit(EDITED, tuning_facts=EDITED, unrelated_queries=UNRELATED)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +423,7 @@ def test_another_gate_is_that_of_an_edit_with_it(gate, tmp_path):
     assert calibration == expected.edits.report.calibration == editor.edits.report.calibration
     asked = [*QUERIES, *PARAPHRASES, *LOCALITY]
     assert torch.equal(editor.route(asked).score, expected.route(asked).score)
-    assert torch.equal(editor.route(asked).edited, expected.route(asked).edited)
+    assert torch.equal(editor.route(asked).accepted, expected.route(asked).accepted)
     editor.save_pretrained(tmp_path)
     editor.detach()
     loaded = MeGEditor.from_pretrained(tmp_path, editor.model, editor.tokenizer)
@@ -432,7 +433,7 @@ def test_another_gate_is_that_of_an_edit_with_it(gate, tmp_path):
 def test_a_threshold_can_be_chosen_and_a_gate_that_does_not_exist_cannot(editor):
     before = editor.edits.gate.threshold
     calibration = editor.set_gate("similarity", threshold=-2.0)
-    assert calibration.threshold == before and editor.route(LOCALITY).edited.all()
+    assert calibration.threshold == before and editor.route(LOCALITY).accepted.all()
     with pytest.raises(ValueError, match="it must be 'similarity' or 'familiarity'"):
         editor.set_gate("nearest")
     with pytest.raises(ValueError, match="threshold is nan; it must be finite"):
@@ -443,7 +444,7 @@ def test_a_threshold_can_be_chosen_and_a_gate_that_does_not_exist_cannot(editor)
     editor.set_gate("similarity", require_subject=False)  # which leaves it as it is
     assert editor.edits.gate is gate
     assert editor.evaluate(EDITED[:1]).protocol["threshold"] == -2.0
-    editor.set_gate(calibrated=True)
+    editor.set_gate(threshold="calibrated")
     assert editor.edits.gate.threshold == before and editor.config.threshold is None
 
 
@@ -459,35 +460,35 @@ def test_a_query_can_be_required_to_name_the_subject(editor):
     routing = editor.route(asked)
     nearest = [editor.facts[row].subject for row in routing.fact.tolist()]
     named = [s.lower() in query.lower() for s, query in zip(nearest, asked, strict=True)]
-    assert routing.edited.tolist() == routing.named.tolist() == named
+    assert routing.accepted.tolist() == routing.named.tolist() == named
     assert any(named) and not all(named)
     assert editor.evaluate(EDITED[:1]).protocol["require_subject"]
     editor.set_gate(threshold=2.0)  # which leaves that as it is
     routing = editor.route(asked)
-    assert routing.named.tolist() == named and not routing.edited.any()
+    assert routing.named.tolist() == named and not routing.accepted.any()
 
 
 def test_a_fact_whose_own_query_does_not_spell_its_subject_asks_for_none(editor):
     unspelt, unknown = (dataclasses.replace(EDITED[0], subject=s) for s in ("Nobody", None))
     assert unspelt.is_named_in("anything") and unknown.is_named_in("anything")
     assert not EDITED[0].is_named_in("anything") and EDITED[0].is_named_in(EDITED[0].query)
-    editor._edits = dataclasses.replace(editor.edits, facts=[unspelt, *EDITED[1:]])
+    editor.router.edits = dataclasses.replace(editor.edits, facts=[unspelt, *EDITED[1:]])
     editor.set_gate(require_subject=True)
-    assert editor.route(QUERIES).edited.all()
+    assert editor.route(QUERIES).accepted.all()
 
 
 def test_from_many_edited_facts_on_a_query_must_name_the_subject(editor, monkeypatch):
     editor.set_gate(threshold=-2.0)
     assert editor.config.require_subject is None
-    assert editor.route(LOCALITY).edited.all()
+    assert editor.route(LOCALITY).accepted.all()
     monkeypatch.setattr(editing, "MANY_FACTS", len(EDITED))
     routing = editor.route(LOCALITY)
     nearest = [editor.facts[row].subject for row in routing.fact.tolist()]
     named = [s.lower() in query.lower() for s, query in zip(nearest, LOCALITY, strict=True)]
-    assert routing.edited.tolist() == named and not all(named)
+    assert routing.accepted.tolist() == named and not all(named)
     assert editor.evaluate(EDITED[:1]).protocol["require_subject"] is True
     editor.remove([EDITED[0].id])
-    assert editor.route(LOCALITY).edited.all()
+    assert editor.route(LOCALITY).accepted.all()
     assert editor.evaluate(EDITED[1:2]).protocol["require_subject"] is False
 
 
@@ -510,7 +511,7 @@ def test_every_training_sees_other_wordings_if_it_is_asked_about_them(monkeypatc
     edit(editor)
     editor.add([next(fact for fact in FACTS if fact not in EDITED)])
     editor.train()
-    editor.train(dataclasses.replace(generator, kind="dit"))
+    editor.replace_generator(dataclasses.replace(generator, kind="dit"))
     editor.distill(1)
     assert len(seen) == 4
     if reword is False or (reword is None and snap):
@@ -548,14 +549,14 @@ def test_the_gate_is_calibrated_again_only_when_there_are_half_as_many_facts_aga
         assert len(calibrated) == (0 if gate == "similarity" else 2)
         if gate == "similarity":
             assert editor.edits.gate.threshold == threshold
-            assert editor.edits.report.calibration == first and first.edited == 4
+            assert editor.edits.report.calibration == first and first.num_edited == 4
         editor.add(FACTS[:3])  # six
         editor.add(FACTS[6:7])  # seven
         number = len(calibrated)
-        assert editor.edits.report.calibration.edited == 7
+        assert editor.edits.report.calibration.num_edited == 7
         assert number == (1 if gate == "similarity" else 4)
         editor.remove([fact.id for fact in FACTS[1:5]])  # three
-        assert editor.edits.report.calibration.edited == 3 and len(calibrated) == number + 1
+        assert editor.edits.report.calibration.num_edited == 3 and len(calibrated) == number + 1
 
 
 def test_facts_that_the_model_knows_are_left_out_and_counted(tmp_path):
@@ -563,13 +564,13 @@ def test_facts_that_the_model_knows_are_left_out_and_counted(tmp_path):
     known = dataclasses.replace(EDITED[1], answer=editor.generate([QUERIES[1]], 16)[0])
     some = [EDITED[0], known, *EDITED[2:]]
     report = edit(editor, some, skip_known=True)
-    assert editor.facts == [EDITED[0], *EDITED[2:]] and report.known == 1
+    assert editor.facts == [EDITED[0], *EDITED[2:]] and report.num_left_out == 1
     assert editor.evaluate().protocol["left_out"].startswith("1 facts")
     editor.add([FURTHER[0]])
     editor.save_pretrained(tmp_path)
     editor.detach()
     loaded = MeGEditor.from_pretrained(tmp_path, editor.model, editor.tokenizer)
-    assert loaded.edits.report.known == 1
+    assert loaded.edits.report.num_left_out == 1
     with pytest.raises(FactsError, match="answers all 1 facts so already"):
         edit(make_editor(BANK), [known], skip_known=True)
 
@@ -641,7 +642,7 @@ def test_an_encoder_that_was_tuned_is_taken_for_the_same_tuning_only(
             next(editor.encoder.model.parameters()).mul_(1.5)
     edit(editor, work_folder=tmp_path, **more)
     assert len(tunings) == (changed != "nothing")
-    assert torch.equal(editor.edits.queries, first.edits.queries) == (changed == "nothing")
+    assert torch.equal(editor.edits.conditions, first.edits.conditions) == (changed == "nothing")
 
 
 def test_a_work_file_that_holds_no_tuned_encoder_is_made_again(tmp_path, caplog):
@@ -652,7 +653,7 @@ def test_a_work_file_that_holds_no_tuned_encoder_is_made_again(tmp_path, caplog)
         write_tensors(path, {"other": torch.zeros(1)}, content)
         editor = make_editor(BANK)
         edit(editor, work_folder=tmp_path)
-        assert torch.equal(editor.edits.queries, first.edits.queries)
+        assert torch.equal(editor.edits.conditions, first.edits.conditions)
         assert "holds no tuned encoder; it is made again" in caplog.text
         caplog.clear()
 
@@ -681,7 +682,7 @@ def test_the_gate_is_calibrated_on_wordings_that_the_encoder_was_not_tuned_on(mo
 def test_another_generator_is_trained_on_the_same_neurons(editor, tmp_path, kind):
     before = editor.edits
     config = dataclasses.replace(CONFIG.generator, kind=kind, seed=4)
-    training = editor.train(config)
+    training = editor.replace_generator(config)
     after = editor.edits
     assert training.answered == 1.0 and after.report.training == training
     assert after.generator.config == editor.config.generator == config
@@ -707,10 +708,10 @@ def test_an_interrupted_training_leaves_the_generator_and_goes_on(editor, tmp_pa
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        editor.train(config, work_folder=tmp_path)
+        editor.replace_generator(config, work_folder=tmp_path)
     assert editor.edits is before and editor.config.generator.kind == "mlp"
     taken = len(steps)
-    training = editor.train(config, work_folder=tmp_path)
+    training = editor.replace_generator(config, work_folder=tmp_path)
     assert len(steps) - taken == training.steps - config.check_every
 
 
@@ -719,7 +720,7 @@ def test_added_facts_join_those_that_keep_their_neurons(editor, bank, kind):
     editor = bank if kind == "bank" else editor
     before, asked = editor.edits, [*asked_of(EDITED), *UNRELATED]
     neurons, held_out = before.neurons, before.held_out
-    made, said = before.generator.generate(before.queries), editor.generate(asked, 16)
+    made, said = before.generator.generate(before.conditions), editor.generate(asked, 16)
     report = editor.add(FURTHER)
     assert report.unlearnt == [] and report.training.answered == 1.0
     assert editor.facts == EDITED + FURTHER
@@ -731,7 +732,7 @@ def test_added_facts_join_those_that_keep_their_neurons(editor, bank, kind):
     for stage, took in before.report.seconds.items():
         both = took + report.seconds.get(stage, 0.0)
         assert editor.edits.report.seconds[stage] == pytest.approx(both)
-    generated = editor.edits.generator.generate(editor.edits.queries[: len(EDITED)])
+    generated = editor.edits.generator.generate(editor.edits.conditions[: len(EDITED)])
     assert torch.equal(pack(generated), pack(made))
     assert editor.edits.generated.tolist() == [True] * len(EDITED) + [kind == "bank"] * 2
     queries = [fact.query for fact in EDITED + FURTHER]
@@ -820,7 +821,7 @@ def test_evaluations_before_and_after_the_generator_learns_are_kept_apart(editor
     editor.add(FURTHER)
     editor.evaluate(work_folder=tmp_path)
     files = names(tmp_path)
-    editor._edits = dataclasses.replace(
+    editor.router.edits = dataclasses.replace(
         editor.edits, generated=torch.ones_like(editor.edits.generated)
     )
     editor.evaluate(work_folder=tmp_path)
@@ -883,7 +884,7 @@ def test_an_edited_fact_can_be_changed_and_the_others_keep_their_neurons(editor,
     kept = [0, 2, 4]
     assert report.unlearnt == [] and report.training.answered == 1.0
     assert editor.facts == [*(EDITED[row] for row in kept), *changed, FURTHER[0]]
-    assert torch.equal(editor.edits.queries[:3], before.queries[kept])
+    assert torch.equal(editor.edits.conditions[:3], before.conditions[kept])
     assert torch.equal(editor.edits.neurons.key[:3], before.neurons.key[kept])
     expected = [*ANSWERS]
     expected[1], expected[3] = (fact.answer for fact in changed)
@@ -909,7 +910,7 @@ def test_a_removed_fact_is_answered_by_the_base_model_again(editor, bank, kind, 
     editor.remove([EDITED[1].id, EDITED[3].id])
     assert editor.facts == [EDITED[i] for i in kept]
     routing = editor.route(QUERIES)
-    assert routing.edited.tolist() == [i in kept for i in range(5)]
+    assert routing.accepted.tolist() == [i in kept for i in range(5)]
     assert routing.fact[kept].tolist() == [0, 1, 2]
     base = base_editor().generate(QUERIES, MOST)
     expected = [answer if i in kept else base[i] for i, answer in enumerate(ANSWERS)]
@@ -1112,7 +1113,7 @@ def test_what_was_saved_before_facts_could_wait_for_their_training_is_read(edito
     files = manifest["files"] | {"edits": saving._write(folder, "edits", content)}
     del manifest["report"]["calibration"]["edited"]
     change_manifest(folder, version=1, files=files, report=manifest["report"])
-    assert load(folder).edits.report.calibration.edited == len(EDITED)
+    assert load(folder).edits.report.calibration.num_edited == len(EDITED)
     assert state(load(folder)) == state(editor)
 
 

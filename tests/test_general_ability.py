@@ -60,7 +60,7 @@ def by_transformers(models, tokenizer, texts) -> float:
 def test_perplexities_are_those_of_the_base_model_and_of_physically_wider_ones(editor):
     texts = [text for pair in zip(ABOUT_AN_EDIT, ON_OTHER_THINGS, strict=False) for text in pair]
     base, tokenizer = make_language_model(editor.tokenizer), editor.tokenizer
-    accepted = [editor.route([re.split(r"[.\n]", text)[0]]).edited.item() for text in texts]
+    accepted = [editor.route([re.split(r"[.\n]", text)[0]]).accepted.item() for text in texts]
     assert accepted == [True, False] * len(ON_OTHER_THINGS)
     models = [
         widened(base, LAYER, own_neuron(editor, first_sentence(text))) if taken else base
@@ -142,7 +142,7 @@ def test_evaluate_shows_and_writes_the_perplexity(editor, tmp_path, monkeypatch)
     monkeypatch.setattr(cli, "_load", lambda *given: editor)
     monkeypatch.setattr(cli.console, "width", 300, raising=False)
     texts = [*ABOUT_AN_EDIT[:2], *ON_OTHER_THINGS]
-    monkeypatch.setattr("meg_kernels.editing.editor.shipped_passages", lambda: texts)
+    monkeypatch.setattr("meg_kernels.editing.edited_model.shipped_passages", lambda: texts)
     shown = run("evaluate", tmp_path, "--limit", 1, "--json", tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["perplexity"]
     assert content == dataclasses.asdict(editor.perplexity(texts))

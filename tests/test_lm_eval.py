@@ -325,7 +325,7 @@ def test_the_model_is_as_before_when_the_tasks_are_done(editor, tasks):
 def test_evaluate_shows_base_and_edited_model_side_by_side(editor, tasks, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "_load", lambda *given: editor)
     monkeypatch.setattr(cli.console, "width", 200, raising=False)
-    monkeypatch.setattr("meg_kernels.editing.editor.shipped_passages", lambda: UNRELATED)
+    monkeypatch.setattr("meg_kernels.editing.edited_model.shipped_passages", lambda: UNRELATED)
     report = tmp_path / "report.json"
     more = ["--tasks", "edited_choice, other_words", "--task-path", tasks, "--task-limit", 3]
     shown = run("evaluate", tmp_path, "--limit", 1, *more, "--json", report)

@@ -26,14 +26,14 @@ def test_coordinates_lead_back_to_the_neurons_as_far_as_the_rank_reaches(editor,
     config = dataclasses.replace(CONFIG.generator, kind="dit")
     layout, neurons = editor.attached.layout, editor.edits.neurons
     generator = build(Choice(config, rank, whitened), layout, editor.encoder.dim)
-    generator.standardize(editor.edits.queries, neurons)
+    generator.standardize(editor.edits.conditions, neurons)
     coordinates = generator.scaled_weights(neurons)
     assert coordinates.shape == (len(EDITED), rank)
     used = min(rank, len(EDITED) - 1)
     if whitened:
         assert coordinates[:, :used].std(0, False).tolist() == pytest.approx([1] * used, rel=1e-3)
     generator._generate = lambda conditions: coordinates
-    back = layout.pack(generator.generate(editor.edits.queries))
+    back = layout.pack(generator.generate(editor.edits.conditions))
     exact = layout.pack(neurons)
     centred = (exact - exact.mean(0)) / generator.whole.weight_std
     sizes = torch.linalg.svdvals(centred)

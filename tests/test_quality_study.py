@@ -36,7 +36,7 @@ def float32():
 def edited(request):
     editor = make_editor(dataclasses.replace(CONFIG, snap=request.param))
     edit(editor)
-    return Edited(editor, Evaluation(editor.model, editor.tokenizer, EDITED, editor.template))
+    return Edited(editor, Evaluation(editor.prompted, EDITED))
 
 
 @pytest.mark.parametrize("quantile", [0.0, 0.4, 0.8, 1.0])
@@ -96,7 +96,7 @@ def test_questions_of_facts_that_are_not_edited_are_not_asked(edited):
     editor, some = edited.editor, EDITED[1:]
     evaluation = edited.evaluation
     whole = edited.base()
-    before = editor._edits
+    before = editor.router.edits
     try:
         editor.remove([EDITED[0].id])
         fewer = Edited(editor, evaluation)
@@ -106,8 +106,8 @@ def test_questions_of_facts_that_are_not_edited_are_not_asked(edited):
             assert asked.keys() == fewer.base().keys()
         ceiling = fewer.ceiling()
     finally:
-        editor._edits = before
-    own = Evaluation(editor.model, editor.tokenizer, some, editor.template)
+        editor.router.edits = before
+    own = Evaluation(editor.prompted, some)
     assert ceiling == Edited(editor, own).ceiling()
 
 
@@ -161,7 +161,7 @@ def test_what_paraphrases_are_taken_for_is_counted(edited):
     questions.append(Question("locality", 0, UNRELATED[0], ""))
     routing = edited.routing(questions)
     nearest = torch.tensor([edited.rows[question.fact] for question in questions])
-    right = dataclasses.replace(routing, fact=nearest, edited=torch.ones_like(routing.edited))
+    right = dataclasses.replace(routing, fact=nearest, edited=torch.ones_like(routing.accepted))
     expected = {"asked": count, "own": count, "same_subject": 0, "another": 0, "none": 0}
     assert taken_for(edited, questions, right) == expected
 
@@ -169,12 +169,12 @@ def test_what_paraphrases_are_taken_for_is_counted(edited):
     whole, other = editor.edits, dataclasses.replace(EDITED[0], id="x", query="Abo is made of")
     wrong = dataclasses.replace(right, fact=nearest.clone(), edited=right.edited.clone())
     wrong.fact[0], wrong.fact[1], wrong.edited[2], wrong.fact[3] = len(EDITED), 4, False, 4
-    editor._edits = dataclasses.replace(whole, facts=[*EDITED, other])
+    editor.router.edits = dataclasses.replace(whole, facts=[*EDITED, other])
     try:
         expected = {"own": count - 4, "same_subject": 1, "another": 2, "none": 1}
         assert taken_for(edited, questions, wrong) == expected | {"asked": count}
     finally:
-        editor._edits = whole
+        editor.router.edits = whole
 
 
 def test_generators_are_measured_one_after_the_other(tmp_path, monkeypatch):
@@ -183,7 +183,7 @@ def test_generators_are_measured_one_after_the_other(tmp_path, monkeypatch):
     generators = {"dit": config, study.DISTILLED: config, "dit again": config}
     monkeypatch.setattr(study, "GENERATORS", generators)
     monkeypatch.setattr(study, "RESULTS", tmp_path)
-    monkeypatch.setattr("meg_kernels.editing.editor.shipped_passages", lambda: UNRELATED)
+    monkeypatch.setattr("meg_kernels.editing.edited_model.shipped_passages", lambda: UNRELATED)
     editor = make_editor(dataclasses.replace(CONFIG, generator=config))
     edit(editor)
     distilled = []
@@ -225,10 +225,10 @@ def test_with_zero_pairs_what_the_gate_should_reject_gets_almost_no_neuron():
     config = dataclasses.replace(editor.config.generator, max_steps=600, close=0.05)
     train_with_zero_pairs(editor, config)
     edits = editor.edits
-    away = edits.held_out.negative(edits.queries, torch.Generator().manual_seed(config.seed))
+    away = edits.held_out.negative(edits.conditions, torch.Generator().manual_seed(config.seed))
     sizes = [
         editor.attached.layout.pack(edits.generator.generate(z)).norm(dim=1).mean()
-        for z in (away, edits.queries)
+        for z in (away, edits.conditions)
     ]
     assert sizes[0] < 0.5 * sizes[1]
     said = editor.generate([fact.query for fact in EDITED], 16)

@@ -212,7 +212,9 @@ def make_editor(config: EditorConfig = CONFIG) -> MeGEditor:
 
 
 def edit(editor: MeGEditor, facts=EDITED, **more):
-    return editor.edit(facts, **{"tuning": OTHER_FACTS, "unrelated": UNRELATED} | more)
+    return editor.edit(
+        facts, **{"tuning_facts": OTHER_FACTS, "unrelated_queries": UNRELATED} | more
+    )
 
 
 def saved_editor(tmp_path_factory, name, config):
@@ -236,9 +238,9 @@ def state(editor: MeGEditor):
         editor.facts,
         editor.edits.report,
         editor.generate(MIXED[:12], MOST),
-        editor.edits.generator.generate(editor.edits.queries).value.tolist(),
+        editor.edits.generator.generate(editor.edits.conditions).value.tolist(),
         editor.edits.generated.tolist(),
-        routing.edited.tolist(),
+        routing.accepted.tolist(),
         routing.fact.tolist(),
         routing.score.tolist(),
     )

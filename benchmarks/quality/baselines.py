@@ -42,11 +42,9 @@ from meg_kernels.editing.evaluate import Evaluation, Metrics, Prompting, unknown
 from meg_kernels.editing.facts import Fact, read_facts
 from meg_kernels.editing.layers import default_layer
 from meg_kernels.editing.prompting import (
+    PromptedModel,
     PromptTemplate,
     TargetBatch,
-    score_targets,
-    target_batch,
-    target_tokens,
 )
 from meg_kernels.integrations.pretrained import SMOLLM2, load_language_model
 from meg_kernels.integrations.transformers import decoder_layers, family_of, feed_forward
@@ -77,6 +75,11 @@ class Request:
     layer: int
     seed: int = 0
     progress: bool = False
+
+    @property
+    def prompted(self) -> PromptedModel:
+        """The model with its tokenizer and template."""
+        return PromptedModel(self.model, self.tokenizer, self.template)
 
 
 @dataclass(frozen=True)
@@ -140,10 +143,10 @@ class LoraConfig(TrainingConfig):
 
 def train(request: Request, parameters: Sequence[nn.Parameter], config: TrainingConfig) -> Edited:
     """Train `parameters`, of the edited layer, until every fact is answered in every framing."""
-    model, tokenizer = request.model, request.tokenizer
+    model, prompted = request.model, request.prompted
     framings = CollectionConfig().framings
     pairs = [
-        target_tokens(tokenizer, request.template.format(framing), fact.answer)
+        prompted.target(prompted.prompt(framing), fact.answer)
         for fact in request.facts
         for framing in framings(fact.query)
     ]
@@ -153,7 +156,7 @@ def train(request: Request, parameters: Sequence[nn.Parameter], config: Training
     batches: list[tuple[TargetBatch, Tensor]] = []
     with frozen_products(decoder_layers(model)[: request.layer], model.dtype):
         for start in range(0, len(pairs), config.batch_size):
-            batch = target_batch(model, tokenizer, pairs[start : start + config.batch_size])
+            batch = prompted.batch(pairs[start : start + config.batch_size])
             batches.append((batch, lower.run(**batch.inputs)))
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -167,7 +170,7 @@ def train(request: Request, parameters: Sequence[nn.Parameter], config: Training
             for number in torch.randperm(len(batches), generator=generator).tolist():
                 batch, hidden = batches[number]
                 with lower.replaced_by(hidden):
-                    scores = score_targets(model, batch)
+                    scores = prompted.score(batch)
                 good = scores.right & (scores.losses < config.target_loss)
                 learnt += int(good.sum())
                 if not good.all():
@@ -334,13 +337,8 @@ def run(
     Raises:
         SystemExit: the file was made with other facts, another model, layer or seed.
     """
-    evaluation = Evaluation(
-        request.model,
-        request.tokenizer,
-        request.facts if asked is None else asked,
-        request.template,
-        work_folder=work_folder,
-    )
+    facts = request.facts if asked is None else asked
+    evaluation = Evaluation(request.prompted, facts, work_folder=work_folder)
     content = {
         "study": "quality-baselines",
         **about,
@@ -394,7 +392,7 @@ def main() -> None:
         if fact.paraphrases or not arguments.paraphrased
     ]
     if arguments.skip_known:
-        facts = unknown_facts(model, tokenizer, facts, template, progress=True)
+        facts = unknown_facts(PromptedModel(model, tokenizer, template), facts, progress=True)
     random.Random(arguments.seed).shuffle(facts)  # as benchmarks.quality.study has them
     facts = facts[: arguments.limit]
     request = Request(model, tokenizer, facts, template, layer, arguments.seed, progress=True)

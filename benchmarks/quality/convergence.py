@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.conftest import version_of
 from meg_kernels import GeneratorConfig, MeGEditor
+from meg_kernels.editing.answered import answers_with
 from meg_kernels.editing.generators import DiTGenerator, Generator, build_generator
 from meg_kernels.editing.train import train_generator
 from meg_kernels.neuron import NeuronLayout, Neurons
@@ -131,10 +132,12 @@ def measure(editor: MeGEditor, n: int, choice: Choice) -> dict[str, Any]:
     """One row: how long a generator so made trains on the first n facts."""
     edits = editor.edits
     generator = build(choice, editor.attached.layout, editor.encoder.dim)
-    answers = editor._answers(edits.facts[:n])
+    answers = answers_with(
+        editor.prompted, editor.attached, edits.facts[:n], editor.config.collection.batch_size
+    )
     training = train_generator(
         generator,
-        edits.queries[:n],
+        edits.conditions[:n],
         edits.neurons[:n],
         answers,
         rewording=edits.held_out.rewording if choice.config.reword else None,

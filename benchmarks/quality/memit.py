@@ -34,12 +34,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import (
+    PromptedModel,
     PromptTemplate,
     TargetBatch,
     answer_text,
-    greedy_answers,
     score_targets,
-    target_batch,
     target_tokens,
 )
 from meg_kernels.editing.shipped import shipped_unrelated_queries
@@ -167,7 +166,8 @@ def sampled_prefixes(
     if not starts:
         return [""]
     with seeded(seed):
-        said = greedy_answers(model, tokenizer, starts, config.prefix_tokens, do_sample=True)
+        prompted = PromptedModel.of(model, tokenizer)
+        said = prompted.answers(starts, config.prefix_tokens, do_sample=True)
     texts = (
         f"{start} {answer_text(tokenizer, tokens)}"
         for start, tokens in zip(starts, said, strict=True)
@@ -217,12 +217,11 @@ def key_moments(
     texts = sorted(texts, key=len)
     sums: dict[int, Tensor] = {}
     above = decoder_layer(model, layers[-1] + 1)
+    prompted = PromptedModel.of(model, tokenizer)
     with frozen_products([model], fast_dtype(model.device, model.dtype)):
         for start in range(0, len(texts), PROMPTS_AT_ONCE):
             some = texts[start : start + PROMPTS_AT_ONCE]
-            inputs = target_batch(
-                model, tokenizer, [(text, [tokenizer.eos_token_id]) for text in some]
-            ).inputs
+            inputs = prompted.batch([(text, [tokenizer.eos_token_id]) for text in some]).inputs
             real = inputs["attention_mask"].bool()
             with _read_by_projections(model, layers) as read:
                 input_of(above, model, inputs)
@@ -347,11 +346,12 @@ class _Edit:
 
     @torch.no_grad()
     def _rows(self, prompts: list[_Prompt], tokenizer: PreTrainedTokenizerBase) -> list[_Rows]:
+        prompted = PromptedModel.of(self.model, tokenizer)
         prompts = sorted(prompts, key=lambda prompt: len(prompt.ids) + len(prompt.target))
         rows = []
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
             some = prompts[start : start + PROMPTS_AT_ONCE]
-            batch = target_batch(self.model, tokenizer, [(p.ids, p.target) for p in some])
+            batch = prompted.batch([(p.ids, p.target) for p in some])
             entering = self.lower.run(**batch.inputs)
             with self.lower.replaced_by(entering):
                 leaving = self.below_next.run(**batch.inputs)

@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from meg_kernels.editing.collect import CollectionConfig, collect
 from meg_kernels.editing.evaluate import Evaluation
 from meg_kernels.editing.facts import Fact
-from meg_kernels.editing.prompting import PromptTemplate
+from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.integrations.transformers import decoder_layer, decoder_layers, feed_forward
 from meg_kernels.nn import attach
-from meg_kernels.storage import fingerprint, once, read_json, write_json
+from meg_kernels.storage import WorkFolder, fingerprint, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -95,24 +95,21 @@ def default_layer(model: PreTrainedModel) -> int:
 
 
 def compare_layers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    prompted: PromptedModel,
     facts: Sequence[Fact],
     layers: Sequence[int] | None = None,
     config: CollectionConfig | None = None,
     *,
-    template: PromptTemplate | None = None,
     work_folder: str | Path | None = None,
     progress: bool = False,
 ) -> LayerComparison:
     """Collect neurons for `facts` in several layers, and ask the model with them.
 
     Args:
-        model, tokenizer: a causal language model of a supported family; it stays as it is.
-        facts: what shall be answered; some tens are enough.
+        prompted: the language model; it stays as it is.
+        facts: with the new answers; some tens are enough.
         layers: 0-based; default: every second one. The editor's default layer is always among them.
         config: how neurons are fitted.
-        template: how queries become prompts; default: the model's own.
         work_folder: keeps finished layers, so that an interrupted comparison of the same facts
             with the same configuration resumes. Default: nothing is kept.
         progress: show progress bars.
@@ -121,26 +118,24 @@ def compare_layers(
         ValueError: no facts, or a layer that the model does not have.
         FloatingPointError: the fit diverged; a smaller learning rate helps.
     """
+    model = prompted.model
     if layers is None:
         layers = range(0, len(decoder_layers(model)), 2)
     chosen = sorted({*layers, default_layer(model)})
     for layer in chosen:
         decoder_layer(model, layer)
-    config, template = config or CollectionConfig(), template or PromptTemplate.for_model(model)
+    config = config or CollectionConfig()
     # Locality queries have no neuron of their own.
     asked = [dataclasses.replace(fact, locality=()) for fact in facts]
-    evaluation = Evaluation(model, tokenizer, asked, template)
+    evaluation = Evaluation(prompted, asked)
     settings = [asdict(config), [asdict(fact) for fact in asked], evaluation.protocol()]
-    qualities = []
+    qualities, work = [], WorkFolder.of(work_folder)
     for layer in (bar := tqdm(chosen, desc="comparing", unit="layer", disable=not progress)):
         bar.set_postfix_str(f"layer {layer}")
-        path = None
-        if work_folder is not None:
-            # Another model, fact or setting has another identity: results never mix.
-            weight = feed_forward(model, layer).output_projection.weight
-            path = Path(work_folder) / f"layer-{layer}-{fingerprint(settings, weight)}.json"
-        quality, _ = once(
-            path,
+        # Another model, fact or setting has another identity: results never mix.
+        weight = feed_forward(model, layer).output_projection.weight
+        quality, _ = work.once(
+            f"layer-{layer}-{fingerprint(settings, weight)}.json",
             functools.partial(_measure, evaluation, layer, config, progress),
             lambda file, quality: write_json(file, asdict(quality)),
             lambda file: LayerQuality(**read_json(file)),
@@ -155,17 +150,11 @@ def compare_layers(
 def _measure(
     evaluation: Evaluation, layer: int, config: CollectionConfig, progress: bool
 ) -> LayerQuality:
-    attached = attach(evaluation.model, layer)
+    prompted = evaluation.prompted
+    attached = attach(prompted.model, layer)
     try:
         started = time.perf_counter()
-        collection = collect(
-            attached,
-            evaluation.tokenizer,
-            evaluation.facts,
-            config,
-            template=evaluation.template,
-            progress=progress,
-        )
+        collection = collect(prompted, attached, evaluation.facts, config, progress=progress)
         seconds = time.perf_counter() - started
 
         def own(queries: Sequence[str], owners: Sequence[int]) -> AbstractContextManager:

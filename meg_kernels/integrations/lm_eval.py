@@ -22,7 +22,7 @@ from torch import Tensor
 
 from meg_kernels.editing.editor import MeGEditor
 from meg_kernels.editing.general_ability import first_sentence
-from meg_kernels.editing.prompting import PromptTemplate, score_targets, target_batch
+from meg_kernels.editing.prompting import PromptTemplate
 
 try:
     import lm_eval
@@ -119,7 +119,7 @@ class EditedLM(HFLM):
     def _model_generate(self, context: Tensor, *args: Any, **more: Any) -> Tensor:
         queries = [self._query(text) for text in self._contexts]
         with self.editor.routed(queries) as routing:
-            self.seen |= dict(zip(queries, routing.edited.tolist(), strict=True))
+            self.seen |= dict(zip(queries, routing.accepted.tolist(), strict=True))
             return super()._model_generate(context, *args, **more)
 
     def _model_call(self, inps: Tensor, *args: Any, **more: Any) -> Tensor:
@@ -134,7 +134,7 @@ class EditedLM(HFLM):
     def _accepted(self, queries: Sequence[str]) -> dict[str, bool]:
         """Whether the gate takes these for edited queries; each is asked about once."""
         new = [query for query in dict.fromkeys(queries) if query and query not in self.seen]
-        self.seen |= dict(zip(new, self.editor.route(new).edited.tolist(), strict=True))
+        self.seen |= dict(zip(new, self.editor.route(new).accepted.tolist(), strict=True))
         return {query: self.seen.get(query, False) for query in queries}  # nothing asks nothing
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ class EditedLM(HFLM):
         """Log-likelihood of each continuation, and whether it is what greedy decoding gives."""
         longest = self.max_length + 1
         cut = [((context + target)[-longest : -len(target)], target) for context, target in pairs]
-        scores = score_targets(self.model, target_batch(self.model, self.tokenizer, cut))
+        scores = self.editor.prompted.score(self.editor.prompted.batch(cut))
         lengths = [len(target) for _, target in cut]
         return [
             (-loss * length, right)
@@ -208,7 +208,7 @@ def evaluate_tasks(
         FileNotFoundError: there is no such folder.
         RuntimeError: nothing is edited.
     """
-    editor.edits  # noqa: B018
+    _ = editor.edits  # raises where nothing is edited
     manager = _task_manager(tasks, task_path)
     options: dict[str, Any] = {"batch_size": batch_size, "softmax_dtype": "float32"}
     base = HFLM(pretrained=editor.model, tokenizer=editor.tokenizer, **options)

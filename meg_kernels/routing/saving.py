@@ -16,19 +16,22 @@ import dataclasses
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.editing.facts import Fact, read_facts, write_facts
-from meg_kernels.editing.generators import NeuronBank, build_generator
+from meg_kernels.editing.generators import GeneratorConfig, NeuronBank, build_generator
 from meg_kernels.editing.train import Training
-from meg_kernels.familiarity import Calibration, FamiliarityNetwork, SimilarityGate
-from meg_kernels.integrations.pretrained import load_language_model
+from meg_kernels.familiarity import Calibration, FamiliarityNetwork, Gate, SimilarityGate
+from meg_kernels.integrations.pretrained import default_device
+from meg_kernels.neuron import NeuronLayout
+from meg_kernels.routing.edits import EditReport, Edits, HeldOut
 from meg_kernels.storage import (
     CorruptFileError,
     fingerprint,
@@ -39,15 +42,57 @@ from meg_kernels.storage import (
 )
 from meg_kernels.text_encoder import TextEncoder
 
-if TYPE_CHECKING:
-    from meg_kernels.editing.editor import MeGEditor
-
-FORMAT, VERSION = "meg-kernels", 2
-# In version 1 the generator made the neurons of all facts, every change of the facts calibrated the
-# gate, and a bank's conditions were centred.
-READABLE = (1, 2)
+FORMAT, VERSION = "meg-kernels", 1
 MANIFEST = "meg.json"
 _KINDS = ("facts", "edits", "gate", "generator", "encoder")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The language model that was edited.
+
+    Args:
+        name: under which it is loaded again.
+        dtype: of its weights, e.g. `float32`.
+        identity: JSON-able values that tell it from models of other shapes.
+    """
+
+    name: str
+    dtype: str
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder holds.
+
+    Args:
+        edits: everything but the encoder, which takes longest to load.
+        base: the language model that was edited.
+        config: the editor's configuration, JSON-able.
+        encoder_folder: where the encoder is.
+        pooling: of the encoder.
+    """
+
+    edits: Edits
+    base: BaseModel
+    config: dict[str, Any]
+    encoder_folder: Path
+    pooling: Any
+
+    def load_encoder(self) -> TextEncoder:
+        """The tuned encoder, on the device of the edits; CorruptFileError if it is damaged."""
+        folder = self.encoder_folder
+        try:
+            encoder = TextEncoder.from_pretrained(
+                folder, self.pooling, self.edits.conditions.device
+            )
+        except (OSError, SafetensorError) as error:
+            raise CorruptFileError(
+                f"{folder} is damaged ({error}); restore it or edit again"
+            ) from error
+        _check_content(folder, _digest_of_encoder(encoder))
+        return encoder
 
 
 def check_free(folder: Path) -> None:
@@ -60,15 +105,34 @@ def check_free(folder: Path) -> None:
             )
 
 
-def save_editor(editor: MeGEditor, folder: Path) -> None:
-    """Write `editor` to `folder`; see `MeGEditor.save_pretrained`."""
+def save_edits(
+    folder: str | Path,
+    edits: Edits,
+    encoder: TextEncoder,
+    base: BaseModel,
+    config: Mapping[str, Any],
+) -> None:
+    """Write an edited model; an interruption at any point leaves what was saved there before.
+
+    Args:
+        folder: a new or empty folder, or one that holds an edited model.
+        edits: what was edited.
+        encoder: the tuned encoder.
+        base: the language model.
+        config: the editor's configuration, JSON-able; `gate`, `generator`, `snap` and
+            `require_subject` in it say how to answer.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+    """
+    folder = Path(folder)
     check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    edits = editor.edits
+    layout, report = edits.layout, edits.report
     tensors = {f"held_out.{k}": v for k, v in edits.held_out.tensors().items()} | {
-        "queries": edits.queries,
-        "neurons": editor.attached.layout.pack(edits.neurons),
-        "initial": editor.attached.layout.pack(edits.initial),
+        "conditions": edits.conditions,
+        "neurons": layout.pack(edits.neurons),
+        "initial": layout.pack(edits.initial),
         "generated": edits.generated,
     }
     facts_name = f"facts-{_digest_of_facts(edits.facts)}.jsonl"
@@ -79,26 +143,24 @@ def save_editor(editor: MeGEditor, folder: Path) -> None:
         "edits": _write(folder, "edits", tensors),
         "gate": _write(folder, "gate", edits.gate.state_dict()),
         "generator": _write(folder, "generator", edits.generator.state_dict()),
-        "encoder": _write_encoder(folder, editor.encoder),
+        "encoder": _write_encoder(folder, encoder),
     }
-    report = edits.report
     write_json(
         folder / MANIFEST,
         {
             "format": FORMAT,
             "version": VERSION,
-            "model": editor.name,
-            "dtype": str(editor.model.dtype).removeprefix("torch."),
-            "base": _identity(editor.model, editor.layer),
-            "config": editor.config.to_dict(),
-            "pooling": editor.encoder.pooling,
+            "base": dataclasses.asdict(base),
+            "layout": dataclasses.asdict(layout),
+            "config": dict(config),
             "threshold": edits.gate.threshold,
+            "pooling": encoder.pooling,
             "report": {
                 "unlearnt": [fact.id for fact in report.unlearnt],
-                "calibration": dataclasses.asdict(report.calibration),
-                "training": dataclasses.asdict(report.training),
+                "calibration": dataclasses.asdict(edits.calibration),
+                "training": dataclasses.asdict(edits.training),
                 "seconds": report.seconds,
-                "known": report.known,
+                "num_left_out": report.num_left_out,
             },
             "files": files,
         },
@@ -108,77 +170,62 @@ def save_editor(editor: MeGEditor, folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def load_editor(
-    cls: type[MeGEditor],
-    folder: Path,
-    model: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    dtype: torch.dtype | None,
-    device: str | torch.device,
-) -> MeGEditor:
-    """Read what `save_editor` wrote; see `MeGEditor.from_pretrained`."""
-    from meg_kernels.editing.editor import EditorConfig, EditReport, Edits, HeldOut
+def load_edits(folder: str | Path, device: str | torch.device | None = None) -> Saved:
+    """Read what `save_edits` wrote; no language model and no encoder is loaded.
 
+    Args:
+        folder: where it was written.
+        device: where the conditions, the gate and the generator shall be; default: an accelerator
+            if there is one.
+
+    Raises:
+        FileNotFoundError: there are no edits.
+        CorruptFileError: a file is damaged, or of a newer version of the format.
+    """
+    folder, device = Path(folder), default_device() if device is None else torch.device(device)
     manifest = _read_manifest(folder)
     files = {kind: folder / name for kind, name in manifest["files"].items()}
     if missing := [str(path) for path in files.values() if not path.exists()]:
         raise CorruptFileError(f"{missing[0]} is missing; restore the folder or edit again")
-    config = EditorConfig.from_dict(manifest["config"])
-    if model is None or tokenizer is None:
-        if model is not tokenizer:
-            raise ValueError("pass both model and tokenizer, or neither")
-        dtype = dtype or getattr(torch, manifest["dtype"])
-        model, tokenizer = load_language_model(manifest["model"], dtype, device)
-    if (found := _identity(model, manifest["base"]["layer"])) != manifest["base"]:
-        raise ValueError(
-            f"these edits are for {manifest['base']}, but the given model is {found}; pass the "
-            "base model that was edited"
-        )
-    encoder = _read_encoder(files["encoder"], manifest["pooling"], model.device)
-    editor = cls(model, tokenizer, encoder, config, manifest["model"])
-    layout = editor.attached.layout
-    tensors = {name: tensor.to(model.device) for name, tensor in _read(files["edits"]).items()}
-    facts = read_facts(files["facts"])
+    facts = tuple(read_facts(files["facts"]))
     _check_content(files["facts"], _digest_of_facts(facts))
-    gate = (
-        SimilarityGate(tensors["queries"])
-        if config.gate == "similarity"
-        else FamiliarityNetwork(encoder.dim)
+    tensors, layout = _read(files["edits"]), NeuronLayout(**manifest["layout"])
+    config = manifest["config"]
+    conditions = tensors["conditions"].to(device)
+    dim = conditions.shape[1]
+    gate: Gate = (
+        SimilarityGate(conditions, manifest["threshold"])
+        if config["gate"] == SimilarityGate.kind
+        else FamiliarityNetwork(dim, threshold=manifest["threshold"])
     )
-    gate.threshold = manifest["threshold"]
-    neurons = layout.unpack(tensors["neurons"].cpu())
-    generator = build_generator(config.generator, layout, encoder.dim)
+    generator = build_generator(GeneratorConfig.from_dict(config["generator"]), layout, dim)
     if isinstance(generator, NeuronBank):
         generator.resize(len(facts))
-    generator = _load_state(generator, files["generator"]).to(model.device)
-    if isinstance(generator, NeuronBank) and manifest["version"] == 1:
-        generator.store(tensors["queries"], neurons.to(model.device))
     report = manifest["report"]
-    training = report["training"]
-    editor._edits = Edits(
+    edits = Edits(
         facts,
-        tensors["queries"],
-        neurons,
-        layout.unpack(tensors["initial"].cpu()),
-        HeldOut(**{f.name: tensors[f"held_out.{f.name}"] for f in dataclasses.fields(HeldOut)}),
-        _load_state(gate, files["gate"]).to(model.device),
-        generator,
-        tensors.get("generated", torch.ones(len(facts), dtype=torch.bool)).cpu(),
+        conditions,
+        layout.unpack(tensors["neurons"]),
+        layout.unpack(tensors["initial"]),
+        HeldOut(
+            **{
+                f.name: tensors[f"held_out.{f.name}"].to(device)
+                for f in dataclasses.fields(HeldOut)
+            }
+        ),
+        _load_state(gate, files["gate"]).to(device),
+        _load_state(generator, files["generator"]).to(device),
+        tensors["generated"],
         EditReport(
-            [fact for fact in facts if fact.id in report["unlearnt"]],
-            Calibration(**{"edited": len(facts)} | report["calibration"]),
-            Training(
-                **training
-                | {
-                    "history": tuple(map(tuple, training["history"])),
-                    "seconds": tuple(training["seconds"]),
-                }
-            ),
+            tuple(fact for fact in facts if fact.id in report["unlearnt"]),
+            Calibration(**report["calibration"]),
+            _training(report["training"]),
             report["seconds"],
-            report["known"],
+            report["num_left_out"],
         ),
     )
-    return editor
+    base = BaseModel(**manifest["base"])
+    return Saved(edits, base, config, files["encoder"], manifest["pooling"])
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -188,24 +235,17 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CorruptFileError(f"{path} was not written by MeG Kernels")
-    if manifest.get("version") not in READABLE:
+    if manifest.get("version") != VERSION:
         raise CorruptFileError(
-            f"{path} has format version {manifest.get('version')}; this release reads up to "
+            f"{path} has format version {manifest.get('version')}; this release reads version "
             f"{VERSION}: upgrade meg-kernels"
         )
     return manifest
 
 
-def _identity(model: PreTrainedModel, layer: int) -> dict[str, Any]:
-    """What tells the edited model from others, in any dtype."""
-    config = model.config
-    return {
-        "model_type": config.model_type,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "vocab_size": config.vocab_size,
-        "layer": layer,
-    }
+def _training(values: dict[str, Any]) -> Training:
+    tuples = {"history": tuple(map(tuple, values["history"])), "seconds": tuple(values["seconds"])}
+    return Training(**(values | tuples))
 
 
 def _write(folder: Path, kind: str, tensors: dict[str, Tensor]) -> str:
@@ -226,7 +266,7 @@ def _check_content(path: Path, digest: str) -> None:
         raise CorruptFileError(f"{path} does not hold what was saved; restore it or edit again")
 
 
-def _digest_of_facts(facts: list[Fact]) -> str:
+def _digest_of_facts(facts: Sequence[Fact]) -> str:
     return fingerprint([fact.to_dict() for fact in facts])
 
 
@@ -251,19 +291,6 @@ def _write_encoder(folder: Path, encoder: TextEncoder) -> str:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return name
-
-
-def _read_encoder(
-    folder: Path, pooling: Literal["mean", "cls"], device: torch.device
-) -> TextEncoder:
-    try:
-        encoder = TextEncoder.from_pretrained(folder, pooling, device)
-    except (OSError, SafetensorError) as error:
-        raise CorruptFileError(
-            f"{folder} is damaged ({error}); restore it or edit again"
-        ) from error
-    _check_content(folder, _digest_of_encoder(encoder))
-    return encoder
 
 
 def _load_state(module: nn.Module, path: Path) -> Any:
