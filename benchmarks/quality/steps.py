@@ -79,7 +79,7 @@ class Study:
 
     def of_seed(self, seed: int) -> Study:
         """The same with a generator that is trained from another seed."""
-        self.editor.train(dataclasses.replace(self.trained, seed=seed), progress=True)
+        self.editor.train(self.trained.with_training(seed=seed), progress=True)
         return Study(self.editor)
 
     def measure(self, sampler: SamplerConfig, snap: bool) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Study:
             "solver": sampler.solver,
             "steps": sampler.num_steps,
             "snap": snap,
-            "seed": self.trained.seed,
+            "seed": self.trained.training.seed,
             "reliability": metrics.reliability_ag,
             "generality": metrics.generality_ag,
             "distance": self.distance(self.flat(own)),

@@ -68,7 +68,8 @@ from meg_kernels.editing.shipped import (
     shipped_tuning_facts,
     shipped_unrelated_queries,
 )
-from meg_kernels.editing.train import Answers, Training, train_generator
+from meg_kernels.editing.train import Training, train_generator
+from meg_kernels.editing.trial import AnswersRight
 from meg_kernels.familiarity import (
     Calibration,
     FamiliarityNetwork,
@@ -127,7 +128,7 @@ class EditorConfig:
     template: PromptTemplate | None = None
     collection: CollectionConfig = field(default_factory=CollectionConfig)
     encoder_tuning: EncoderTuningConfig = field(default_factory=EncoderTuningConfig)
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig.dit)
     gate: Literal["similarity", "familiarity"] = "similarity"
     threshold: float | None = None
     require_subject: bool | None = None
@@ -833,7 +834,7 @@ class MeGEditor:
             "gate": self.config.gate,
             "require_subject": self.config.requires_subject(len(edits.facts)),
             "generator": self.config.generator.kind,
-            "sampler": dataclasses.asdict(self.config.generator.sampler),
+            "sampler": self.config.generator.to_dict().get("sampler"),
             "snap": self.config.snap,
             "edited_facts": len(edits.facts),
             "generated_facts": int(edits.generated.sum()),
@@ -1095,10 +1096,9 @@ class MeGEditor:
 
     def _rewording(self, config: GeneratorConfig, held_out: HeldOut) -> Rewording | None:
         """What a generator shall see besides its queries' own conditions."""
-        wanted = not self.config.snap if config.reword is None else config.reword
-        return held_out.rewording if wanted else None
+        return held_out.rewording if config.rewords(self.config.snap) else None
 
-    def _answers(self, facts: Sequence[Fact]) -> Answers:
+    def _answers(self, facts: Sequence[Fact]) -> AnswersRight:
         """Whether the model answers facts with given neurons; layers below them run once."""
         lower = LowerLayers(self.model, self.layer)
         size = self.config.collection.batch_size
