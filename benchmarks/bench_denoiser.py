@@ -39,8 +39,8 @@ from meg_kernels.diffusion import (
     plan_steps,
     sample,
 )
+from meg_kernels.editing.fit import descend
 from meg_kernels.editing.generators import GeneratorConfig, build_generator
-from meg_kernels.editing.train import descend
 from meg_kernels.neuron import NeuronLayout
 from meg_kernels.precision import PackedWeight, fast_dtype
 
@@ -51,8 +51,8 @@ STEPS = {"DiT-B": 2, "default": 1}  # which answer as well: benchmarks/quality/s
 WIDTHS = (1153, 5121, 8193)  # SmolLM2-135M with a bias; Phi-2; GPT-J
 BATCHES = (1, 8, 64, 512) if GPU else (1, 8, 64)
 NETWORKS = {
-    "DiT-B": lambda width: DiTConfig.paper(width, condition_dim=768),
-    "default": lambda width: DiTConfig(width, condition_dim=384),
+    "DiT-B": lambda width: NeuronDiT(DiTConfig.paper(), width, condition_dim=768),
+    "default": lambda width: NeuronDiT(DiTConfig(), width, condition_dim=384),
 }
 PLAIN, OURS = "plain float32", "ours"
 WITHOUT, HOISTED, FUSED = "no variance", "hoisted and folded as well", "packed and fused as well"
@@ -79,15 +79,13 @@ class Task:
 
     @classmethod
     def of(cls, name: str, width: int, batch: int, device: torch.device) -> Task:
-        dit = NeuronDiT(NETWORKS[name](width))
+        dit = NETWORKS[name](width)
         scramble(dit)
-        condition = torch.randn(batch, dit.config.condition_dim)
+        condition = torch.randn(batch, dit.condition_dim)
         return cls(name, dit.eval().to(device), condition.to(device))
 
     def plainly(self, config: SamplerConfig) -> Callable[[], Tensor]:
-        return lambda: sample(
-            self.dit, self.condition, self.dit.config.neuron_dim, SCHEDULE, config
-        )
+        return lambda: sample(self.dit, self.condition, self.dit.neuron_dim, SCHEDULE, config)
 
     def compiled(self, config: SamplerConfig) -> Callable[[], Tensor]:
         """The same with the network, and its loop's every step, under torch.compile."""
@@ -146,7 +144,7 @@ class Task:
         """So many steps on the batch; of each of `items` that it is divided into."""
         shape = {
             "network": self.name,
-            "neuron": self.dit.config.neuron_dim,
+            "neuron": self.dit.neuron_dim,
             "batch": len(self.condition),
             "steps": steps,
         }
@@ -204,7 +202,7 @@ def test_neurons(race: Race, task: Task, device: torch.device):
     config = SamplerConfig("ddim", STEPS[task.name])
     batch = len(task.condition)
     ours = task.fast(config)
-    released, compiled = as_released(task.dit.config.neuron_dim, batch, device)
+    released, compiled = as_released(task.dit.neuron_dim, batch, device)
 
     def gate(results: dict[str, Tensor]) -> Passed:
         same = {"compiled": results["as released, compiled"][:8]}
@@ -279,7 +277,7 @@ def test_each_saving(race: Race, task: Task):
 @each(("DiT-B", 1153, 64), ("default", 1153, 128))
 def test_training(race: Race, task: Task):
     """A step of training as `fit` takes it, against the same in float32 by AdamW's default."""
-    config = GeneratorConfig.dit_b() if task.name == "DiT-B" else GeneratorConfig()
+    config = GeneratorConfig.dit_b() if task.name == "DiT-B" else GeneratorConfig.dit()
     layout = NeuronLayout(576, 576, True, "identity")
     weights = normal(race.device, len(task.condition), layout.dim, dtype=torch.float32)
 
@@ -306,7 +304,7 @@ def test_training(race: Race, task: Task):
 
     def gate(results: dict[str, Tensor]) -> Passed:
         gradient = {OURS: results[OURS].to(task.dtype)}
-        roundings = 2 * ROUNDINGS_A_BLOCK * config.depth
+        roundings = 2 * ROUNDINGS_A_BLOCK * config.network.depth
         return Passed.close(gradient, results[PLAIN], PLAIN, ops=roundings)
 
     case = task.case("training step", 1)

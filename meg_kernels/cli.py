@@ -440,15 +440,15 @@ def distill(
     """
     out = folder if out is None else out
     editor = _load(folder, device, None)
-    sampler = editor.config.generator.sampler
+    sampler = editor.config.generator.to_dict().get("sampler")
     with _work_folder(out, "distill") as work:
         report = editor.distill(
             steps, teacher_steps=teacher_steps, seed=seed, work_folder=work, progress=True
         )
         editor.save_pretrained(out)
     _print_distillation(report)
-    if sampler.solver != "ddim":
-        console.print(f"sampled with ddim from now on, no longer with {sampler.solver}")
+    if sampler and sampler["solver"] != "ddim":
+        console.print(f"sampled with ddim from now on, no longer with {sampler['solver']}")
     console.print(f"saved to {out}", markup=False)
 
 
@@ -579,9 +579,13 @@ def _editor(
 def _generator_config(kind: GeneratorKind, seed: int) -> GeneratorConfig:
     from meg_kernels import GeneratorConfig
 
+    if kind is GeneratorKind.bank:
+        return GeneratorConfig.bank()
+    if kind is GeneratorKind.mlp:
+        return GeneratorConfig.mlp(seed=seed)
     if kind is GeneratorKind.dit_b:
         return GeneratorConfig.dit_b(seed=seed)
-    return GeneratorConfig(kind=kind.value, seed=seed)
+    return GeneratorConfig.dit(seed=seed)
 
 
 def _load(folder: Path, device: str, dtype: Dtype | None) -> MeGEditor:

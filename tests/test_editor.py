@@ -21,6 +21,7 @@ from tiny import (
     EDITED,
     FACTS,
     FURTHER,
+    GENERATORS,
     LAYER,
     LOCALITY,
     MIXED,
@@ -118,8 +119,8 @@ def said_by(editor: MeGEditor, queries) -> list[list[int]]:
     "kind, gate", [("dit", "similarity"), ("mlp", "familiarity"), ("bank", "similarity")]
 )
 def test_edited_facts_are_answered_in_any_wording_and_other_queries_as_before(kind, gate):
-    generator = dataclasses.replace(CONFIG.generator, kind=kind)
-    editor = make_editor(dataclasses.replace(CONFIG, generator=generator, gate=gate))
+    config = dataclasses.replace(CONFIG, generator=GENERATORS[kind], gate=gate)
+    editor = make_editor(config)
     report = edit(editor)
     assert report.unlearnt == [] and report.training.answered == 1.0
     assert set(report.seconds) == {"collect", "encoder", "gate", "generator"}
@@ -495,7 +496,7 @@ def test_from_many_edited_facts_on_a_query_must_name_the_subject(editor, monkeyp
 @pytest.mark.parametrize("reword", [None, True, False])
 @pytest.mark.parametrize("snap", [True, False])
 def test_every_training_sees_other_wordings_if_it_is_asked_about_them(monkeypatch, snap, reword):
-    generator = dataclasses.replace(CONFIG.generator, reword=reword)
+    generator = CONFIG.generator.with_training(reword=reword)
     editor, seen = make_editor(dataclasses.replace(CONFIG, snap=snap, generator=generator)), []
 
     def noted(name):
@@ -511,7 +512,7 @@ def test_every_training_sees_other_wordings_if_it_is_asked_about_them(monkeypatc
     edit(editor)
     editor.add([next(fact for fact in FACTS if fact not in EDITED)])
     editor.train()
-    editor.replace_generator(dataclasses.replace(generator, kind="dit"))
+    editor.replace_generator(GENERATORS["dit"].with_training(reword=reword))
     editor.distill(1)
     assert len(seen) == 4
     if reword is False or (reword is None and snap):
@@ -681,7 +682,7 @@ def test_the_gate_is_calibrated_on_wordings_that_the_encoder_was_not_tuned_on(mo
 @pytest.mark.parametrize("kind", ["dit", "bank"])
 def test_another_generator_is_trained_on_the_same_neurons(editor, tmp_path, kind):
     before = editor.edits
-    config = dataclasses.replace(CONFIG.generator, kind=kind, seed=4)
+    config = GENERATORS[kind]
     training = editor.replace_generator(config)
     after = editor.edits
     assert training.answered == 1.0 and after.report.training == training
@@ -696,13 +697,13 @@ def test_another_generator_is_trained_on_the_same_neurons(editor, tmp_path, kind
 
 
 def test_an_interrupted_training_leaves_the_generator_and_goes_on(editor, tmp_path, monkeypatch):
-    before, config = editor.edits, dataclasses.replace(CONFIG.generator, kind="dit", seed=4)
+    before, config = editor.edits, GENERATORS["dit"].with_training(seed=4)
     steps = []
     step = torch.optim.AdamW.step
 
     def interrupted(optimizer, *args, **kwargs):
         steps.append(1)
-        if len(steps) == config.check_every + 5:
+        if len(steps) == config.training.check_every + 5:
             raise KeyboardInterrupt
         return step(optimizer, *args, **kwargs)
 
@@ -712,7 +713,7 @@ def test_an_interrupted_training_leaves_the_generator_and_goes_on(editor, tmp_pa
     assert editor.edits is before and editor.config.generator.kind == "mlp"
     taken = len(steps)
     training = editor.replace_generator(config, work_folder=tmp_path)
-    assert len(steps) - taken == training.steps - config.check_every
+    assert len(steps) - taken == training.steps - config.training.check_every
 
 
 @pytest.mark.parametrize("kind", ["mlp", "bank"])
@@ -765,8 +766,7 @@ def test_added_facts_keep_their_collected_neurons_until_the_generator_learns_the
 
 
 def test_only_a_generator_that_learnt_all_facts_is_distilled():
-    generator = dataclasses.replace(CONFIG.generator, kind="dit")
-    editor = make_editor(dataclasses.replace(CONFIG, generator=generator))
+    editor = make_editor(dataclasses.replace(CONFIG, generator=GENERATORS["dit"]))
     edit(editor)
     editor.add(FURTHER)
     with pytest.raises(ValueError, match=r"not trained on facts that were added, 2 of 7: train it"):
@@ -782,7 +782,7 @@ def test_added_facts_that_the_generator_does_not_learn_keep_their_collected_neur
     editor.config = dataclasses.replace(editor.config, collection=brief)
     assert editor.add([hopeless]).unlearnt == [hopeless]
     generator = editor.edits.generator
-    generator.config = dataclasses.replace(generator.config, max_steps=1)
+    generator.config = generator.config.with_training(max_steps=1)
     queries = [fact.query for fact in (*EDITED[1:], *added)]
     answers = [fact.answer for fact in (*EDITED[1:], *added)]
     assert editor.train().answered < 1
@@ -790,7 +790,7 @@ def test_added_facts_that_the_generator_does_not_learn_keep_their_collected_neur
     assert editor.edits.generated.tolist() == [True] * 4 + [False, True, True]
     assert editor.generate(queries[4:], MOST) == answers[4:]
     generator = editor.edits.generator
-    generator.config = dataclasses.replace(generator.config, max_steps=300)
+    generator.config = generator.config.with_training(max_steps=300)
     editor.train()
     assert editor.edits.generated.all() and editor.generate(queries, MOST) == answers
 
@@ -945,7 +945,9 @@ def test_an_unknown_id_removes_nothing(editor):
     "kind, gate", [("dit", "similarity"), ("mlp", "familiarity"), ("bank", "similarity")]
 )
 def test_what_is_loaded_is_what_was_saved(tmp_path, kind, gate):
-    generator = dataclasses.replace(CONFIG.generator, kind=kind, max_steps=40)
+    generator = GENERATORS[kind]
+    if kind != "bank":
+        generator = generator.with_training(max_steps=40)
     config = dataclasses.replace(CONFIG, generator=generator, gate=gate, snap=False)
     editor = make_editor(config)
     edit(editor)

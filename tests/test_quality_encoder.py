@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import CONFIG, EDITED, OTHER_FACTS, UNRELATED, make_editor, make_encoder
+from tiny import CONFIG, EDITED, GENERATORS, OTHER_FACTS, UNRELATED, make_editor, make_encoder
 
 from benchmarks.quality import encoder as study
 from meg_kernels import EditorConfig
@@ -25,7 +25,7 @@ def test_a_row_counts_what_an_edited_model_finds_and_rejects(monkeypatch):
     choice = {"pooling": "mean", "encoder_tuning": CONFIG.encoder_tuning}
     row = study.measure(make_editor(), EDITED, OTHER_FACTS, choice)
 
-    bank = dataclasses.replace(CONFIG.generator, kind="bank")
+    bank = GENERATORS["bank"]
     config = EditorConfig(
         layer=CONFIG.layer,
         collection=dataclasses.replace(CONFIG.collection, max_steps=1),

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import CONFIG, EDITED, UNRELATED, edit, make_editor
+from tiny import CONFIG, EDITED, GENERATORS, UNRELATED, edit, make_editor
 
 from benchmarks.quality import study
 from benchmarks.quality.study import (
@@ -179,7 +179,7 @@ def test_what_paraphrases_are_taken_for_is_counted(edited):
 
 def test_generators_are_measured_one_after_the_other(tmp_path, monkeypatch):
     """A distilled one is distilled, and the next is trained anew."""
-    config = dataclasses.replace(CONFIG.generator, kind="dit")
+    config = GENERATORS["dit"]
     generators = {"dit": config, study.DISTILLED: config, "dit again": config}
     monkeypatch.setattr(study, "GENERATORS", generators)
     monkeypatch.setattr(study, "RESULTS", tmp_path)
@@ -222,10 +222,11 @@ def test_generators_are_measured_one_after_the_other(tmp_path, monkeypatch):
 def test_with_zero_pairs_what_the_gate_should_reject_gets_almost_no_neuron():
     editor = make_editor(dataclasses.replace(CONFIG, snap=False))
     edit(editor)
-    config = dataclasses.replace(editor.config.generator, max_steps=600, close=0.05)
+    config = editor.config.generator.with_training(max_steps=600, close=0.05)
     train_with_zero_pairs(editor, config)
     edits = editor.edits
-    away = edits.held_out.negative(edits.conditions, torch.Generator().manual_seed(config.seed))
+    rng = torch.Generator().manual_seed(config.training.seed)
+    away = edits.held_out.negative(edits.conditions, rng)
     sizes = [
         editor.attached.layout.pack(edits.generator.generate(z)).norm(dim=1).mean()
         for z in (away, edits.conditions)

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from meg_kernels import (
     CollectionConfig,
+    DiTConfig,
     EditorConfig,
     EncoderTuningConfig,
     Fact,
@@ -63,26 +64,25 @@ UNRELATED = ["Good day to you", "Seven and eight are", "Sing a song", "How tall 
 
 EDITED, FURTHER = FACTS[:5], FACTS[5:7]
 MOST = 5
+TRAINING = {"learning_rate": 5e-3, "max_steps": 300, "check_every": 20}
+GENERATORS = {
+    "dit": GeneratorConfig.dit(
+        network=DiTConfig(width=32, depth=2, num_heads=2, patch_size=16),
+        sampler=SamplerConfig(num_steps=2),
+        **TRAINING,
+    ),
+    "mlp": GeneratorConfig.mlp(width=64, **TRAINING),
+    "bank": GeneratorConfig.bank(),
+}
 CONFIG = EditorConfig(
     layer=LAYER,
     collection=CollectionConfig(learning_rate=0.1, max_steps=60),
     encoder_tuning=EncoderTuningConfig(
         epochs=20, learning_rate=1e-3, batch_size=8, alike_batches=False
     ),
-    generator=GeneratorConfig(
-        kind="mlp",
-        mlp_width=64,
-        width=32,
-        depth=2,
-        num_heads=2,
-        patch_size=16,
-        learning_rate=5e-3,
-        max_steps=300,
-        check_every=20,
-        sampler=SamplerConfig(num_steps=2),
-    ),
+    generator=GENERATORS["mlp"],
 )
-BANK = dataclasses.replace(CONFIG, generator=dataclasses.replace(CONFIG.generator, kind="bank"))
+BANK = dataclasses.replace(CONFIG, generator=GENERATORS["bank"])
 
 
 PARAPHRASES = [query for fact in EDITED for query in fact.paraphrases]

@@ -77,7 +77,7 @@ class Study:
 
     def of_seed(self, seed: int) -> Study:
         """The same with a generator that is trained from another seed."""
-        self.editor.replace_generator(dataclasses.replace(self.trained, seed=seed), progress=True)
+        self.editor.replace_generator(self.trained.with_training(seed=seed), progress=True)
         return Study(self.editor)
 
     def measure(self, sampler: SamplerConfig, snap: bool) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Study:
             "solver": sampler.solver,
             "steps": sampler.num_steps,
             "snap": snap,
-            "seed": self.trained.seed,
+            "seed": self.trained.training.seed,
             "reliability": metrics.reliability_ag,
             "generality": metrics.generality_ag,
             "distance": self.distance(self.flat(own)),

@@ -53,7 +53,7 @@ from meg_kernels.editing.evaluate import (
     has_own_neuron,
 )
 from meg_kernels.editing.facts import normalized, read_facts
-from meg_kernels.editing.generators import build_generator
+from meg_kernels.editing.generators import NetworkGeneratorConfig, build_generator
 from meg_kernels.editing.layers import default_layer
 from meg_kernels.editing.prompting import PromptTemplate
 from meg_kernels.editing.train import train_generator
@@ -66,13 +66,13 @@ from meg_kernels.storage import write_json
 RESULTS = Path(__file__).parents[1] / "results"
 DISTILLED = "dit, distilled"
 GENERATORS = {
-    "dit": GeneratorConfig(),
-    DISTILLED: GeneratorConfig(),
-    "dit, other wordings": GeneratorConfig(reword=True),
+    "dit": GeneratorConfig.dit(),
+    DISTILLED: GeneratorConfig.dit(),
+    "dit, other wordings": GeneratorConfig.dit(reword=True),
     "dit-b": GeneratorConfig.dit_b(),
-    "mlp": GeneratorConfig(kind="mlp"),
-    "mlp, other wordings": GeneratorConfig(kind="mlp", reword=True),
-    "bank": GeneratorConfig(kind="bank"),
+    "mlp": GeneratorConfig.mlp(),
+    "mlp, other wordings": GeneratorConfig.mlp(reword=True),
+    "bank": GeneratorConfig.bank(),
 }
 ZERO_PAIRS = "dit, zero pairs"
 CURVE = 41  # thresholds on a trade-off curve
@@ -263,13 +263,19 @@ def subject_named(edited: Edited, questions: Iterable[Question], routing: Routin
     return named(edited.editor.edits, [q.query for q in questions], routing.fact)
 
 
-def train_with_zero_pairs(editor: MeGEditor, config: GeneratorConfig) -> None:
+def of_seed(name: str, seed: int) -> GeneratorConfig:
+    """The generator of this name, trained from this seed if it is trained."""
+    config = GENERATORS[name]
+    return config.with_training(seed=seed) if isinstance(config, NetworkGeneratorConfig) else config
+
+
+def train_with_zero_pairs(editor: MeGEditor, config: NetworkGeneratorConfig) -> None:
     """Train a generator on the neurons and on zero ones, and put it in the editor's place.
 
     The zero neurons are for what the gate was calibrated to reject, moved beside edited queries.
     """
     edits = editor.edits
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.training.seed)
     away = edits.held_out.negative(edits.conditions, generator)
     layout = editor.attached.layout
     zero = layout.unpack(torch.zeros(len(away), layout.dim))
@@ -340,7 +346,7 @@ class Study:
         folder = options.work / f"{options.name}-{n}-{seed}"
         config = EditorConfig(
             encoder_tuning=EncoderTuningConfig(seed=seed),
-            generator=dataclasses.replace(GENERATORS["dit"], seed=seed),
+            generator=of_seed("dit", seed),
             seed=seed,
         )
         if (folder / "meg.json").exists():
@@ -420,7 +426,7 @@ class Study:
         for name in options.generators:
             if self.row(n=n, seed=seed, generator=name) is not None:
                 continue
-            config = dataclasses.replace(GENERATORS[name], seed=seed)
+            config = of_seed(name, seed)
             if config != own:
                 editor.replace_generator(config, progress=True)
                 own = config
@@ -457,7 +463,7 @@ class Study:
                     row["gates"] |= compare_gates(edited, decisions, snapped, base)
             self.keep(row)
         if options.zero_pairs and self.row(n=n, seed=seed, generator=ZERO_PAIRS) is None:
-            train_with_zero_pairs(editor, dataclasses.replace(GENERATORS["dit"], seed=seed))
+            train_with_zero_pairs(editor, of_seed("dit", seed))
             with editor.serving():
                 alone = edited.ungated(snap=False, among=accepted.get)
             metrics = gated(alone, base, accepted).to_dict()

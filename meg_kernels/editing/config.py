@@ -57,7 +57,7 @@ class EditorConfig:
     template: PromptTemplate | None = None
     collection: CollectionConfig = field(default_factory=CollectionConfig)
     encoder_tuning: EncoderTuningConfig = field(default_factory=EncoderTuningConfig)
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig.dit)
     gate: Literal["similarity", "familiarity"] = "similarity"
     threshold: float | None = None
     require_subject: bool | None = None

@@ -4,18 +4,23 @@
     MLPGenerator    the paper's ablation: one regression step
     NeuronBank      no network: the stored neuron of the nearest edited query
 
-A generator learns standardised weights from standardised conditions: scaling decides whether it
-converges (the mean neuron and one standard deviation for each of key, bias and value are taken
-out; conditions are centred and scaled to unit variance).
+The two with a network learn standardised weights from standardised conditions: scaling decides
+whether they converge (the mean neuron and one standard deviation for each of key, bias and value
+are taken out; conditions are centred and scaled to unit variance).
+
+Each kind has a configuration of its own, made by a name:
+
+>>> GeneratorConfig.dit().network.width, GeneratorConfig.mlp(width=64, seed=3).training.seed
+(512, 3)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,52 +38,48 @@ from meg_kernels.neuron import NeuronLayout, Neurons
 
 PAPER_WEIGHT_STD = 0.01
 FEWEST_STEPS, PASSES = 3000, 100  # a training may take, if nothing else is asked for
+MLP_WIDTH = 1024
+
+_Config = TypeVar("_Config", bound="NetworkGeneratorConfig")
 
 
 @dataclass(frozen=True)
-class GeneratorConfig:
-    """Which generator, its network and its training. `paper()` is the published one.
+class TrainingConfig:
+    """How a generator's network is trained: AdamW on a cosine schedule, until it answers right.
 
     Args:
-        kind: `dit`, `mlp` or `bank`.
-        width, depth, num_heads, patch_size, token_condition, prediction, learns_variance,
-            condition_dropout: of the DiT, as `DiTConfig` says.
-        mlp_width: hidden width of the MLP.
         standardize: centre and scale weights and conditions by the data; otherwise, as in the
             paper, weights are divided by 0.01 and conditions stay unit vectors.
-        sampler: solver and steps of the DiT.
-        batch_size, learning_rate, warmup_steps: of AdamW with a cosine schedule.
-        max_steps: at which that ends; default: 3000, or 100 passes over the facts if more.
-        ema_decay: of the averaged weights, which are the ones that generate.
-        reword: have half of the training conditions be those of other wordings of the query, made
-            of paraphrases of facts that are not edited; default: in an editor that does not snap,
-            whose generator is asked about such.
-        condition_noise: otherwise, standard deviation of noise added to that half, in units of the
-            conditions' own.
-        check_every: steps between two looks at the answers of generated neurons; in a long training
-            about a tenth of the steps taken, if that is more.
-        enough: training has done its work when this share of the edited queries is answered right,
-        close: and the neurons are within this distance of the collected ones, relative to the
-            spread of those; or when it took twice the steps that the answers took.
-        seed: of the initial weights, batches and noise.
+        batch_size: facts per step.
+        learning_rate: the highest of the schedule, positive.
+        warmup_steps: steps in which the learning rate rises to that.
+        max_steps: steps after which training ends in any case, the learning rate having fallen to
+            zero; None: 3000, or 100 passes over the facts if those are more.
+        ema_decay: of the averaged weights, 0 to 1; the averaged weights are those that generate.
+        reword: replace half of the conditions by those of other wordings of the query, made from
+            paraphrases of facts that are not edited; None: only if the editor does not snap, since
+            its generator is then asked about such conditions.
+        condition_noise: standard deviation of the noise that is added to that half if it is not
+            reworded, in units of the conditions' own standard deviation.
+        check_every: steps from one trial of the generated neurons to the next; once more than ten
+            times as many steps were taken, about a tenth of the steps taken.
+        enough: the share of the edited queries, in (0, 1], that generated neurons must answer right
+            before training may end. Queries that even their collected neuron does not answer right
+            are not counted.
+        close: the distance from the collected neurons, relative to their spread, at which training
+            ends once enough queries are answered. If the neurons do not come that close, it ends
+            after twice the steps that the answers took.
+        seed: of the initial weights, the batches and the noise, 0 to 2**63 - 1.
+
+    Raises:
+        ValueError: a field is out of range; it is named.
     """
 
-    kind: Literal["dit", "mlp", "bank"] = "dit"
-    width: int = 512
-    depth: int = 2
-    num_heads: int = 8
-    patch_size: int = 512
-    token_condition: bool = True
-    prediction: Literal["x0", "v", "noise"] = "x0"
-    learns_variance: bool = False
-    condition_dropout: float = 0.0
-    mlp_width: int = 1024
     standardize: bool = True
-    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(num_steps=1))
     batch_size: int = 128
     learning_rate: float = 1e-3
-    max_steps: int | None = None
     warmup_steps: int = 20
+    max_steps: int | None = None
     ema_decay: float = 0.98
     reword: bool | None = None
     condition_noise: float = 0.1
@@ -88,79 +89,302 @@ class GeneratorConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in GENERATORS:
-            raise ValueError(f"kind is {self.kind!r}; it must be one of {', '.join(GENERATORS)}")
-        if not 0 < self.enough <= 1:
-            raise ValueError(f"enough is {self.enough}; it must be above 0 and at most 1")
-        for name in ("batch_size", "max_steps", "warmup_steps", "check_every"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-
-    @classmethod
-    def paper(cls, **changes: Any) -> GeneratorConfig:
-        """DiT-B as published, sampled as released: 50 ancestral steps with learned variance."""
-        published: dict[str, Any] = {
-            "width": 768,
-            "depth": 12,
-            "num_heads": 12,
-            "patch_size": 100,
-            "token_condition": False,
-            "prediction": "v",
-            "learns_variance": True,
-            "condition_dropout": 0.2,
-            "standardize": False,
-            "sampler": SamplerConfig("ddpm", 50, "respaced"),
-            "learning_rate": 1e-4,
-            "ema_decay": 0.0,
-            "reword": False,
-            "condition_noise": 0.0,
+        for name in ("batch_size", "warmup_steps", "max_steps", "check_every"):
+            value = getattr(self, name)
+            if not (name == "max_steps" and value is None) and (
+                type(value) is not int or value < 1
+            ):
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+        ranges: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "learning_rate": (lambda x: 0 < x < math.inf, "positive and finite"),
+            "ema_decay": (lambda x: 0 <= x <= 1, "0 to 1"),
+            "condition_noise": (lambda x: 0 <= x < math.inf, "at least 0 and finite"),
+            "enough": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            "close": (lambda x: x >= 0, "at least 0"),
         }
-        return cls(**(published | changes))
-
-    @classmethod
-    def dit_b(cls, **changes: Any) -> GeneratorConfig:
-        """DiT-B's network on the default's scales, trained and sampled in few steps like it."""
-        ours: dict[str, Any] = {
-            "condition_dropout": 0.0,
-            "standardize": True,
-            "sampler": SamplerConfig("ddim", 2),
-            "learning_rate": 3e-4,
-            "ema_decay": cls.ema_decay,
-            "reword": None,
-            "condition_noise": cls.condition_noise,
-            "check_every": 25,
-        }
-        return cls.paper(**(ours | changes))
+        for name, (fits, allowed) in ranges.items():
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not fits(value):
+                raise ValueError(f"{name} is {value!r}; it must be a number, {allowed}")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed!r}; it must be an integer in 0 to 2**63 - 1")
+        if not isinstance(self.standardize, bool):
+            raise ValueError(f"standardize is {self.standardize!r}; it must be True or False")
+        if not isinstance(self.reword, bool | None):
+            raise ValueError(f"reword is {self.reword!r}; it must be True, False or None")
 
     def steps_for(self, facts: int) -> int:
-        """The most steps of training on so many facts.
+        """The most steps that training on this number of facts takes.
 
-        >>> GeneratorConfig().steps_for(64), GeneratorConfig().steps_for(10_000)
+        >>> TrainingConfig().steps_for(64), TrainingConfig().steps_for(10_000)
         (3000, 7813)
         """
         passes = math.ceil(PASSES * facts / self.batch_size)
         return self.max_steps or max(FEWEST_STEPS, passes)
 
-    def dit(self, neuron_dim: int, condition_dim: int) -> DiTConfig:
-        shared = {f.name for f in dataclasses.fields(DiTConfig)} & {
-            f.name for f in dataclasses.fields(self)
-        }
-        return DiTConfig(
-            neuron_dim, condition_dim, **{name: getattr(self, name) for name in shared}
+    def with_fields(self, **changes: Any) -> TrainingConfig:
+        """This configuration with some of its fields changed.
+
+        Raises:
+            TypeError: there is no such field.
+            ValueError: a value is out of range.
+        """
+        names = [f.name for f in dataclasses.fields(self)]
+        for name in changes:
+            if name not in names:
+                raise TypeError(
+                    f"a training has no {name!r}; it has {', '.join(names)}. The shape of a DiT is "
+                    "given as network=DiTConfig(...), its solver and steps as "
+                    "sampler=SamplerConfig(...)"
+                )
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Which generator an editor has; made by `dit`, `dit_b`, `paper`, `mlp` or `bank`.
+
+    `kind` says which: "dit", "mlp" or "bank". What the constructors take is checked there and then,
+    so that nothing is refused later, after neurons were collected.
+    """
+
+    kind: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        if type(self) is GeneratorConfig:
+            raise TypeError(
+                "GeneratorConfig() says no kind; use GeneratorConfig.dit(), .dit_b(), .paper(), "
+                ".mlp() or .bank()"
+            )
+
+    @staticmethod
+    def dit(
+        *,
+        network: DiTConfig | None = None,
+        sampler: SamplerConfig | None = None,
+        **training: Any,
+    ) -> DiTGeneratorConfig:
+        """The default: a small DiT that predicts the clean neuron and is sampled in one step.
+
+        Args:
+            network: its shape; default: `DiTConfig()`.
+            sampler: its solver and steps; default: one step of DDIM.
+            **training: fields of `TrainingConfig` that differ from its defaults.
+
+        Raises:
+            TypeError: `TrainingConfig` has no such field.
+            ValueError: a value is out of range.
+        """
+        return DiTGeneratorConfig(
+            network=network or DiTConfig(),
+            sampler=sampler or SamplerConfig(),
+            training=TrainingConfig().with_fields(**training),
         )
 
+    @staticmethod
+    def dit_b(
+        *,
+        network: DiTConfig | None = None,
+        sampler: SamplerConfig | None = None,
+        **training: Any,
+    ) -> DiTGeneratorConfig:
+        """The published network, DiT-B, on standardised weights and sampled in few steps.
+
+        Args:
+            network: its shape; default: `DiTConfig.paper()` without dropout of conditions.
+            sampler: its solver and steps; default: two steps of DDIM.
+            **training: fields of `TrainingConfig` that differ from this preset's.
+
+        Raises:
+            TypeError: `TrainingConfig` has no such field.
+            ValueError: a value is out of range.
+        """
+        ours = TrainingConfig(learning_rate=3e-4, check_every=25)
+        return DiTGeneratorConfig(
+            network=network or dataclasses.replace(DiTConfig.paper(), condition_dropout=0.0),
+            sampler=sampler or SamplerConfig("ddim", 2),
+            training=ours.with_fields(**training),
+        )
+
+    @staticmethod
+    def paper(
+        *,
+        network: DiTConfig | None = None,
+        sampler: SamplerConfig | None = None,
+        **training: Any,
+    ) -> DiTGeneratorConfig:
+        """DiT-B as published, sampled as released: 50 ancestral steps with learned variance.
+
+        Args:
+            network: its shape; default: `DiTConfig.paper()`.
+            sampler: its solver and steps; default: the released 50 steps of DDPM.
+            **training: fields of `TrainingConfig` that differ from the published ones.
+
+        Raises:
+            TypeError: `TrainingConfig` has no such field.
+            ValueError: a value is out of range.
+        """
+        published = TrainingConfig(
+            standardize=False,
+            learning_rate=1e-4,
+            ema_decay=0.0,
+            reword=False,
+            condition_noise=0.0,
+        )
+        return DiTGeneratorConfig(
+            network=network or DiTConfig.paper(),
+            sampler=sampler or SamplerConfig("ddpm", 50, "respaced"),
+            training=published.with_fields(**training),
+        )
+
+    @staticmethod
+    def mlp(*, width: int = MLP_WIDTH, **training: Any) -> MLPGeneratorConfig:
+        """The paper's ablation: an MLP that regresses the weights in one step.
+
+        Args:
+            width: of its two hidden layers.
+            **training: fields of `TrainingConfig` that differ from its defaults.
+
+        Raises:
+            TypeError: `TrainingConfig` has no such field.
+            ValueError: a value is out of range.
+        """
+        return MLPGeneratorConfig(width=width, training=TrainingConfig().with_fields(**training))
+
+    @staticmethod
+    def bank() -> BankConfig:
+        """No network: each query gets the collected neuron of the nearest edited query."""
+        return BankConfig()
+
+    def rewords(self, snap: bool) -> bool:
+        """Whether training wants conditions of other wordings, in an editor that snaps or not."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
+        """The fields and the kind, ready for JSON."""
         return dataclasses.asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> GeneratorConfig:
-        sampler = SamplerConfig(**values["sampler"])
-        # What was saved before there was a choice had not seen other wordings.
-        return cls(**({"reword": False} | dict(values) | {"sampler": sampler}))
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> GeneratorConfig:
+        """The configuration that `to_dict` gave; a field that is absent has its default.
+
+        Raises:
+            ValueError: the kind or a field is unknown, or a value is out of range.
+        """
+        rest = dict(values)
+        kind = rest.pop("kind", None)
+        if kind not in GENERATORS:
+            raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(GENERATORS)}")
+        return _from_fields(GENERATORS[kind][0], rest, f"a generator of kind {kind!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkGeneratorConfig(GeneratorConfig):
+    """What generators with a network share.
+
+    Args:
+        training: how the network is trained.
+
+    Raises:
+        TypeError: training is no TrainingConfig.
+    """
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_type("training", self.training, TrainingConfig)
+
+    def rewords(self, snap: bool) -> bool:
+        """Whether training wants conditions of other wordings, in an editor that snaps or not."""
+        return not snap if self.training.reword is None else self.training.reword
+
+    def with_training(self: _Config, **changes: Any) -> _Config:
+        """This configuration with some fields of its training changed.
+
+        Raises:
+            TypeError: `TrainingConfig` has no such field.
+            ValueError: a value is out of range.
+        """
+        return dataclasses.replace(self, training=self.training.with_fields(**changes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTGeneratorConfig(NetworkGeneratorConfig):
+    """The configuration of a `DiTGenerator`.
+
+    Args:
+        network: the shape of its DiT.
+        sampler: solver and steps.
+        training: how the DiT is trained.
+
+    Raises:
+        TypeError: an argument is of another class.
+        ValueError: the noise schedule has too few timesteps for the sampler's steps.
+    """
+
+    kind: str = field(default="dit", init=False)
+    network: DiTConfig = field(default_factory=DiTConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_type("network", self.network, DiTConfig)
+        _check_type("sampler", self.sampler, SamplerConfig)
+        NoiseSchedule().timesteps(self.sampler.num_steps, self.sampler.spacing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPGeneratorConfig(NetworkGeneratorConfig):
+    """The configuration of an `MLPGenerator`.
+
+    Args:
+        width: of its two hidden layers.
+        training: how it is trained.
+
+    Raises:
+        TypeError: training is no TrainingConfig.
+        ValueError: width is not a positive integer.
+    """
+
+    kind: str = field(default="mlp", init=False)
+    width: int = MLP_WIDTH
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.width) is not int or self.width < 1:
+            raise ValueError(f"width is {self.width!r}; it must be an integer of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankConfig(GeneratorConfig):
+    """The configuration of a `NeuronBank`, which has nothing to choose."""
+
+    kind: str = field(default="bank", init=False)
+
+
+def _check_type(name: str, value: object, wanted: type) -> None:
+    if not isinstance(value, wanted):
+        raise TypeError(f"{name} is {value!r}; it must be a {wanted.__name__}")
+
+
+def _from_fields(config: type[Any], values: Mapping[str, Any], name: str) -> Any:
+    """A configuration from its fields, nested ones from theirs; `name` is for messages."""
+    nested = {"network": DiTConfig, "sampler": SamplerConfig, "training": TrainingConfig}
+    known = [f.name for f in dataclasses.fields(config) if f.init]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{name} has no field {key!r}; its fields are {', '.join(known)}")
+    return config(
+        **{
+            key: _from_fields(nested[key], value, f"{key} of {name}") if key in nested else value
+            for key, value in values.items()
+        }
+    )
 
 
 def _deviation(rows: Tensor) -> Tensor:
-    """One standard deviation of rows around their mean; where they are alike, their size."""
+    """One standard deviation of rows around their mean; if the rows are alike, their size."""
     spread = (rows - rows.mean(0)).square().mean().sqrt()
     size = rows.square().mean().sqrt()
     # Further neurons may be added to a single one: then these are the only scales there are.
@@ -172,27 +396,68 @@ class Generator(nn.Module):
     """What every generator is: conditions in, neurons out.
 
     Args:
-        config: its kind and network.
+        config: of its kind.
         layout: of the neurons.
         condition_dim: length of a condition.
     """
 
+    config: GeneratorConfig
+
+    def __init__(self, config: GeneratorConfig, layout: NeuronLayout, condition_dim: int):
+        super().__init__()
+        self.config, self.layout, self.condition_dim = config, layout, condition_dim
+
+    def generate(self, z: Tensor) -> Neurons:
+        """Generate the neurons of conditions; the same condition always gives the same neuron.
+
+        Args:
+            z: [B, condition_dim] float32 on the generator's device. B may be 0.
+
+        Returns:
+            B neurons of the generator's layout, float32.
+
+        Raises:
+            ValueError: z has another shape.
+        """
+        if z.dim() != 2 or z.shape[1] != self.condition_dim:
+            raise ValueError(f"z is {tuple(z.shape)}; it must be [B, {self.condition_dim}]")
+        with torch.no_grad():
+            return self.layout.unpack(self._weights(z))
+
+    def _weights(self, z: Tensor) -> Tensor:
+        """Neurons laid flat, [B, layout.dim], of conditions [B, condition_dim]."""
+        raise NotImplementedError
+
+
+class NetworkGenerator(Generator):
+    """A generator with a network, which works on standardised weights and conditions.
+
+    Args:
+        config: of its kind.
+        layout: of the neurons.
+        condition_dim: length of a condition.
+    """
+
+    config: NetworkGeneratorConfig
     weight_mean: Tensor
     weight_std: Tensor
     condition_mean: Tensor
     condition_std: Tensor
 
-    def __init__(self, config: GeneratorConfig, layout: NeuronLayout, condition_dim: int):
-        super().__init__()
-        self.config, self.layout, self.condition_dim = config, layout, condition_dim
+    def __init__(self, config: NetworkGeneratorConfig, layout: NeuronLayout, condition_dim: int):
+        super().__init__(config, layout, condition_dim)
         self.register_buffer("weight_mean", torch.zeros(layout.dim))
         self.register_buffer("weight_std", torch.ones(layout.dim))
         self.register_buffer("condition_mean", torch.zeros(condition_dim))
         self.register_buffer("condition_std", torch.ones(()))
 
     def standardize(self, conditions: Tensor, neurons: Neurons) -> None:
-        """Take the scales of the data, from conditions [N, condition_dim] and their N neurons."""
-        if not self.config.standardize:
+        """Take the scales of the data, from conditions [N, condition_dim] and their N neurons.
+
+        Raises:
+            ValueError: the neurons are of another layout.
+        """
+        if not self.config.training.standardize:
             self.weight_std.fill_(PAPER_WEIGHT_STD)
             return
         self.weight_mean.copy_(self.layout.pack(neurons).mean(0))
@@ -207,34 +472,49 @@ class Generator(nn.Module):
         self.condition_std.copy_(_deviation(conditions))
 
     def scaled_conditions(self, z: Tensor) -> Tensor:
+        """Standardise conditions z [B, condition_dim]."""
         return (z - self.condition_mean) / self.condition_std
 
     def scaled_weights(self, neurons: Neurons) -> Tensor:
+        """Lay B neurons flat and standardise them, [B, layout.dim]."""
         return (self.layout.pack(neurons) - self.weight_mean) / self.weight_std
 
-    def generate(self, z: Tensor) -> Neurons:
-        """The neurons of conditions z [B, condition_dim]: the same z, the same neuron."""
-        if z.dim() != 2 or z.shape[1] != self.condition_dim:
-            raise ValueError(f"z is {tuple(z.shape)}; it must be [B, {self.condition_dim}]")
-        with torch.no_grad():
-            weights = self._generate(self.scaled_conditions(z))
-        return self.layout.unpack(weights * self.weight_std + self.weight_mean)
+    def _weights(self, z: Tensor) -> Tensor:
+        return self._generate(self.scaled_conditions(z)) * self.weight_std + self.weight_mean
 
     def _generate(self, conditions: Tensor) -> Tensor:
-        """Standardised weights [B, dim] from standardised conditions [B, condition_dim]."""
+        """Standardised weights [B, layout.dim] from standardised conditions [B, condition_dim]."""
         raise NotImplementedError
 
-    def loss(self, conditions: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
-        """The training loss of standardised pairs."""
+    def loss(self, conditions: Tensor, weights: Tensor, rng: torch.Generator) -> Tensor:
+        """The training loss, a scalar.
+
+        Args:
+            conditions: [B, condition_dim], standardised.
+            weights: [B, layout.dim], the standardised weights of their neurons.
+            rng: draws timesteps and noise, on the CPU.
+        """
         raise NotImplementedError
 
 
-class DiTGenerator(Generator):
-    """Samples the weights with a conditional diffusion transformer."""
+class DiTGenerator(NetworkGenerator):
+    """Samples the weights with a conditional diffusion transformer.
 
-    def __init__(self, config: GeneratorConfig, layout: NeuronLayout, condition_dim: int):
+    Its attribute `execution` says how sampling runs on this machine (precision, attention, CUDA
+    graphs, torch.compile). It may be set at any time and is not saved with the generator:
+    `generator.execution = Execution(compile=True)`.
+
+    Args:
+        config: network, sampler and training.
+        layout: of the neurons.
+        condition_dim: length of a condition.
+    """
+
+    config: DiTGeneratorConfig
+
+    def __init__(self, config: DiTGeneratorConfig, layout: NeuronLayout, condition_dim: int):
         super().__init__(config, layout, condition_dim)
-        self.network = NeuronDiT(config.dit(layout.dim, condition_dim))
+        self.network = NeuronDiT(config.network, layout.dim, condition_dim)
         self.noise_schedule = NoiseSchedule()
         self.execution = Execution()
         self._sampler: NeuronSampler | None = None
@@ -248,14 +528,20 @@ class DiTGenerator(Generator):
         return sampler(conditions)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What a copy samples with is its own network.
+        # A sampler holds the network's weights; a copy must sample with those of its own network.
         return self.__dict__ | {"_sampler": None}
 
-    def loss(self, conditions: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean squared error of the prediction, with the variance's bound where it is learnt."""
+    def loss(self, conditions: Tensor, weights: Tensor, rng: torch.Generator) -> Tensor:
+        """Mean squared error of the prediction, plus the variational bound of a learned variance.
+
+        Args:
+            conditions: [B, condition_dim], standardised.
+            weights: [B, layout.dim], the standardised weights of their neurons.
+            rng: draws timesteps and noise, on the CPU.
+        """
         schedule, network = self.noise_schedule, self.network
-        t = torch.randint(schedule.num_timesteps, (len(weights),), generator=generator)
-        noise = torch.randn(weights.shape, generator=generator).to(weights.device)
+        t = torch.randint(schedule.num_timesteps, (len(weights),), generator=rng)
+        noise = torch.randn(weights.shape, generator=rng).to(weights.device)
         t = t.to(weights.device)
         noised = schedule.add_noise(weights, noise, t)
         target = {
@@ -272,12 +558,20 @@ class DiTGenerator(Generator):
         return F.mse_loss(prediction, target) + bound.mean()
 
 
-class MLPGenerator(Generator):
-    """Regresses the weights in one step."""
+class MLPGenerator(NetworkGenerator):
+    """Regresses the weights in one step.
 
-    def __init__(self, config: GeneratorConfig, layout: NeuronLayout, condition_dim: int):
+    Args:
+        config: width and training.
+        layout: of the neurons.
+        condition_dim: length of a condition.
+    """
+
+    config: MLPGeneratorConfig
+
+    def __init__(self, config: MLPGeneratorConfig, layout: NeuronLayout, condition_dim: int):
         super().__init__(config, layout, condition_dim)
-        width = config.mlp_width
+        width = config.width
         self.network = nn.Sequential(
             nn.Linear(condition_dim, width),
             nn.GELU(),
@@ -289,17 +583,31 @@ class MLPGenerator(Generator):
     def _generate(self, conditions: Tensor) -> Tensor:
         return self.network(conditions).float()
 
-    def loss(self, conditions: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(self, conditions: Tensor, weights: Tensor, rng: torch.Generator) -> Tensor:
+        """Mean squared error of the regressed weights.
+
+        Args:
+            conditions: [B, condition_dim], standardised.
+            weights: [B, layout.dim], the standardised weights of their neurons.
+            rng: not needed.
+        """
         return F.mse_loss(self.network(conditions).float(), weights)
 
 
 class NeuronBank(Generator):
-    """Keeps the collected neurons and gives each query the one of the nearest edited query."""
+    """Keeps the collected neurons and gives each query the one of the nearest edited query.
 
+    Args:
+        config: of a bank.
+        layout: of the neurons.
+        condition_dim: length of a condition.
+    """
+
+    config: BankConfig
     conditions: Tensor
     weights: Tensor
 
-    def __init__(self, config: GeneratorConfig, layout: NeuronLayout, condition_dim: int):
+    def __init__(self, config: BankConfig, layout: NeuronLayout, condition_dim: int):
         super().__init__(config, layout, condition_dim)
         self.register_buffer("conditions", torch.empty(0, condition_dim))
         self.register_buffer("weights", torch.empty(0, layout.dim))
@@ -310,29 +618,39 @@ class NeuronBank(Generator):
         self.weights = self.weights.new_empty(n, self.layout.dim)
 
     def store(self, conditions: Tensor, neurons: Neurons) -> None:
-        """Keep `neurons`, found under conditions [N, condition_dim]."""
-        self.conditions = self.scaled_conditions(conditions)
-        self.weights = self.scaled_weights(neurons)
+        """Keep these neurons alone, found under conditions [N, condition_dim].
 
-    def scaled_conditions(self, z: Tensor) -> Tensor:
-        """Directions, around no mean: the gate finds the same query nearest."""
-        return F.normalize(z, dim=-1)
+        Raises:
+            ValueError: the neurons are of another layout.
+        """
+        self.conditions = F.normalize(conditions, dim=-1)
+        self.weights = self.layout.pack(neurons)
 
-    def _generate(self, conditions: Tensor) -> Tensor:
-        if not len(conditions):
+    def _weights(self, z: Tensor) -> Tensor:
+        if not len(z):
             return self.weights[:0]
-        return self.weights[(conditions @ self.conditions.T).argmax(1)]
+        # By cosine, as the gate finds the nearest query: both must find the same one.
+        return self.weights[(F.normalize(z, dim=-1) @ self.conditions.T).argmax(1)]
 
 
-GENERATORS: dict[str, type[Generator]] = {
-    "dit": DiTGenerator,
-    "mlp": MLPGenerator,
-    "bank": NeuronBank,
+GENERATORS: dict[str, tuple[type[GeneratorConfig], type[Generator]]] = {
+    "dit": (DiTGeneratorConfig, DiTGenerator),
+    "mlp": (MLPGeneratorConfig, MLPGenerator),
+    "bank": (BankConfig, NeuronBank),
 }
 
 
 def build_generator(config: GeneratorConfig, layout: NeuronLayout, condition_dim: int) -> Generator:
-    """An untrained generator of the config's kind, its initial weights from the config's seed."""
+    """An untrained generator of the config's kind, in eval mode on the CPU.
+
+    Args:
+        config: kind, network and training; initial weights come from the training's seed.
+        layout: of the neurons.
+        condition_dim: length of a condition.
+    """
+    generator = GENERATORS[config.kind][1]
+    if not isinstance(config, NetworkGeneratorConfig):
+        return generator(config, layout, condition_dim).eval()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return GENERATORS[config.kind](config, layout, condition_dim).eval()
+        torch.manual_seed(config.training.seed)
+        return generator(config, layout, condition_dim).eval()

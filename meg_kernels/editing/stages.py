@@ -31,7 +31,8 @@ from meg_kernels.editing.generators import (
     build_generator,
 )
 from meg_kernels.editing.prompting import PromptedModel
-from meg_kernels.editing.train import Answers, Training, train_generator
+from meg_kernels.editing.train import Training, train_generator
+from meg_kernels.editing.trial import AnswersRight
 from meg_kernels.editing.tuning import (
     Stopwatch,
     calibrated_gate,
@@ -216,12 +217,11 @@ class Stages:
         stopwatch.add("generator", training.seconds_before)
         return training
 
-    def _answers(self, facts: Sequence[Fact]) -> Answers:
+    def _answers(self, facts: Sequence[Fact]) -> AnswersRight:
         size = self.config.collection.batch_size
         return answers_with(self.prompted, self.attached, facts, size)
 
     def _rewording(self, edits: Edits, generator: Generator) -> Rewording | None:
         """What a generator sees besides its queries' own conditions."""
-        wanted = generator.config.reword
-        wanted = not self.config.snap if wanted is None else wanted
+        wanted = generator.config.rewords(self.config.snap)
         return edits.held_out.rewording if wanted else None
