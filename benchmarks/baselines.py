@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.models import Subject, twin
-from meg_kernels.integrations.transformers import feed_forward
+from meg_kernels.nn.families import feed_forward
 from meg_kernels.neuron import Neurons
 
 

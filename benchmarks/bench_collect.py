@@ -32,7 +32,7 @@ from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import PromptTemplate, target_batch, target_tokens
 from meg_kernels.editing.shipped import demo_facts
 from meg_kernels.integrations.pretrained import SMOLLM2, load_language_model
-from meg_kernels.integrations.transformers import feed_forward
+from meg_kernels.nn.families import feed_forward
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import attach
 from meg_kernels.precision import multiplies_bfloat16

@@ -49,7 +49,7 @@ from meg_kernels.editing.prompting import (
     target_tokens,
 )
 from meg_kernels.integrations.pretrained import SMOLLM2, load_language_model
-from meg_kernels.integrations.transformers import decoder_layers, family_of, feed_forward
+from meg_kernels.nn.families import decoder_layers, family_of, feed_forward
 from meg_kernels.nn import LowerLayers
 from meg_kernels.nn.linear import projections
 from meg_kernels.precision import fast_dtype, frozen_products

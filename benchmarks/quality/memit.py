@@ -43,7 +43,7 @@ from meg_kernels.editing.prompting import (
     target_tokens,
 )
 from meg_kernels.editing.shipped import shipped_unrelated_queries
-from meg_kernels.integrations.transformers import (
+from meg_kernels.nn.families import (
     decoder_layer,
     decoder_layers,
     feed_forward,

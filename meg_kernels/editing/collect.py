@@ -35,14 +35,14 @@ from meg_kernels.editing.prompting import (
     target_batch,
     target_tokens,
 )
-from meg_kernels.integrations.transformers import decoder_layers, input_of
+from meg_kernels.nn.families import decoder_layers
 from meg_kernels.neuron import Neurons
-from meg_kernels.nn import Attached, LowerLayers
+from meg_kernels.nn import Attached, LowerLayers, input_of
 from meg_kernels.precision import fast_dtype, frozen_products
 from meg_kernels.storage import fingerprint, once, read_tensors, write_tensors
 
 PROMPTS_AT_ONCE_ON_CPU = 16
-HIDDEN = ""  # the whole layer's name, among its projections'
+HIDDEN = ""  # the whole layer's name, among its parts'
 INITIAL_FACTS = 8  # whose prompts decide the initial neuron; one direction needs no more
 
 
@@ -138,12 +138,12 @@ class _Fit:
         self.attached, self.lower, self.batch = attached, lower, batch
         self.lengths = batch.inputs["attention_mask"].sum(1)  # [R]
         everything = torch.arange(len(batch), device=owner.device)
-        # What enters the edited layer, and that layer's products, by name: [R, T, ...].
+        # What enters the edited layer, and what its parts give without neurons, by name: [R, T, ...].
         self.known: dict[str, Tensor] = {}
         for rows in self._by_length(everything):
             inputs = batch[rows].inputs
             hidden = lower.run(**inputs)
-            known = {HIDDEN: hidden, **lower.products(hidden, **inputs)}
+            known = {HIDDEN: hidden, **lower.outputs(hidden, **inputs)}
             for name, part in known.items():
                 shape = *batch.inputs["input_ids"].shape, part.shape[-1]
                 whole = self.known.setdefault(name, part.new_zeros(shape))
@@ -231,7 +231,7 @@ class _Look:
 def initial_neuron(attached: Attached, batch: TargetBatch, response: float) -> Neurons:
     """The neuron that fires with `response` at the end of an average prompt and adds nothing."""
     prompt_ends = torch.arange(len(batch)), -(batch.labels != IGNORED).sum(1)
-    inputs = input_of(attached.ffn.input_projection, attached.model, batch.inputs)
+    inputs = input_of(attached.ffn.entry, attached.model, batch.inputs)
     inputs = inputs.view(*batch.inputs["input_ids"].shape, -1)  # OPT flattens its tokens
     mean = inputs[prompt_ends].float().mean(0).cpu()  # [d_in]
     layout = attached.layout
@@ -321,7 +321,7 @@ def collect(
             initial = initial_neuron(attached, batch, config.initial_response)
         identity = fingerprint(
             [dataclasses.asdict(config), targets, attached.ffn.layer],
-            attached.ffn.output_projection.weight,
+            *attached.ffn.weights(),
             initial.layout.pack(initial),
         )
         for number, rows in enumerate(batches):

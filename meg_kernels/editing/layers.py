@@ -24,7 +24,7 @@ from meg_kernels.editing.collect import CollectionConfig, collect
 from meg_kernels.editing.evaluate import Evaluation
 from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import PromptTemplate
-from meg_kernels.integrations.transformers import decoder_layer, decoder_layers, feed_forward
+from meg_kernels.nn.families import decoder_layer, decoder_layers, feed_forward
 from meg_kernels.nn import attach
 from meg_kernels.storage import fingerprint, once, read_json, write_json
 
@@ -137,8 +137,8 @@ def compare_layers(
         path = None
         if work_folder is not None:
             # Another model, fact or setting has another identity: results never mix.
-            weight = feed_forward(model, layer).output_projection.weight
-            path = Path(work_folder) / f"layer-{layer}-{fingerprint(settings, weight)}.json"
+            weights = feed_forward(model, layer).weights()
+            path = Path(work_folder) / f"layer-{layer}-{fingerprint(settings, *weights)}.json"
         quality, _ = once(
             path,
             functools.partial(_measure, evaluation, layer, config, progress),

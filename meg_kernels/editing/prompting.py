@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.integrations.transformers import last_feed_forward_sees
+from meg_kernels.nn import last_feed_forward_sees
 
 IGNORED = -100
 
