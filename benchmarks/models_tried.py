@@ -9,13 +9,11 @@ model whose FFN computes the definition, FFN(x) + act(x . key + bias) * value, i
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,9 +87,16 @@ _MROPE = {
 }
 ALSO: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 50},
-    "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "cohere_compass_text": {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"]
+    },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0, "kv_n_heads": 2}},
-    "dots3_note_text": {"num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 16, "head_dim": 8},
+    "dots3_note_text": {
+        "num_key_value_heads": 4,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "head_dim": 8,
+    },
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * DEPTH},
     "gpt_neo": {"attention_types": [[["global"], DEPTH]]},

@@ -35,9 +35,9 @@ from meg_kernels.editing.prompting import (
     target_batch,
     target_tokens,
 )
-from meg_kernels.nn.families import decoder_layers
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import Attached, LowerLayers, input_of
+from meg_kernels.nn.families import decoder_layers
 from meg_kernels.precision import fast_dtype, frozen_products
 from meg_kernels.storage import fingerprint, once, read_tensors, write_tensors
 
@@ -138,7 +138,7 @@ class _Fit:
         self.attached, self.lower, self.batch = attached, lower, batch
         self.lengths = batch.inputs["attention_mask"].sum(1)  # [R]
         everything = torch.arange(len(batch), device=owner.device)
-        # What enters the edited layer, and what its parts give without neurons, by name: [R, T, ...].
+        # What enters the edited layer, and what its parts return, by name: [R, T, ...].
         self.known: dict[str, Tensor] = {}
         for rows in self._by_length(everything):
             inputs = batch[rows].inputs

@@ -24,8 +24,8 @@ from meg_kernels.editing.collect import CollectionConfig, collect
 from meg_kernels.editing.evaluate import Evaluation
 from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import PromptTemplate
-from meg_kernels.nn.families import decoder_layer, decoder_layers, feed_forward
 from meg_kernels.nn import attach
+from meg_kernels.nn.families import decoder_layer, decoder_layers, feed_forward
 from meg_kernels.storage import fingerprint, once, read_json, write_json
 
 

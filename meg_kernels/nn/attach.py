@@ -12,7 +12,6 @@ experts, adapters, weights that accelerate loads when they are needed, other hoo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,8 +30,7 @@ _CARRIED = "_carried_neurons"  # attribute of the modules that our hooks are on
 class _Carried:
     """What the hooks of one attachment share; the modules hold it, so that compilers see it."""
 
-    def __init__(self, is_block: bool):
-        self.is_block = is_block
+    def __init__(self) -> None:
         self.mounted: Mounted | None = None
         self.rows: int | None = None  # of the batch, where the FFN is given its tokens in one row
         self.source: Tensor | None = None  # what the FFN reads, where it is no single module
@@ -63,9 +61,9 @@ def _add_neurons(module: nn.Module, args: tuple, kwargs: dict[str, Any], output:
     mounted = carried.mounted
     if mounted is None:
         return None
-    if carried.is_block:
+    if carried.source is None:
         source = first_tensor(args, kwargs)
-    else:
+    else:  # noted before the FFN's first projection
         source, carried.source = carried.source, None
     if isinstance(output, Tensor):
         return mounted.add(output, source, carried.rows)
@@ -73,13 +71,16 @@ def _add_neurons(module: nn.Module, args: tuple, kwargs: dict[str, Any], output:
     return type(output)([mounted.add(output[0], source, carried.rows), *output[1:]])
 
 
-@functools.cache
+_MARKED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _marked(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class that differs from `kind` in its identity alone.
+    """A class that differs from `kind` in its identity alone, the same at every call.
 
     Compiled code does not notice that a module has got hooks, but it does notice another class.
     """
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    named = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+    return _MARKED.setdefault(kind, type(kind.__name__, (kind,), named))
 
 
 class Attached:
@@ -93,7 +94,7 @@ class Attached:
     def __init__(self, model: PreTrainedModel, ffn: FeedForward):
         self.model = model
         self.ffn = ffn
-        self._carried = _Carried(ffn.is_block)
+        self._carried = _Carried()
         exit_ = ffn.exit
         # First among the hooks: others see the output of the FFN with its neurons.
         self._hooks = [exit_.register_forward_hook(_add_neurons, prepend=True, with_kwargs=True)]
@@ -178,13 +179,10 @@ class Attached:
 
     def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where the FFN's weights are, and what they are, as far as they show it."""
-        places = [*self._modules[0].parameters(), *self.model.parameters()]
-        shown = (p for p in places if p.is_floating_point() and not p.is_meta)
-        weight = next(shown, None)
-        return (torch.device("cpu"), self.model.dtype) if weight is None else (
-            weight.device,
-            weight.dtype,
-        )
+        for weight in (*self._modules[0].parameters(), *self.model.parameters()):
+            if weight.is_floating_point() and not weight.is_meta:
+                return weight.device, weight.dtype
+        return torch.device("cpu"), self.model.dtype
 
 
 @contextmanager
@@ -195,7 +193,7 @@ def _expansion_noted(model: PreTrainedModel, mounted: Mounted) -> Iterator[None]
         return
     # Another attachment of this model, mounted around this one, has its own there.
     outer = vars(model).get("_expand_inputs_for_generation")
-    expand = model._expand_inputs_for_generation
+    expand: Any = model._expand_inputs_for_generation
 
     def expand_and_note(expand_size: int = 1, **kwargs: Any) -> Any:
         mounted.copies = expand_size

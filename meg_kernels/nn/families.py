@@ -39,8 +39,8 @@ EXCEPTIONS: dict[str, tuple[str, str]] = {
     "zamba2": ("shared_transformer.feed_forward", "shared_transformer.feed_forward"),
     "reformer": ("feed_forward.dense", "feed_forward.output"),
 }
-# Models in which positions look at each other after the last FFN too: their layers run in a loop, or
-# a convolution follows the FFN.
+# Models in which positions look at each other after the last FFN, too: their layers run in a
+# loop, or a convolution follows the FFN.
 LOOKS_BACK = {"dory", "hrm_text", "inkling2_loop_text", "inkling2_text", "inkling_text"}
 REFUSED: dict[str, str] = {
     "rwkv": "its feed-forward layers read the position before each one too, from a running state",
@@ -88,10 +88,7 @@ class FeedForward:
         """
         blocks = [self.entry] if self.is_block else [self.entry, self.exit]
         return [
-            plain
-            for block in blocks
-            for part in block.modules()
-            for plain in _plain_tensors(part)
+            plain for block in blocks for part in block.modules() for plain in _plain_tensors(part)
         ]
 
 
@@ -102,7 +99,7 @@ def language_model(model: nn.Module) -> PreTrainedModel:
         TypeError: there is none.
         ValueError: a PEFT model whose prompt is learnt; its adapter is not in the layers.
     """
-    inner: nn.Module = model
+    inner: Any = model
     while not isinstance(inner, PreTrainedModel):
         adapters = getattr(inner, "peft_config", {})
         if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
@@ -293,7 +290,7 @@ def _projections(module: nn.Module) -> Iterator[tuple[int, int]]:
     if isinstance(module, Conv1D):
         yield module.weight.shape[0], module.nf
     elif hasattr(module, "in_features") and hasattr(module, "out_features"):
-        yield module.in_features, module.out_features
+        yield module.in_features, module.out_features  # type: ignore[misc]
     else:
         for child in module.children():
             yield from _projections(child)
@@ -301,11 +298,7 @@ def _projections(module: nn.Module) -> Iterator[tuple[int, int]]:
 
 def _has_bare_weights(blocks: list[nn.Module]) -> bool:
     """Whether matrices lie in no projection: a mixture's experts."""
-    return any(
-        parameter.dim() > 2
-        for block in blocks
-        for parameter in block.parameters()
-    )
+    return any(parameter.dim() > 2 for block in blocks for parameter in block.parameters())
 
 
 def _is_activation(function: object) -> bool:

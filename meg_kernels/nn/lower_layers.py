@@ -189,7 +189,12 @@ class LowerLayers:
             beside = [] if value is output else list(output[1:])
             matters = any(isinstance(x, Tensor) and x.dim() == 3 for x in beside)
             plain = value is output or name == ffn.writes or ("att" in name and not matters)
-            if not plain or not _is_plain(output) or names.count(name) != 1 or value.numel() % hidden[..., 0].numel():
+            if (
+                not plain
+                or not _is_plain(output)
+                or names.count(name) != 1
+                or value.numel() % hidden[..., 0].numel()
+            ):
                 continue
             self._returned[name] = _without_tensors(output)
             outputs[name] = value.reshape(*hidden.shape[:2], -1)
@@ -198,7 +203,7 @@ class LowerLayers:
     def _end_is_the_same(
         self, hidden: Tensor, outputs: dict[str, Tensor], inputs: dict[str, Tensor]
     ) -> bool:
-        """Whether the last layer returns what it returns in the whole model, which loops nowhere."""
+        """Whether the last layer returns what it does in the whole model, which has no loop."""
         ends: list[Tensor] = []
         calls = 0
 
