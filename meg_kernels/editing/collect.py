@@ -36,7 +36,7 @@ from meg_kernels.editing.prompting import (
     target_tokens,
 )
 from meg_kernels.neuron import Neurons
-from meg_kernels.nn import Attached, LowerLayers, input_of
+from meg_kernels.nn import Attached, LowerLayers, input_device, input_of
 from meg_kernels.nn.families import decoder_layers
 from meg_kernels.precision import fast_dtype, frozen_products
 from meg_kernels.storage import fingerprint, once, read_tensors, write_tensors
@@ -276,6 +276,11 @@ def collect(
     if not facts:
         raise ValueError("there are no facts to collect neurons for")
     model = attached.model
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no output layer, and without logits no neuron can be "
+            "fitted; load the model with AutoModelForCausalLM"
+        )
     targets = [
         [
             target_tokens(tokenizer, template.format(framing), fact.answer)
@@ -286,7 +291,7 @@ def collect(
     lower = LowerLayers(model, attached.ffn.layer)
     upper = [*decoder_layers(model)[attached.ffn.layer + 1 :], model.get_output_embeddings()]
     # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
-    dtype = fast_dtype(model.device, model.dtype)
+    dtype = fast_dtype(input_device(model), model.dtype)
     # Batches of one length waste no columns on padding.
     order = sorted(range(len(facts)), key=lambda i: max(len(p) + len(t) for p, t in targets[i]))
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
@@ -295,7 +300,7 @@ def collect(
         started = time.perf_counter()
         batch = target_batch(model, tokenizer, [pair for i in rows for pair in targets[i]])
         owner = [place for place, i in enumerate(rows) for _ in targets[i]]
-        fitted = _Fit(attached, lower, batch, torch.tensor(owner, device=model.device), initial)
+        fitted = _Fit(attached, lower, batch, torch.tensor(owner, device=input_device(model)), initial)
         with frozen_products(upper, dtype) if dtype != model.dtype else nullcontext():
             fitted.run(config)
         fitted.lengthen(config.overshoot)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.nn import last_feed_forward_sees
+from meg_kernels.nn import input_device, last_feed_forward_sees
 
 IGNORED = -100
 
@@ -100,7 +100,7 @@ def target_batch(
     labels = [torch.tensor(target) for _, target in pairs]
 
     def pad_left(rows: list[Tensor], value: int) -> Tensor:
-        return nn.utils.rnn.pad_sequence(rows, True, value, "left").to(model.device)
+        return nn.utils.rnn.pad_sequence(rows, True, value, "left").to(input_device(model))
 
     attention_mask = pad_left([torch.ones_like(row) for row in rows], 0)
     inputs = {"input_ids": pad_left(rows, tokenizer.pad_token_id), "attention_mask": attention_mask}
@@ -171,7 +171,7 @@ def greedy_answers(
     Greedy unless `generation`, keyword arguments of `model.generate`, says otherwise.
     """
     tokenizer.padding_side = "left"
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(input_device(model))
     batch.pop("token_type_ids", None)
     own = model.generation_config.eos_token_id  # chat models end with one of several
     ends = sorted({*stop_tokens(tokenizer), *([own] if isinstance(own, int) else own or [])})

@@ -14,6 +14,13 @@ from meg_kernels.nn.attach import first_tensor
 from meg_kernels.nn.families import LOOKS_BACK, decoder_layers, feed_forward, text_config
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the model wants its token ids; accelerate may keep its weights elsewhere meanwhile."""
+    embeddings = model.get_input_embeddings()
+    place = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return model.device if place is None else torch.device(place)
+
+
 @torch.no_grad()
 def input_of(module: nn.Module, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """What `module` of `model` gets first when the model gets `inputs`; nothing after it runs."""
