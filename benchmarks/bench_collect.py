@@ -32,9 +32,9 @@ from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.editing.shipped import demo_facts
 from meg_kernels.integrations.pretrained import SMOLLM2, load_language_model
-from meg_kernels.integrations.transformers import feed_forward
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import attach
+from meg_kernels.nn.families import feed_forward
 from meg_kernels.precision import multiplies_bfloat16
 
 LAYER = 20
@@ -91,7 +91,7 @@ class OneFactAtATime:
         attached.detach()
 
     def as_released(self) -> list[bool]:
-        block = feed_forward(self.model, LAYER).block
+        block = feed_forward(self.model, LAYER).decoder_layer
         plain = block.mlp
         try:
             return [self._widen_and_fit(block, plain, fact) for fact in self.facts]

@@ -14,8 +14,8 @@ from tiny import FACTS, LAYER, make_model, make_tokenizer, widened
 from meg_kernels.editing import collect as collecting
 from meg_kernels.editing.collect import CollectionConfig, collect, initial_neuron
 from meg_kernels.editing.prompting import PromptedModel, PromptTemplate, target_tokens
-from meg_kernels.integrations.transformers import decoder_layers
 from meg_kernels.nn import attach
+from meg_kernels.nn.families import decoder_layers
 from meg_kernels.storage import read_tensors
 
 CONFIG = CollectionConfig(learning_rate=0.1, max_steps=40, batch_size=4)

@@ -15,8 +15,8 @@ from meg_kernels.editing import layers as comparing
 from meg_kernels.editing.collect import collect
 from meg_kernels.editing.layers import LayerComparison, LayerQuality, compare_layers, plot_layers
 from meg_kernels.editing.prompting import PromptedModel, answer_text, answers_match
-from meg_kernels.integrations.transformers import decoder_layers
 from meg_kernels.nn import attach
+from meg_kernels.nn.families import decoder_layers
 
 CONFIG = CollectionConfig(learning_rate=0.1, max_steps=25)
 DEPTH, DEFAULT = 3, 2

@@ -34,7 +34,7 @@ from meg_kernels import (
     TextEncoder,
     cli,
 )
-from meg_kernels.integrations.transformers import decoder_layers
+from meg_kernels.nn.families import decoder_layers
 
 FIRST = ("A", "Be", "Co", "Di", "E", "Fi")
 SUBJECTS = [first + last for last in ("bo", "na", "ruk", "mi", "lus") for first in FIRST][:26]

@@ -36,7 +36,7 @@ from tqdm.auto import tqdm, trange
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.conftest import version_of
-from benchmarks.quality.memit import MemitConfig, apply_memit, seeded
+from benchmarks.quality.memit import MemitConfig, apply_memit, output_projection, seeded
 from meg_kernels.editing.collect import CollectionConfig
 from meg_kernels.editing.evaluate import Evaluation, Metrics, Prompting, unknown_facts
 from meg_kernels.editing.facts import Fact, read_facts
@@ -47,8 +47,8 @@ from meg_kernels.editing.prompting import (
     TargetBatch,
 )
 from meg_kernels.integrations.pretrained import SMOLLM2, load_language_model
-from meg_kernels.integrations.transformers import decoder_layers, family_of, feed_forward
 from meg_kernels.nn import LowerLayers
+from meg_kernels.nn.families import decoder_layers, feed_forward
 from meg_kernels.nn.linear import projections
 from meg_kernels.precision import fast_dtype, frozen_products
 from meg_kernels.storage import fingerprint, write_json
@@ -109,8 +109,7 @@ def restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 def ffn_projections(model: PreTrainedModel, layer: int) -> list[nn.Module]:
     """The projections of a layer's FFN, which its family keeps in a module of its own."""
-    name = family_of(model).output_projection.rpartition(".")[0]
-    return list(projections([feed_forward(model, layer).block.get_submodule(name)]))
+    return list(projections([feed_forward(model, layer).exit]))
 
 
 # ---- fine-tuning and LoRA ---------------------------------------------------------------------
@@ -244,7 +243,7 @@ def memit(request: Request, config: MemitConfig) -> Iterator[Edited]:
     """Inside, the facts are written into the critical layers' output projections."""
     last = request.layer if config.last is None else config.last
     model, layers = request.model, config.critical_layers(last)
-    with restored([feed_forward(model, layer).output_projection.weight for layer in layers]):
+    with restored([output_projection(model, layer).weight for layer in layers]):
         yield Edited(
             apply_memit(
                 model,

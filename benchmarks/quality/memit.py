@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm, trange
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,13 +42,9 @@ from meg_kernels.editing.prompting import (
     target_tokens,
 )
 from meg_kernels.editing.shipped import shipped_unrelated_queries
-from meg_kernels.integrations.transformers import (
-    decoder_layer,
-    decoder_layers,
-    feed_forward,
-    input_of,
-)
-from meg_kernels.nn import LowerLayers
+from meg_kernels.nn import LowerLayers, input_of
+from meg_kernels.nn.families import decoder_layer, decoder_layers, feed_forward
+from meg_kernels.nn.linear import projections
 from meg_kernels.precision import fast_dtype, frozen_products
 
 BEGINNINGS = ("The", "Therefore", "Because", "I", "You")  # of the prefixes, as the authors have it
@@ -131,7 +127,7 @@ def apply_memit(
         residuals = (targets - states) / (layer - critical + 1)
         covariance = config.covariance_weight * moments[critical]
         update = least_squares_update(keys, residuals, covariance)
-        feed_forward(model, critical).output_projection.weight.data += update.float()
+        output_projection(model, critical).weight.data += update.float()
     return {"reached": reached, "layers": [*layers]}
 
 
@@ -232,16 +228,21 @@ def key_moments(
     return {layer: moments / tokens for layer, moments in sums.items()}
 
 
+def output_projection(model: PreTrainedModel, layer: int) -> nn.Module:
+    """The last of the projections in this layer's FFN: the one whose output is the FFN's."""
+    return [*projections([feed_forward(model, layer).exit])][-1]
+
+
 @contextmanager
 def _read_by_projections(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict]:
     """What the output projections of these layers read, [B, T, n] by layer, as the model runs."""
     read: dict[int, Tensor] = {}
 
-    def note(layer: int, module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+    def note(layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         read[layer] = args[0]
 
     hooks = [
-        feed_forward(model, layer).output_projection.register_forward_pre_hook(partial(note, layer))
+        output_projection(model, layer).register_forward_pre_hook(partial(note, layer))
         for layer in layers
     ]
     try:
@@ -364,7 +365,7 @@ class _Edit:
     @torch.no_grad()
     def keys_and_states(self, layer: int) -> tuple[Tensor, Tensor]:
         """K [F, n] of this layer and h [F, d] of the last critical one, as the model is now."""
-        projection = feed_forward(self.model, layer).output_projection
+        projection = output_projection(self.model, layer)
         keys = torch.zeros(self.num_facts, projection.in_features)
         states = torch.empty(self.num_facts, projection.out_features)
         for rows in self.queries:

@@ -27,14 +27,14 @@ from tqdm.auto import tqdm
 
 from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import IGNORED, PromptedModel, TargetBatch
-from meg_kernels.integrations.transformers import decoder_layers, input_of
 from meg_kernels.neuron import Neurons
-from meg_kernels.nn import Attached, LowerLayers
+from meg_kernels.nn import Attached, LowerLayers, input_device, input_of
+from meg_kernels.nn.families import decoder_layers
 from meg_kernels.precision import fast_dtype, frozen_products
 from meg_kernels.storage import WorkFolder, fingerprint, read_tensors, write_tensors
 
 PROMPTS_AT_ONCE_ON_CPU = 16
-HIDDEN = ""  # the whole layer's name, among its projections'
+HIDDEN = ""  # the whole layer's name, among its parts'
 INITIAL_FACTS = 8  # whose prompts decide the initial neuron; one direction needs no more
 
 
@@ -131,12 +131,12 @@ class _Fit:
         self.prompted, self.attached, self.lower, self.batch = prompted, attached, lower, batch
         self.lengths = batch.inputs["attention_mask"].sum(1)  # [R]
         everything = torch.arange(len(batch), device=owner.device)
-        # What enters the edited layer, and that layer's products, by name: [R, T, ...].
+        # What enters the edited layer, and what its parts return, by name: [R, T, ...].
         self.known: dict[str, Tensor] = {}
         for rows in self._by_length(everything):
             inputs = batch[rows].inputs
             hidden = lower.run(**inputs)
-            known = {HIDDEN: hidden, **lower.products(hidden, **inputs)}
+            known = {HIDDEN: hidden, **lower.outputs(hidden, **inputs)}
             for name, part in known.items():
                 shape = *batch.inputs["input_ids"].shape, part.shape[-1]
                 whole = self.known.setdefault(name, part.new_zeros(shape))
@@ -224,7 +224,7 @@ class _Look:
 def initial_neuron(attached: Attached, batch: TargetBatch, response: float) -> Neurons:
     """The neuron that fires with `response` at the end of an average prompt and adds nothing."""
     prompt_ends = torch.arange(len(batch)), -(batch.labels != IGNORED).sum(1)
-    inputs = input_of(attached.ffn.input_projection, attached.model, batch.inputs)
+    inputs = input_of(attached.ffn.entry, attached.model, batch.inputs)
     inputs = inputs.view(*batch.inputs["input_ids"].shape, -1)  # OPT flattens its tokens
     mean = inputs[prompt_ends].float().mean(0).cpu()  # [d_in]
     layout = attached.layout
@@ -266,7 +266,12 @@ def collect(
     config = config or CollectionConfig()
     if not facts:
         raise ValueError("there are no facts to collect neurons for")
-    model = prompted.model
+    model = attached.model
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no output layer, and without logits no neuron can be "
+            "fitted; load the model with AutoModelForCausalLM"
+        )
     targets = [
         [
             prompted.target(prompted.prompt(framing), fact.answer)
@@ -277,7 +282,7 @@ def collect(
     lower = LowerLayers(model, attached.ffn.layer)
     upper = [*decoder_layers(model)[attached.ffn.layer + 1 :], model.get_output_embeddings()]
     # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
-    dtype = fast_dtype(model.device, model.dtype)
+    dtype = fast_dtype(input_device(model), model.dtype)
     # Batches of one length waste no columns on padding.
     order = sorted(range(len(facts)), key=lambda i: max(len(p) + len(t) for p, t in targets[i]))
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
@@ -286,7 +291,7 @@ def collect(
         started = time.perf_counter()
         batch = prompted.batch([pair for i in rows for pair in targets[i]])
         owner = [place for place, i in enumerate(rows) for _ in targets[i]]
-        owners = torch.tensor(owner, device=model.device)
+        owners = torch.tensor(owner, device=input_device(model))
         fitted = _Fit(prompted, attached, lower, batch, owners, initial)
         with frozen_products(upper, dtype) if dtype != model.dtype else nullcontext():
             fitted.run(config)
@@ -314,7 +319,7 @@ def collect(
         # Another model, fact or setting has another identity: results never mix.
         identity = fingerprint(
             [dataclasses.asdict(config), targets, attached.ffn.layer],
-            attached.ffn.output_projection.weight,
+            *attached.ffn.weights(),
             initial.layout.pack(initial),
         )
         work = WorkFolder.of(work_folder) / f"collect-{identity}"

@@ -24,8 +24,8 @@ from meg_kernels.editing.collect import CollectionConfig, collect
 from meg_kernels.editing.evaluate import Evaluation
 from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import PromptedModel
-from meg_kernels.integrations.transformers import decoder_layer, decoder_layers, feed_forward
 from meg_kernels.nn import attach
+from meg_kernels.nn.families import decoder_layer, decoder_layers, feed_forward
 from meg_kernels.storage import WorkFolder, fingerprint, read_json, write_json
 
 
@@ -133,9 +133,9 @@ def compare_layers(
     for layer in (bar := tqdm(chosen, desc="comparing", unit="layer", disable=not progress)):
         bar.set_postfix_str(f"layer {layer}")
         # Another model, fact or setting has another identity: results never mix.
-        weight = feed_forward(model, layer).output_projection.weight
+        weights = feed_forward(model, layer).weights()
         quality, _ = work.once(
-            f"layer-{layer}-{fingerprint(settings, weight)}.json",
+            f"layer-{layer}-{fingerprint(settings, *weights)}.json",
             functools.partial(_measure, evaluation, layer, config, progress),
             lambda file, quality: write_json(file, asdict(quality)),
             lambda file: LayerQuality(**read_json(file)),

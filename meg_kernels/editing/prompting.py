@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.integrations.pretrained import ready_to_pad
-from meg_kernels.integrations.transformers import last_feed_forward_sees
+from meg_kernels.nn import input_device, last_feed_forward_sees
 
 IGNORED = -100
 
@@ -210,7 +210,7 @@ class PromptedModel:
         labels = [torch.tensor(target) for _, target in pairs]
 
         def pad_left(rows: list[Tensor], value: int) -> Tensor:
-            return nn.utils.rnn.pad_sequence(rows, True, value, "left").to(self.model.device)
+            return nn.utils.rnn.pad_sequence(rows, True, value, "left").to(input_device(self.model))
 
         pad = self.tokenizer.pad_token_id
         attention_mask = pad_left([torch.ones_like(row) for row in rows], 0)
@@ -251,7 +251,7 @@ class PromptedModel:
         check_generation(generation)
         generation = {k: v for k, v in generation.items() if k not in OWN_KEYWORDS}
         batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True)
-        batch = batch.to(self.model.device)
+        batch = batch.to(input_device(self.model))
         batch.pop("token_type_ids", None)
         ends = self.ends
         if (chosen := generation.pop("eos_token_id", None)) is not None:
