@@ -29,7 +29,7 @@ def answers_with(
         A function of B neurons and of the rows [B] of the facts that they belong to. It says,
         [B] bool, whether greedy decoding gives each fact's answer to its query.
     """
-    lower = LowerLayers(prompted.model, attached.ffn.layer)
+    lower = LowerLayers(prompted.model, attached.layer)
 
     @functools.cache
     def prepared(rows: tuple[int, ...]) -> tuple[TargetBatch, Tensor]:

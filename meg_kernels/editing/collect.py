@@ -279,8 +279,8 @@ def collect(
         ]
         for fact in facts
     ]
-    lower = LowerLayers(model, attached.ffn.layer)
-    upper = [*decoder_layers(model)[attached.ffn.layer + 1 :], model.get_output_embeddings()]
+    lower = LowerLayers(model, attached.layer)
+    upper = [*decoder_layers(model)[attached.layer + 1 :], model.get_output_embeddings()]
     # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
     dtype = fast_dtype(input_device(model), model.dtype)
     # Batches of one length waste no columns on padding.
@@ -318,7 +318,7 @@ def collect(
             initial = initial_neuron(attached, batch, config.initial_response)
         # Another model, fact or setting has another identity: results never mix.
         identity = fingerprint(
-            [dataclasses.asdict(config), targets, attached.ffn.layer],
+            [dataclasses.asdict(config), targets, attached.layer],
             *attached.ffn.weights(),
             initial.layout.pack(initial),
         )

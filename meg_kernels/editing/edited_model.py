@@ -45,7 +45,7 @@ class EditedModel:
     def __init__(self, prompted: PromptedModel, attached: Attached, router: Router, name: str):
         self.prompted, self.attached, self.router, self.name = prompted, attached, router, name
         self.model, self.tokenizer = prompted.model, prompted.tokenizer
-        self.template, self.layer = prompted.template, attached.ffn.layer
+        self.template, self.layer = prompted.template, attached.layer
         self._serving = self._disabled = False
 
     @property

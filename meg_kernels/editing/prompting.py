@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.integrations.pretrained import ready_to_pad
 from meg_kernels.nn import input_device, last_feed_forward_sees
+from meg_kernels.pretrained import ready_to_pad
 
 IGNORED = -100
 

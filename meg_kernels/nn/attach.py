@@ -164,6 +164,15 @@ class Attached:
         finally:
             self._carried.mounted = self._carried.source = self._carried.rows = None
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, no neurons are mounted, even in a `with attached.neurons(...)` block."""
+        mounted, self._carried.mounted = self._carried.mounted, None
+        try:
+            yield
+        finally:
+            self._carried.mounted = mounted
+
     def detach(self) -> None:
         """Leave the model as it was before `attach`. Calling it twice is harmless."""
         if not self._hooks:

@@ -29,8 +29,8 @@ from meg_kernels.editing.facts import Fact, read_facts, write_facts
 from meg_kernels.editing.generators import GeneratorConfig, NeuronBank, build_generator
 from meg_kernels.editing.train import Training
 from meg_kernels.familiarity import Calibration, FamiliarityNetwork, Gate, SimilarityGate
-from meg_kernels.integrations.pretrained import default_device
 from meg_kernels.neuron import NeuronLayout
+from meg_kernels.pretrained import default_device
 from meg_kernels.routing.edits import EditReport, Edits, HeldOut
 from meg_kernels.storage import (
     CorruptFileError,
