@@ -16,7 +16,9 @@ from meg_kernels.diffusion import (
     sample,
 )
 from meg_kernels.editing.collect import Collection, CollectionConfig, collect
-from meg_kernels.editing.editor import EditorConfig, EditReport, MeGEditor
+from meg_kernels.editing.config import EditorConfig
+from meg_kernels.editing.editor import MeGEditor
+from meg_kernels.routing.edits import EditReport
 from meg_kernels.editing.evaluate import EvaluationReport, Metrics
 from meg_kernels.editing.facts import Fact, FactsError, LocalityQuery, read_facts, write_facts
 from meg_kernels.editing.generators import GeneratorConfig

@@ -188,7 +188,7 @@ def test_a_fact_that_the_neuron_answers_from_the_start_takes_no_step(build, toke
 def test_facts_beyond_the_budget_are_listed_as_unlearnt(build, tokenizer, options):
     config = dataclasses.replace(CONFIG, **options)
     collection = collected(build(), tokenizer, config=config)
-    assert collection.unlearnt(FACTS) == FACTS
+    assert collection.unlearnt(FACTS) == tuple(FACTS)
     assert not collection.learnt.any()
     assert collection.steps.tolist() == [config.max_steps] * len(FACTS)
 
@@ -198,7 +198,7 @@ def test_unlearnt_lists_only_what_was_not_learnt(build, tokenizer):
     learnt = collection.learnt.tolist()
     assert 0 < sum(learnt) < len(FACTS)
     expected = [fact for fact, ok in zip(FACTS, learnt, strict=True) if not ok]
-    assert collection.unlearnt(FACTS) == expected
+    assert collection.unlearnt(FACTS) == tuple(expected)
 
 
 def test_values_are_lengthened_by_the_overshoot_where_the_fact_survives_it(build, tokenizer):

@@ -27,7 +27,7 @@ from tiny import (
 
 from meg_kernels.diffusion import DiTConfig, SamplerConfig
 from meg_kernels.editing import distill as distilling
-from meg_kernels.editing import editor as editing
+from meg_kernels.editing import stages
 from meg_kernels.editing.distill import CLOSE, distill
 from meg_kernels.editing.generators import GeneratorConfig, build_generator
 from meg_kernels.editing.train import ConditionBatches, train_generator
@@ -552,7 +552,7 @@ def test_seconds_of_a_distillation_are_with_those_before_an_interruption(editor,
         student, report = distill(*args, **more)
         return student, dataclasses.replace(report, seconds_before=1000.0)
 
-    monkeypatch.setattr(editing, "distill", resumed)
+    monkeypatch.setattr(stages, "distill", resumed)
     editor.distill(1, teacher_steps=TEACHER_STEPS)
     assert editor.edits.report.seconds["distill"] > 1000
 

@@ -23,7 +23,7 @@ from meg_kernels.editing.prompting import (
     stop_tokens,
     target_tokens,
 )
-from meg_kernels.integrations.pretrained import load_language_model, smollm2_folder
+from meg_kernels.pretrained import load_language_model, smollm2_folder
 
 VOCABULARY = 67  # of the tiny models
 PAD, BOS, EOS, LINE, BLANK_LINE, STOP = range(6)
@@ -187,7 +187,7 @@ def test_position_ids_are_left_out_where_the_model_does_not_take_them(tiny_model
         def forward(self, input_ids, attention_mask):
             raise NotImplementedError
 
-    assert set(PromptedModel.of(Plain(), tokenizer).batch(random_pairs()).inputs) == {
+    assert set(PromptedModel(Plain(), tokenizer, PromptTemplate()).batch(random_pairs()).inputs) == {
         "input_ids",
         "attention_mask",
     }

@@ -221,7 +221,7 @@ def saved_editor(tmp_path_factory, name, config):
     folder = tmp_path_factory.mktemp(name)
     editor = make_editor(config)
     report = edit(editor)
-    assert report.unlearnt == [] and report.training.answered == 1.0
+    assert report.unlearnt == () and report.training.answered == 1.0
     editor.save_pretrained(folder)
     return folder
 
@@ -263,7 +263,7 @@ def own_neuron(editor: MeGEditor, query: str) -> Neurons:
     row = int((asked @ z[0]).argmax())
     if not editor.edits.generated[row]:
         return editor.edits.neurons[[row]]
-    return editor.edits.generator.generate(asked[[row]] if editor.config.snap else z)
+    return editor.edits.generator.generate(asked[[row]] if editor.router.config.snap else z)
 
 
 def interrupt(*args, **kwargs):
