@@ -131,12 +131,3 @@ def fingerprint(*parts: Any) -> str:
             digest.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
         digest.update(b"\0")  # else 1, 23 would be 12, 3
     return digest.hexdigest()[:16]
-
-
-def file_digest(path: str | Path) -> str:
-    """16 hex digits that identify a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]

@@ -24,7 +24,7 @@ from meg_kernels.editing.prompting import (
     target_batch,
     target_tokens,
 )
-from meg_kernels.integrations.pretrained import load_language_model, smollm2_folder
+from meg_kernels.pretrained import load_language_model, smollm2_folder
 
 VOCABULARY = 67  # of the tiny models
 PAD, BOS, EOS, LINE, BLANK_LINE, STOP = range(6)

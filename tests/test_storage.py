@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from meg_kernels.storage import (
     CorruptFileError,
-    file_digest,
     fingerprint,
     once,
     read_json,
@@ -273,16 +272,6 @@ def test_every_bit_dtype_and_shape_of_a_tensor_count():
     zeros = [torch.zeros(0), torch.zeros(0, 2), torch.zeros(()), torch.zeros(1)]
     assert len({fingerprint(x) for x in [tensor, *others, *zeros]}) == 1 + len(others) + len(zeros)
     assert fingerprint(tensor, changed) != fingerprint(changed, tensor)
-
-
-def test_a_file_digest_depends_on_every_byte(tmp_path):
-    path = tmp_path / "file"
-    content = bytearray(os.urandom((1 << 20) + 5))  # more than is read at once
-    path.write_bytes(content)
-    assert file_digest(path) == hashlib.sha256(content).hexdigest()[:16]
-    content[-1] ^= 1
-    path.write_bytes(content)
-    assert file_digest(path) == hashlib.sha256(content).hexdigest()[:16]
 
 
 def test_what_was_made_once_is_read_and_made_again_only_if_damaged(tmp_path, caplog):

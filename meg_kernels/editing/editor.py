@@ -77,10 +77,10 @@ from meg_kernels.familiarity import (
     calibrate,
     transplant,
 )
-from meg_kernels.integrations.pretrained import DEFAULT_ENCODER, load_language_model
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import LowerLayers, attach
 from meg_kernels.precision import frozen_products
+from meg_kernels.pretrained import DEFAULT_ENCODER, load_language_model
 from meg_kernels.storage import (
     CorruptFileError,
     fingerprint,
@@ -466,7 +466,7 @@ class MeGEditor:
             ]
         kept = [before.facts[row] for row in rows]
         try:
-            check_facts([*kept, *facts])
+            check_facts(facts, kept)
         except FactsError as error:
             hint = "with replace=True (meg add --replace) they take the place of the edited ones"
             raise FactsError(f"{error}\n{hint}") from None

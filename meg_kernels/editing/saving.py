@@ -28,7 +28,7 @@ from meg_kernels.editing.facts import Fact, read_facts, write_facts
 from meg_kernels.editing.generators import NeuronBank, build_generator
 from meg_kernels.editing.train import Training
 from meg_kernels.familiarity import Calibration, FamiliarityNetwork, SimilarityGate
-from meg_kernels.integrations.pretrained import load_language_model
+from meg_kernels.pretrained import load_language_model
 from meg_kernels.storage import (
     CorruptFileError,
     fingerprint,
