@@ -31,11 +31,11 @@ from meg_kernels.editing.collect import CollectionConfig, collect, initial_neuro
 from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.editing.shipped import demo_facts
-from meg_kernels.integrations.pretrained import SMOLLM2, load_language_model
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import attach
 from meg_kernels.nn.families import feed_forward
 from meg_kernels.precision import multiplies_bfloat16
+from meg_kernels.pretrained import SMOLLM2, load_language_model
 
 LAYER = 20
 CONFIG = CollectionConfig()

@@ -18,7 +18,6 @@ from meg_kernels.diffusion import (
 from meg_kernels.editing.collect import Collection, CollectionConfig, collect
 from meg_kernels.editing.config import EditorConfig
 from meg_kernels.editing.editor import MeGEditor
-from meg_kernels.routing.edits import EditReport
 from meg_kernels.editing.evaluate import EvaluationReport, Metrics
 from meg_kernels.editing.facts import Fact, FactsError, LocalityQuery, read_facts, write_facts
 from meg_kernels.editing.generators import GeneratorConfig
@@ -27,6 +26,7 @@ from meg_kernels.familiarity import FamiliarityNetwork, SimilarityGate
 from meg_kernels.neuron import NeuronLayout, Neurons
 from meg_kernels.nn import MeGLinear, attach
 from meg_kernels.ops import dynamic_neuron, dynamic_neuron_
+from meg_kernels.routing.edits import EditReport
 from meg_kernels.storage import CorruptFileError
 from meg_kernels.text_encoder import EncoderTuningConfig, TextEncoder
 

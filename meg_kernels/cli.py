@@ -244,7 +244,7 @@ def compare_layers(
 
     from meg_kernels.editing.facts import read_facts
     from meg_kernels.editing.layers import compare_layers, plot_layers, require_matplotlib
-    from meg_kernels.integrations.pretrained import load_language_model
+    from meg_kernels.pretrained import load_language_model
 
     chosen = None if layers is None else _numbers(layers)
     asked = read_facts(facts, limit)

@@ -524,8 +524,8 @@ def test_bad_facts_are_listed_with_their_places(edited, models, tmp_path, monkey
     ):
         first, *places = fails(monkeypatch, capsys, *arguments).splitlines()
         assert first == f"error: {bad} has 2 bad records:"
-        assert "line 1 (record 1): field 'answer' is missing" in places[0]
-        assert "line 2 (record 2): field 'answer' is 3" in places[1]
+        assert "line 1 (record 1): answer is missing" in places[0]
+        assert "line 2 (record 2): answer is 3" in places[1]
     assert not (tmp_path / "new").exists()
 
 

@@ -54,12 +54,12 @@ from meg_kernels import (
     PromptTemplate,
     TextEncoder,
 )
-from meg_kernels.editing import stages, tuning
 from meg_kernels.editing import fit as fitting
+from meg_kernels.editing import stages, tuning
 from meg_kernels.editing.evaluate import Evaluation
 from meg_kernels.routing import saving
-from meg_kernels.routing.router import RoutingConfig
 from meg_kernels.routing.neuron_cache import Served
+from meg_kernels.routing.router import RoutingConfig
 from meg_kernels.storage import read_tensors, write_tensors
 
 

@@ -46,11 +46,11 @@ from meg_kernels.editing.prompting import (
     PromptTemplate,
     TargetBatch,
 )
-from meg_kernels.integrations.pretrained import SMOLLM2, load_language_model
 from meg_kernels.nn import LowerLayers
 from meg_kernels.nn.families import decoder_layers, feed_forward
 from meg_kernels.nn.linear import projections
 from meg_kernels.precision import fast_dtype, frozen_products
+from meg_kernels.pretrained import SMOLLM2, load_language_model
 from meg_kernels.storage import fingerprint, write_json
 
 RESULTS = Path(__file__).parents[1] / "results"

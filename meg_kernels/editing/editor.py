@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from meg_kernels.editing.config import EditorConfig
 from meg_kernels.editing.distill import Distillation
 from meg_kernels.editing.edited_model import EditedModel
+from meg_kernels.editing.evaluate import EvaluationReport
 from meg_kernels.editing.facts import (
     Fact,
     FactsError,
@@ -31,7 +32,7 @@ from meg_kernels.editing.facts import (
     warn_of_several_answers,
 )
 from meg_kernels.editing.generators import GeneratorConfig
-from meg_kernels.editing.hub import ModelCard, push_folder
+from meg_kernels.editing.hub import ModelCard, check_repo_id, push_to_hub
 from meg_kernels.editing.layers import default_layer
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.editing.shipped import shipped_tuning_facts, shipped_unrelated_queries
@@ -49,6 +50,7 @@ from meg_kernels.pretrained import DEFAULT_ENCODER, load_language_model
 from meg_kernels.routing.edits import EditReport, Edits
 from meg_kernels.routing.router import Router
 from meg_kernels.routing.saving import load_edits, save_edits
+from meg_kernels.storage import write_text
 from meg_kernels.text_encoder import TextEncoder
 from meg_kernels.texts import as_texts
 
@@ -198,7 +200,7 @@ class MeGEditor(EditedModel):
             taken = {f for f in before.facts if f.id in ids or f.normalized_query in queries}
             before = before.without({row for row, f in enumerate(before.facts) if f in taken})
         try:
-            check_facts([*before.facts, *facts])
+            check_facts(facts, before.facts)
         except FactsError as error:
             hint = "with replace=True (meg add --replace) they take the place of the edited ones"
             raise FactsError(f"{error}\n{hint}") from None
@@ -393,20 +395,48 @@ class MeGEditor(EditedModel):
         editor.router.edits = saved.edits
         return editor
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the edits with a model card to the Hugging Face hub.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        report: EvaluationReport | None = None,
+        **options: Any,
+    ) -> str:
+        """Upload the edits, with a model card, to the Hugging Face Hub.
 
         Args:
-            repo_id: `user/name`.
-            options: of `meg_kernels.editing.hub.push_folder`: private, token, commit_message ...
+            repo_id: `name`, in the user's own namespace, or `namespace/name`.
+            license: that the edits are shared under, such as `mit`.
+            report: an evaluation, for the card.
+            options: private, token, commit_message, revision, as in `editing.hub.push_to_hub`.
 
         Returns:
-            Where they are.
+            Where they are on the Hub.
+
+        Raises:
+            RuntimeError: nothing is edited.
+            ValueError: no such name can be on the Hub.
         """
+        check_repo_id(repo_id)
+        edits = self.edits
+        shares = {} if report is None else report.metrics.to_dict()
+        card = ModelCard(
+            self.name,
+            len(edits),
+            self.layer,
+            edits.generator.config.kind,
+            edits.gate.kind,
+            edits.gate.threshold,
+            {name: share for name, share in shares.items() if share is not None},
+            "" if report is None else report.protocol["ag"],
+            license,
+            repo_id,
+        )
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            card = ModelCard.of(self.edits, self.name, self.layer)
-            return push_folder(folder, repo_id, card=card, **options)
+            write_text(Path(folder) / "README.md", card.markdown())
+            return push_to_hub(folder, repo_id, **options)
 
     def _stages(self, work_folder: str | Path | None, progress: bool) -> Stages:
         return Stages(self.prompted, self.attached, self.router, self.config, work_folder, progress)
