@@ -24,7 +24,7 @@ from meg_kernels.editing.prompting import PromptTemplate
 from meg_kernels.familiarity import FamiliarityNetwork, SimilarityGate
 from meg_kernels.neuron import NeuronLayout, Neurons
 from meg_kernels.nn import MeGLinear, attach
-from meg_kernels.ops import dynamic_neuron, dynamic_neuron_
+from meg_kernels.ops.dynamic_neuron import dynamic_neuron, dynamic_neuron_
 from meg_kernels.storage import CorruptFileError
 from meg_kernels.text_encoder import EncoderTuningConfig, TextEncoder
 

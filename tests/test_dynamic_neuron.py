@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from meg_kernels.neuron import Neurons
-from meg_kernels.ops import dynamic_neuron, dynamic_neuron_
 from meg_kernels.ops.backend import VARIABLE
+from meg_kernels.ops.dynamic_neuron import dynamic_neuron, dynamic_neuron_
 
 ACTIVATIONS = {
     "identity": lambda a: a,

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from meg_kernels.neuron import Neurons
-from meg_kernels.ops import dynamic_neuron, dynamic_neuron_
-from meg_kernels.ops.dynamic_neuron import check_index
+from meg_kernels.ops.dynamic_neuron import check_index, dynamic_neuron, dynamic_neuron_
 
 
 class CarriesNeurons:
