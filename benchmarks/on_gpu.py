@@ -195,7 +195,7 @@ def run_checks(folder: Path) -> dict[str, Any]:
 def run_benchmark(bench: str, seconds: float, folder: Path) -> tuple[dict, dict]:
     """How benchmarks/bench_BENCH.py went, and the JSON it wrote.
 
-    In a process of its own: after an illegal memory access a process can do nothing more on its GPU.
+    In a process of its own: after an illegal memory access one can do nothing more on its GPU.
     """
     results, measured = folder / f"{bench}.xml", folder / f"{bench}.json"
     command = [
