@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import Case, Passed, Race, Way, cold_caches
-from meg_kernels import ops
 from meg_kernels.diffusion import (
     DiTConfig,
     Execution,
@@ -42,6 +41,11 @@ from meg_kernels.diffusion import (
 from meg_kernels.editing.fit import descend
 from meg_kernels.editing.generators import GeneratorConfig, build_generator
 from meg_kernels.neuron import NeuronLayout
+from meg_kernels.ops import backend as backends
+from meg_kernels.ops.linear_gelu import linear_gelu
+from meg_kernels.ops.modulated_norm import gated_residual_layer_norm
+from meg_kernels.ops.short_attention import short_attention
+from meg_kernels.ops.solver_step import solver_step
 from meg_kernels.precision import PackedWeight, fast_dtype
 
 GPU = torch.cuda.is_available()
@@ -105,7 +109,7 @@ class Task:
             sampler = NeuronSampler(self.dit, SCHEDULE, config, plain)
 
         def run() -> Tensor:
-            with ops.backend("reference"):
+            with backends.backend("reference"):
                 return sampler(self.condition)
 
         return run
@@ -337,10 +341,10 @@ OP_BATCHES = (8, 64, 512) if GPU else (8, 64)
 
 @pytest.fixture(params=OP_BACKENDS)
 def op_backend(request: pytest.FixtureRequest, device: torch.device):
-    reason = ops.usable_backends(device)[request.param]
+    reason = backends.usable_backends(device)[request.param]
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
-    with ops.backend(request.param):
+    with backends.backend(request.param):
         yield request.param
 
 
@@ -367,9 +371,6 @@ def test_gated_residual_layer_norm(race: Race, op_backend: str, batch: int, toke
         normed = {name: got[1] for name, got in results.items()}
         return Passed.close(normed, expected[1], "float64", ops=4)
 
-    def ours() -> tuple[Tensor, Tensor]:
-        return ops.gated_residual_layer_norm(x, update, gate, shift, scale)
-
     prepare = cold_caches(device)
     moved = 4 * x.nbytes + 3 * gate.numel() * gate.element_size()
     shape = {"batch": batch, "tokens": tokens, "width": width}
@@ -377,7 +378,7 @@ def test_gated_residual_layer_norm(race: Race, op_backend: str, batch: int, toke
         Case("gated residual and LayerNorm", shape, dtype, moved, 10 * x.numel()),
         Way(
             op_backend,
-            lambda: ops.gated_residual_layer_norm(x, update, gate, shift, scale),
+            lambda: gated_residual_layer_norm(x, update, gate, shift, scale),
             prepare,
         ),
         Way("eager", eager, prepare),
@@ -400,7 +401,7 @@ def test_short_attention(race: Race, op_backend: str, batch: int, tokens=52, hea
     shape = {"batch": batch, "tokens": tokens, "heads": heads, "head width": dim}
     race(
         Case("short attention", shape, dtype, moved, flops),
-        Way(op_backend, lambda: ops.short_attention(qkv, heads), prepare),
+        Way(op_backend, lambda: short_attention(qkv, heads), prepare),
         Way("copies and SDPA", sdpa, prepare),
         gate=lambda results: Passed.close(results, sdpa(qkv.double()), "float64", ops=2),
     )
@@ -423,7 +424,7 @@ def test_linear_gelu(race: Race, op_backend: str, batch: int, tokens=52, width=7
     prepare = cold_caches(device)
     race(
         Case("linear and GELU", shape, dtype, moved, 2 * batch * tokens * width * hidden),
-        Way(op_backend, lambda: ops.linear_gelu(x, weight, bias), prepare),
+        Way(op_backend, lambda: linear_gelu(x, weight, bias), prepare),
         Way("eager", eager, prepare),
         gate=lambda results: Passed.close(results, expected, "float64", ops=2),
     )
@@ -455,7 +456,7 @@ def test_solver_step(race: Race, op_backend: str, batch: int, dim=5121):
     moved = 4 * x_t.nbytes + batch * dim * dtype.itemsize
     race(
         Case("solver step", {"batch": batch, "neuron": dim}, dtype, moved, 8 * x_t.numel()),
-        Way(op_backend, lambda: ops.solver_step(x_t, prediction, previous, table, 5), prepare),
+        Way(op_backend, lambda: solver_step(x_t, prediction, previous, table, 5), prepare),
         Way("eager", eager, prepare),
         gate=check,
     )

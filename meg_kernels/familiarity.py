@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from meg_kernels.ops.entropy_gate import entropy_gate
+from meg_kernels.ops.softmax_entropy import softmax_entropy
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class FamiliarityNetwork(nn.Module):
     @torch.no_grad()
     def score(self, z: Tensor) -> Tensor:
         """[B] minus the entropy, in nats: from -log(classes), unknown, to 0, certain."""
-        return -entropy_gate(self(z).float(), -self.threshold).entropy
+        return -softmax_entropy(self(z).float())
 
     def fit(
         self,

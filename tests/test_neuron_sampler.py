@@ -16,7 +16,7 @@ from meg_kernels.diffusion import (
     neuron_sampler,
     sample,
 )
-from meg_kernels.ops import backend
+from meg_kernels.ops.backend import backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCHEDULE = NoiseSchedule()

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meg_kernels.ops.linear_epilogue import linear_gelu
+from meg_kernels.ops.linear_gelu import linear_gelu
 from meg_kernels.ops.modulated_norm import gated_residual_layer_norm, modulated_layer_norm
 from meg_kernels.ops.short_attention import MAX_TOKENS, short_attention
 from meg_kernels.ops.solver_step import solver_step

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from meg_kernels.neuron import Neurons
-from meg_kernels.ops import dynamic_neuron, dynamic_neuron_
-from meg_kernels.ops.dynamic_neuron import check_index
+from meg_kernels.ops.dynamic_neuron import check_index, dynamic_neuron, dynamic_neuron_
 
 
 @dataclass

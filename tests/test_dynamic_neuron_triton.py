@@ -1,42 +1,36 @@
-"""The Triton kernels against float64: in Triton's interpreter, or on the GPU where there is one.
-
-The interpreter runs the kernels as they stand, one program after the other, in numpy. What it does
-not show (registers, widths of loads, hints that are wrong) is in test_ahead_of_time.py; what only
-a GPU shows is at the end.
-"""
+"""The dynamic neuron's Triton kernels against float64: in Triton's interpreter, or on a GPU."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import itertools
-import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_checks import (
+    DEVICE,
+    DTYPES,
+    NAN,
+    assert_nothing_beside,
+    assert_same_bits,
+    bits,
+    captured,
+    laid_out,
+    on_gpu,
+    recorded,
+    triton_marks,
+)
 from properties import given, st
 from torch import Tensor
 
-from meg_kernels import kernels
+from meg_kernels.neuron import Neurons
 
 pytest.importorskip("triton")
 
-import triton
+from meg_kernels.kernels import dynamic_neuron
 
-from meg_kernels.kernels import dynamic_neuron, entropy_gate
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-_REASON = kernels.unavailable_reason(DEVICE)
-pytestmark = [
-    pytest.mark.skipif(_REASON is not None, reason=str(_REASON)),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's remarks on infinities
-    pytest.mark.usefixtures("faster_interpreter", "poisoned_memory"),
-]
-if DEVICE.type == "cuda":
-    pytestmark.append(pytest.mark.gpu)
-
+pytestmark = triton_marks()
 ACTIVATIONS = {
     "identity": lambda a: a,
     "gelu": F.gelu,
@@ -44,21 +38,10 @@ ACTIVATIONS = {
     "silu": F.silu,
     "relu": torch.relu,
 }
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-NAN = float("nan")
 ALL = (True, True, True, True)
 
 
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(INT_OF_SIZE[tensor.element_size()])
-
-
-def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    assert torch.equal(bits(actual), bits(expected))
-
-
-# ---- calls of the dynamic neuron ---------------------------------------------------------------
+# ---- calls and their oracle --------------------------------------------------------------------
 
 
 @dataclass
@@ -74,17 +57,19 @@ class Call:
     activation: str
     grad: Tensor
 
+    @property
+    def neurons(self) -> Neurons:
+        return Neurons(self.key, self.bias, self.value, self.activation)
+
     def forward(self, out: Tensor | None = None) -> Tensor:
         """The result in `out`, or in new memory."""
         out = self.y.new_full(self.y.shape, NAN) if out is None else out
-        parts = (self.key, self.bias, self.value, self.index, self.activation)
-        dynamic_neuron.forward(out, self.y, self.x, *parts)
+        dynamic_neuron.forward(out, self.y, self.x, self.neurons, self.index)
         return out
 
     def backward(self, needs=ALL) -> tuple[Tensor | None, ...]:
         """(dx, dkey, dbias, dvalue)"""
-        parts = (self.key, self.bias, self.value, self.index, self.activation)
-        return dynamic_neuron.backward(self.grad, self.x, *parts, needs)
+        return dynamic_neuron.backward(self.grad, self.x, self.neurons, self.index, needs)
 
     def rows(self, rows: list[int] | slice) -> Call:
         """The same for these rows only."""
@@ -195,36 +180,7 @@ def oracle(call: Call) -> tuple[Oracle, Oracle]:
     )
 
 
-# How a tensor may lie in memory, of which all the rest is NaN. (In front of the first row, between
-# tokens, between samples: elements; and whether the samples of a token are neighbours.)
-Layout = tuple[int, int, int, bool]
-DENSE: Layout = (0, 0, 0, False)
-
-
-def laid_out(tensor: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """A tensor with the same elements, and the memory that it lies in."""
-    front, token_gap, sample_gap, tokens_first = layout
-    shape = tensor.shape
-    if tensor.dim() == 3 and tokens_first:
-        view, memory = laid_out(tensor.transpose(0, 1), (front, token_gap, sample_gap, False))
-        return view.transpose(0, 1), memory
-    strides = [shape[-1] + token_gap, 1]
-    if tensor.dim() == 3:
-        strides.insert(0, shape[1] * strides[0] + sample_gap)
-    memory = tensor.new_full((front + shape[0] * max(strides[0], 1) + 1,), NAN)
-    view = memory.as_strided(shape, strides, front)
-    view.copy_(tensor)
-    return view, memory
-
-
-def assert_nothing_beside(view: Tensor, memory: Tensor) -> None:
-    """Around the view all memory is still NaN."""
-    inside = view.clone()
-    view.fill_(NAN)
-    assert memory.isnan().all()
-    view.copy_(inside)
-
-
+# What `laid_out` takes: gaps in front, between rows and between samples, and the order.
 layouts = st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.booleans())
 
 
@@ -243,10 +199,9 @@ def calls(draw):
         dtype=draw(st.sampled_from([torch.float64, *DTYPES])),
     )
     for name in ("x", "grad", "key", "value"):
-        view, _ = laid_out(getattr(call, name), draw(layouts))
-        setattr(call, name, view)
+        setattr(call, name, laid_out(getattr(call, name), *draw(layouts)))
     if call.bias is not None:
-        call.bias = laid_out(call.bias.unsqueeze(1), draw(layouts))[0][:, 0]
+        call.bias = laid_out(call.bias.unsqueeze(1), *draw(layouts))[:, 0]
     call.index = torch.stack([call.index] * draw(st.integers(1, 2)), dim=1)[:, 0]
     return call
 
@@ -257,16 +212,16 @@ def calls(draw):
 @given(calls(), layouts, layouts)
 def test_any_call_follows_the_definition(call, y_layout, out_layout):
     expected, _ = oracle(call)
-    call.y, y_memory = laid_out(call.y, y_layout)
+    call.y = laid_out(call.y, *y_layout)
     before = call.y.clone()
-    out, memory = laid_out(torch.full_like(call.y, NAN), out_layout)
+    out = laid_out(torch.full_like(call.y, NAN), *out_layout)
     call.forward(out)
     expected.assert_allows((out,), call)
-    assert_nothing_beside(out, memory)
+    assert_nothing_beside(out)
     assert_same_bits(call.y, before)
     call.forward(call.y)
     expected.assert_allows((call.y,), call)
-    assert_nothing_beside(call.y, y_memory)
+    assert_nothing_beside(call.y)
 
 
 @pytest.mark.parametrize("tokens", [None, 3])
@@ -375,7 +330,7 @@ def test_a_row_gets_the_same_bits_whatever_else_is_in_the_batch(width, dtype):
 def test_a_row_cut_from_a_batch_of_any_stride_gets_the_same_bits(dtype):
     call = random_call(3, None, 64, 64, [2, 0, 1], dtype=dtype)
     for name in ("y", "x", "grad"):
-        setattr(call, name, laid_out(getattr(call, name), (0, 3, 0, False))[0])
+        setattr(call, name, laid_out(getattr(call, name), row_gap=3))
     whole, (dx, *_) = call.forward(), call.backward()
     for row in range(3):
         alone = call.rows(slice(row, row + 1))
@@ -443,57 +398,17 @@ def test_a_poisoned_neuron_harms_only_the_rows_that_have_it(has_bias, bad):
             assert_same_bits(actual[neurons], expected[neurons])
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU would really need the memory")
 @pytest.mark.parametrize("name", ["y", "x", "key", "value", "grad"])
-def test_offsets_beyond_32_bits(name, monkeypatch):
-    # The interpreter would copy all arguments back to where they are: 4 GiB that nobody touches.
-    executor = importlib.import_module("triton.runtime.interpreter").GridExecutor
-    monkeypatch.setattr(executor, "_restore_args_dev", lambda *_: None)
+def test_offsets_beyond_32_bits(far, name):
     call = random_call(3, None, 8, 8, [1, 2, 0], dtype=torch.float16)
     expected, gradients = oracle(call)
-    distance = 2**30 + 8  # fits in 32 bits; twice as far does not
-    memory = torch.UntypedStorage(2 * (2 * distance + 8))
-    far = torch.tensor([], dtype=torch.float16).set_(memory, 0, (3, 8), (distance, 1))
-    far.copy_(getattr(call, name))
-    setattr(call, name, far)
+    setattr(call, name, far(getattr(call, name)))
     gradients.assert_allows(call.backward(), call)
     expected.assert_allows((call.forward(),), call)
     expected.assert_allows((call.forward(call.y),), call)
 
 
 # ---- launches ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Launch:
-    """What one kernel was launched with."""
-
-    kernel: object
-    grid: tuple[int, ...]
-    options: dict
-
-
-@contextlib.contextmanager
-def recorded(run: bool = True):
-    """The launches made in this block; with run=False they are only noted."""
-    launches: list[Launch] = []
-
-    class Recorder:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            def launch(*args, **options):
-                launches.append(Launch(self.kernel, grid, options))
-                return self.kernel[grid](*args, **options) if run else None
-
-            return launch
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (dynamic_neuron, entropy_gate):
-            for name in [name for name in vars(module) if name.endswith("_kernel")]:
-                patch.setattr(module, name, Recorder(getattr(module, name)))
-        yield launches
 
 
 def test_more_programs_than_small_grid_dimensions_hold():
@@ -503,17 +418,17 @@ def test_more_programs_than_small_grid_dimensions_hold():
         tensor = getattr(call, name)
         setattr(call, name, tensor.expand(many, *tensor.shape[1:]))
     call.key, call.value = call.key.expand(many, 4), call.value.expand(many, 4)
-    with recorded(run=False) as launches:
+    call.bias = call.bias.expand(many)
+    with recorded(dynamic_neuron, run=False) as launches:
         call.forward()
         call.backward()
     assert [launch.grid for launch in launches] == [(many,)] * 4
 
 
 def test_forward_is_one_launch():
-    with recorded() as launches:
+    with recorded(dynamic_neuron) as launches:
         random_call(4, 3, 8, 8, [0, 1, -1, 2]).forward()
-        entropy_gate.forward(torch.zeros(100, 10, device=DEVICE), 1.0, new_counter())
-    assert len(launches) == 2
+    assert len(launches) == 1
 
 
 ALIGNED = {"ROWS_ALIGNED": True, "NEURONS_ALIGNED": True}
@@ -525,7 +440,7 @@ def test_aligned_rows_are_recognised():
         random_call(1, None, 64, 32, [0], dtype=torch.bfloat16),
         random_call(2, 3, 8, 8, [0, -1], dtype=torch.float16),
     ):
-        with recorded() as launches:
+        with recorded(dynamic_neuron) as launches:
             call.forward()
             call.backward()
         for launch in launches[:2]:
@@ -536,9 +451,8 @@ def test_aligned_rows_are_recognised():
 def test_rows_that_end_within_16_bytes_are_not_aligned():
     call = random_call(2, None, 60, 60, [0, 1], dtype=torch.bfloat16)
     for name in ("y", "x", "grad", "key", "value"):
-        view, _ = laid_out(getattr(call, name), (0, 4, 0, False))  # they start at 16 bytes
-        setattr(call, name, view)
-    with recorded(run=False) as launches:
+        setattr(call, name, laid_out(getattr(call, name), row_gap=4))  # they start at 16 bytes
+    with recorded(dynamic_neuron, run=False) as launches:
         call.forward(call.y)
         call.backward((False, True, True, True))
     assert not any(
@@ -552,20 +466,17 @@ def test_rows_that_end_within_16_bytes_are_not_aligned():
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *itertools.product(
-            ["y", "x", "grad", "key", "value"], [(1, 0, 0, False), (0, 4, 0, False)]
-        ),
-        *itertools.product(["y", "x", "grad"], [(0, 0, 4, False)]),
+        *itertools.product(["y", "x", "grad", "key", "value"], [(1, 0, 0), (0, 4, 0)]),
+        *itertools.product(["y", "x", "grad"], [(0, 0, 4)]),
     ],
     ids=str,
 )
 def test_one_misaligned_argument_is_enough_for_narrow_loads(name, layout):
     call = random_call(4, 2, 64, 32, [0, 1, -1, 2], dtype=torch.bfloat16)
     expected, gradients = oracle(call)
-    view, _ = laid_out(getattr(call, name), layout)
-    setattr(call, name, view)
+    setattr(call, name, laid_out(getattr(call, name), *layout))
     part = "NEURONS_ALIGNED" if name in ("key", "value") else "ROWS_ALIGNED"
-    with recorded() as launches:
+    with recorded(dynamic_neuron) as launches:
         expected.assert_allows((call.forward(),), call)
         gradients.assert_allows(call.backward(), call)
     forward, rows, x_sums, grad_sums = (launch.options for launch in launches)
@@ -577,28 +488,16 @@ def test_one_misaligned_argument_is_enough_for_narrow_loads(name, layout):
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
 def test_every_launch_is_one_of_the_configurations(dtype):
-    listed = [*dynamic_neuron.configurations(), *entropy_gate.configurations()]
-    with recorded(run=False) as launches:
+    with recorded(dynamic_neuron, run=False) as launches:
         for width, offset in itertools.product([1, 8, 500, 576, 1024, 4096, 5121, 20_000], [0, 1]):
             call = random_call(2, None, width, 8, [0, 1], dtype=dtype)
             for name in ("y", "key"):
-                view, _ = laid_out(getattr(call, name), (offset, 0, 0, False))
-                moved = replace(call, **{name: view})
+                moved = replace(call, **{name: laid_out(getattr(call, name), offset)})
                 moved.forward()
                 moved.backward()
-        if dtype in entropy_gate.DTYPES:
-            for classes in (2, 10, 32, 33, 512, 513, 4096):
-                logits = torch.zeros(2, classes, dtype=dtype, device=DEVICE)
-                entropy_gate.forward(logits, 1.0, new_counter())
     for launch in launches:
-        constants = {name: value for name, value in launch.options.items() if name.isupper()}
         assert launch.options["num_stages"] == 1
-        assert any(
-            configuration.kernel is launch.kernel
-            and configuration.constants == constants
-            and configuration.warps == launch.options["num_warps"]
-            for configuration in listed
-        ), launch
+        assert launch.is_listed_in(dynamic_neuron), launch
 
 
 # ---- backward ----------------------------------------------------------------------------------
@@ -618,13 +517,15 @@ class Differentiable(torch.autograd.Function):
         ctx.save_for_backward(x, key, bias, value, index)
         ctx.activation = activation
         out = torch.empty_like(y)
-        dynamic_neuron.forward(out, y, x, key, bias, value, index, activation)
+        dynamic_neuron.forward(out, y, x, Neurons(key, bias, value, activation), index)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[1:5]
-        gradients = dynamic_neuron.backward(grad, *ctx.saved_tensors, ctx.activation, needs)
+        x, key, bias, value, index = ctx.saved_tensors
+        neurons = Neurons(key, bias, value, ctx.activation)
+        gradients = dynamic_neuron.backward(grad, x, neurons, index, needs)
         return grad, *gradients, None, None
 
 
@@ -709,169 +610,7 @@ def test_the_gradient_of_a_sum_may_be_one_element_expanded():
     gradients.assert_allows(call.backward(), call)
 
 
-# ---- the entropy gate --------------------------------------------------------------------------
-
-
-def new_counter() -> Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=DEVICE)
-
-
-def gate(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The kernel's four results, checked against each other and against float64."""
-    counter = new_counter()
-    entropy, index, rows, count = results = entropy_gate.forward(logits, threshold, counter)
-    assert counter.item() == 0
-    assert [result.dtype for result in results] == [torch.float32] + [torch.int64] * 3
-    probability = logits.double().softmax(-1)
-    expected = torch.special.entr(probability).sum(-1)  # 0 log 0 = 0
-    allowed = torch.finfo(torch.float32).eps * (logits.shape[1] + 20) * 4
-    assert torch.equal(entropy.isnan(), expected.isnan())
-    assert ((entropy.double() - expected).abs().nan_to_num(0) <= allowed).all()
-    threshold = torch.tensor(threshold, dtype=torch.float32).item()
-    edited = [b for b, nats in enumerate(entropy.tolist()) if nats < threshold]
-    assert count.tolist() == [len(edited)]
-    assert rows.tolist() == edited + [-1] * (len(logits) - len(edited))
-    rank = {b: place for place, b in enumerate(edited)}
-    assert index.tolist() == [rank.get(b, -1) for b in range(len(logits))]
-    return results
-
-
-def random_logits(batch, classes, *, spread=4.0, dtype=torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(batch * 5000 + classes)
-    logits = torch.randn(batch, classes, generator=generator, dtype=torch.float64) * spread
-    return logits.to(DEVICE, dtype)
-
-
-@given(
-    batch=st.integers(0, 130),
-    classes=st.integers(2, 40),
-    spread=st.sampled_from([0.0, 0.1, 4.0, 100.0]),
-    dtype=st.sampled_from(DTYPES),
-    threshold=st.floats(0, 4, width=32),
-    layout=layouts,
-)
-def test_the_gate_follows_the_definition(batch, classes, spread, dtype, threshold, layout):
-    logits = random_logits(batch, classes, spread=spread, dtype=dtype)
-    gate(laid_out(logits, layout)[0], threshold)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("classes", [2, 32, 33, 512, 513, 4096])
-def test_the_gate_takes_any_number_of_classes(classes, dtype):
-    *_, count = gate(random_logits(9, classes, dtype=dtype), math.log(classes) / 4)
-    assert classes > 512 or 0 < count.item() < 9
-
-
-def test_the_gate_numbers_more_rows_than_it_scans_at_once():
-    *_, count = gate(random_logits(2500, 3), 0.5)
-    assert 0 < count.item() < 2500
-
-
-@pytest.mark.parametrize("threshold, edited", [(0.0, 0), (10.0, 130)])
-def test_the_gate_may_take_no_row_or_all(threshold, edited):
-    *_, count = gate(random_logits(130, 10), threshold)
-    assert count.item() == edited
-
-
-def test_an_entropy_at_the_threshold_is_not_below_it():
-    logits = torch.zeros(3, 2, device=DEVICE)
-    entropy = gate(logits, 1.0)[0]
-    assert torch.allclose(entropy, torch.full_like(entropy, math.log(2)))
-    at = entropy[0].item()
-    assert gate(logits, at)[1].tolist() == [-1, -1, -1]
-    assert gate(logits, math.nextafter(at, 1) + 1e-7)[1].tolist() == [0, 1, 2]
-
-
-def test_logits_that_are_not_finite():
-    infinity = float("inf")
-    logits = torch.zeros(6, 3, device=DEVICE)
-    logits[1, 0] = NAN
-    logits[2] = -infinity
-    logits[3, 1:] = -infinity  # impossible classes: the third row is certain of the first one
-    logits[4, 0] = infinity
-    logits[5] = torch.tensor([3e38, -3e38, 0.0])
-    entropy, index, _, _ = gate(logits, 0.1)
-    assert entropy[[3, 5]].tolist() == [0, 0]
-    assert index.tolist() == [-1, -1, -1, 0, -1, 1]
-
-
-def test_a_rows_entropy_has_the_same_bits_whatever_else_is_in_the_batch():
-    logits = random_logits(100, 10)
-    whole = entropy_gate.forward(logits, 0.5, new_counter())[0]
-    for rows in ([3], [99], [70, 1, 40]):
-        assert_same_bits(entropy_gate.forward(logits[rows], 0.5, new_counter())[0], whole[rows])
-
-
-def test_the_counter_serves_one_launch_after_another():
-    counter = new_counter()
-    for batch in (200, 1, 0, 64):
-        logits = random_logits(batch, 10)
-        results = entropy_gate.forward(logits, 0.5, counter)
-        for actual, expected in zip(results, gate(logits, 0.5), strict=True):
-            assert_same_bits(actual, expected)
-
-
-# ---- where the kernels run ---------------------------------------------------------------------
-
-
-@pytest.fixture
-def reason(monkeypatch):
-    """reason(device): asked anew, outside the interpreter."""
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    kernels.unavailable_reason.cache_clear()
-    yield lambda device: kernels.unavailable_reason(torch.device(device))
-    kernels.unavailable_reason.cache_clear()
-
-
-def test_without_triton_the_reason_says_how_to_install_it(reason, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install triton" in reason("cuda")
-
-
-def test_tensors_on_the_cpu_need_the_interpreter(reason, monkeypatch):
-    assert "TRITON_INTERPRET=1" in reason("cpu")
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
-    kernels.unavailable_reason.cache_clear()
-    assert reason("cpu") is None
-
-
-def test_a_torch_without_cuda_is_named(reason, monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert "without CUDA" in reason("cuda")
-
-
-def test_a_missing_or_an_old_gpu_is_named(reason, monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA device" in reason("cuda")
-    kernels.unavailable_reason.cache_clear()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    assert "Tesla T4 is sm_75" in reason("cuda")
-
-
-def test_a_triton_that_cannot_start_says_why(reason, monkeypatch):
-    def no_compiler(_):
-        raise RuntimeError("Failed to find C compiler")
-
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(type(triton.runtime.driver), "active", property(no_compiler))
-    assert "Failed to find C compiler" in reason("cuda")
-    monkeypatch.setattr(type(triton.runtime.driver), "active", property(lambda _: "a driver"))
-    kernels.unavailable_reason.cache_clear()
-    assert reason("cuda") is None
-
-
 # ---- on a GPU only -----------------------------------------------------------------------------
-
-
-def on_gpu(test):
-    """Mark a test that means nothing in the interpreter."""
-    needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
-    return pytest.mark.gpu(needs_gpu(test))
 
 
 @on_gpu
@@ -885,26 +624,6 @@ def test_many_rows_on_the_gpu():
 
 
 @on_gpu
-def test_the_gate_on_many_rows_again_and_again():
-    logits = random_logits(100_000, 10)
-    first = gate(logits, 0.5)
-    counter = new_counter()
-    for _ in range(20):
-        for actual, expected in zip(entropy_gate.forward(logits, 0.5, counter), first, strict=True):
-            assert_same_bits(actual, expected)
-
-
-def captured(launch):
-    """What `launch` returns, and a CUDA graph that computes it again."""
-    launch()  # compiles the kernels, which a capture must not
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = launch()
-    return results, graph
-
-
-@on_gpu
 def test_a_graph_replays_forward_with_other_neurons():
     call = random_call(64, 1, 576, 576, [b % 3 - 1 for b in range(64)], dtype=torch.bfloat16)
     out, graph = captured(call.forward)
@@ -915,14 +634,3 @@ def test_a_graph_replays_forward_with_other_neurons():
         out.fill_(NAN)
         graph.replay()
         oracle(call)[0].assert_allows((out,), call)
-
-
-@on_gpu
-def test_a_graph_replays_the_gate_with_other_logits():
-    logits, counter = random_logits(3000, 10), new_counter()
-    results, graph = captured(lambda: entropy_gate.forward(logits, 0.5, counter))
-    for spread in (4.0, 0.0, 8.0):
-        logits.copy_(random_logits(3000, 10, spread=spread) + spread)
-        graph.replay()
-        for actual, expected in zip(results, gate(logits, 0.5), strict=True):
-            assert_same_bits(actual, expected)

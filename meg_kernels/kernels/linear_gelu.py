@@ -1,16 +1,13 @@
-"""Matrix products in Triton with what follows them done on the chip, before the only rounding.
+"""A linear layer and gelu in Triton, with the gelu on the chip; `ops/linear_gelu.py` defines it.
 
-    linear_gelu             out[m] = gelu(x[m] @ weight^T + bias)          gelu in its tanh form
-    linear_gated_residual   out[m] = residual[m] + gate[b] * (x[m] @ weight^T + bias)
-                            b = m // tokens, the sample of row m
+    out[m] = gelu(x[m] @ weight^T + bias)          gelu in its tanh form
 
 One program serves one tile of the result. It forms its sums in float32, in blocks of the inner
 dimension from the first to the last. How deep a block is depends on the dtype alone, and tiles of
 either size are computed by the same matrix instructions in the same order: a row's bits depend on
 nothing else in the batch.
 
-Shapes, dtypes and devices are the ops layer's care. All tensors share one dtype and are contiguous,
-except that the rows of `gate` may lie at any distance from each other.
+Shapes, dtypes and devices are the ops layer's care. All tensors share one dtype and are contiguous.
 """
 
 from __future__ import annotations
@@ -24,13 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meg_kernels.kernels import Configuration, aligned, jit
+from meg_kernels.kernels.launching import Configuration, aligned, jit
+from meg_kernels.kernels.limits import DTYPES
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _GROUP = tl.constexpr(8)  # row tiles that share the weight they find in L2
 
 
-# ---- inside the kernels ------------------------------------------------------------------------
+# ---- inside the kernel -------------------------------------------------------------------------
 
 
 @triton.jit
@@ -91,7 +88,7 @@ def _linear(
     return sums + bias.to(tl.float32)[None, :]
 
 
-# ---- linear, then gelu -------------------------------------------------------------------------
+# ---- the kernel -------------------------------------------------------------------------------
 
 
 @jit
@@ -118,7 +115,7 @@ def _linear_gelu_kernel(
     tl.store(out, hidden.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(x @ weight^T + bias), gelu in its tanh form, in one launch.
 
     Args:
@@ -149,105 +146,20 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-# ---- linear, then gate and residual ------------------------------------------------------------
-
-
-@jit
-def _linear_gated_residual_kernel(
-    out_ptr,
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    gate_ptr,
-    residual_ptr,
-    rows: tl.int32,
-    columns: tl.int32,
-    depth: tl.int32,
-    tokens: tl.int32,
-    gate_stride: tl.int64,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    m, first = _tile(rows, columns, ROWS, COLUMNS)
-    n = first + tl.arange(0, COLUMNS)
-    change = _linear(x_ptr, weight_ptr, bias_ptr, m, n, rows, columns, depth, DEPTH, ALIGNED)
-    # One half after the other: gates and residuals of the whole tile would fill the registers.
-    HALF: tl.constexpr = COLUMNS // 2
-    halves = tl.permute(tl.reshape(change, (ROWS, 2, HALF)), (0, 2, 1))
-    left, right = tl.split(halves)
-    n = first + tl.arange(0, HALF)
-    gate = _row(gate_ptr, m // tokens, gate_stride, ALIGNED)
-    residual = _row(residual_ptr, m, columns, ALIGNED)
-    out = _row(out_ptr, m, columns, ALIGNED)
-    _add_gated(out, residual, gate, left, m, n, rows, columns, ALIGNED)
-    _add_gated(out, residual, gate, right, m, n + HALF, rows, columns, ALIGNED)
-
-
-@triton.jit
-def _add_gated(out, residual, gate, change, m, n, rows, columns, ALIGNED: tl.constexpr):
-    """out[m, n] = residual[m, n] + gate[m, n] * change, of rows that start at these pointers."""
-    mask = (m < rows)[:, None] & _exist(n, columns, out, ALIGNED)[None, :]
-    gate = tl.load(gate[:, None] + n[None, :], mask=mask, other=0).to(tl.float32)
-    residual = tl.load(residual[:, None] + n[None, :], mask=mask, other=0).to(tl.float32)
-    values = (residual + gate * change).to(out.dtype.element_ty)
-    tl.store(out[:, None] + n[None, :], values, mask=mask)
-
-
-def linear_gated_residual(
-    x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, residual: Tensor
-) -> Tensor:
-    """residual + gate * (x @ weight^T + bias), with one gate for each sample, in one launch.
-
-    Args:
-        x: [M, K], the rows of sample after sample.
-        weight: [N, K].
-        bias: [N].
-        gate: [B, N] of any row stride; B divides M.
-        residual: [M, N].
-
-    Returns:
-        [M, N].
-    """
-    (rows, depth), columns = x.shape, len(weight)
-    out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
-    if out.numel() > 0:
-        wide = aligned(out, x, weight, bias, gate, residual)
-        launch = tile_launch(rows, columns, x.dtype, wide)
-        with torch.cuda.device_of(x):
-            _linear_gated_residual_kernel[launch.grid(rows, columns)](
-                out,
-                x,
-                weight,
-                bias,
-                gate,
-                residual,
-                rows,
-                columns,
-                depth,
-                rows // len(gate),
-                gate.stride(0),
-                **launch.constants(),
-                num_warps=launch.warps,
-                num_stages=launch.stages,
-            )
-    return out
-
-
 # ---- launching ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TileLaunch:
-    """How the kernels are compiled.
+    """How the kernel is compiled.
 
     Args:
-        rows, columns: of the tile of the result that a program computes.
-        depth: elements of the inner dimension that it multiplies at once.
-        warps: of 32 threads, per program.
-        stages: of loads that are in flight.
-        aligned: all rows start and end at 16 bytes.
+        rows: number of rows in the tile of the result that a program computes.
+        columns: number of columns in that tile.
+        depth: number of elements of the inner dimension that it multiplies at once.
+        warps: number of warps of 32 threads in a program.
+        stages: number of blocks of the inner dimension whose loads are in flight.
+        aligned: all rows start and end at a multiple of 16 bytes.
     """
 
     rows: int
@@ -258,7 +170,7 @@ class TileLaunch:
     aligned: bool
 
     def constants(self) -> dict[str, Any]:
-        """The kernels' compile-time arguments."""
+        """The kernel's compile-time arguments."""
         return {
             "ROWS": self.rows,
             "COLUMNS": self.columns,
@@ -288,11 +200,10 @@ def tile_launch(rows: int, columns: int, dtype: torch.dtype, aligned: bool) -> T
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every way in which the launchers above may have a kernel compiled."""
-    for kernel in (_linear_gelu_kernel, _linear_gated_residual_kernel):
-        for dtype in DTYPES:
-            sizes = [(1, False), (1, True), (2**20, True)]
-            launches = [tile_launch(rows, 1, dtype, aligned) for rows, aligned in sizes]
-            for launch in dict.fromkeys(launches):
-                constants = launch.constants()
-                yield Configuration.of(kernel, dtype, {}, constants, launch.warps, launch.stages)
+    """All configurations that the launcher above may have its kernel compiled for."""
+    for dtype in DTYPES:
+        sizes = [(1, False), (1, True), (2**20, True)]
+        launches = [tile_launch(rows, 1, dtype, aligned) for rows, aligned in sizes]
+        for launch in dict.fromkeys(launches):
+            constants, warps, stages = launch.constants(), launch.warps, launch.stages
+            yield Configuration.of(_linear_gelu_kernel, dtype, {}, constants, warps, stages)
