@@ -42,7 +42,8 @@ from meg_kernels.diffusion import (
 from meg_kernels.editing.generators import GeneratorConfig, build_generator
 from meg_kernels.editing.train import descend
 from meg_kernels.neuron import NeuronLayout
-from meg_kernels.precision import PackedWeight, fast_dtype
+from meg_kernels.nn.packing import PackedWeight
+from meg_kernels.precision import fast_dtype
 
 GPU = torch.cuda.is_available()
 SCHEDULE = NoiseSchedule()

@@ -17,6 +17,9 @@ import torch
 import transformers
 
 torch.set_num_threads(1)
+# No timing decides what a test runs.
+os.environ.setdefault("MEG_KERNELS_PACKING", "always")
+os.environ.setdefault("MEG_KERNELS_BFLOAT16", "always")
 if not torch.cuda.is_available():  # Triton reads this when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 with contextlib.suppress(ImportError):  # a borrowed machine with a GPU may lack it

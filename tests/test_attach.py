@@ -23,7 +23,7 @@ from meg_kernels.integrations.transformers import (
 )
 from meg_kernels.neuron import NeuronLayout, Neurons
 from meg_kernels.nn import LowerLayers, MeGConv1D, MeGLinear, attach
-from meg_kernels.nn.linear import projections
+from meg_kernels.nn.packing import projections
 
 # Where each family keeps its decoder layers, and the two projections of a plain FFN in a layer.
 PLAIN = {

@@ -51,8 +51,8 @@ from meg_kernels.editing.prompting import (
 from meg_kernels.integrations.pretrained import SMOLLM2, load_language_model
 from meg_kernels.integrations.transformers import decoder_layers, family_of, feed_forward
 from meg_kernels.nn import LowerLayers
-from meg_kernels.nn.linear import projections
-from meg_kernels.precision import fast_dtype, frozen_products
+from meg_kernels.nn.packing import frozen_products, projections
+from meg_kernels.precision import fast_dtype
 from meg_kernels.storage import fingerprint, write_json
 
 RESULTS = Path(__file__).parents[1] / "results"

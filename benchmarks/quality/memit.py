@@ -50,7 +50,8 @@ from meg_kernels.integrations.transformers import (
     input_of,
 )
 from meg_kernels.nn import LowerLayers
-from meg_kernels.precision import fast_dtype, frozen_products
+from meg_kernels.nn.packing import frozen_products
+from meg_kernels.precision import fast_dtype
 
 BEGINNINGS = ("The", "Therefore", "Because", "I", "You")  # of the prefixes, as the authors have it
 PROMPTS_AT_ONCE = 16  # a CPU's caches hold some prompts' activations only

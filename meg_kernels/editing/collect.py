@@ -38,7 +38,8 @@ from meg_kernels.editing.prompting import (
 from meg_kernels.integrations.transformers import decoder_layers, input_of
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import Attached, LowerLayers
-from meg_kernels.precision import fast_dtype, frozen_products
+from meg_kernels.nn.packing import frozen_products
+from meg_kernels.precision import fast_dtype
 from meg_kernels.storage import fingerprint, once, read_tensors, write_tensors
 
 PROMPTS_AT_ONCE_ON_CPU = 16

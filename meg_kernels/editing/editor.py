@@ -80,7 +80,7 @@ from meg_kernels.familiarity import (
 from meg_kernels.integrations.pretrained import DEFAULT_ENCODER, load_language_model
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import LowerLayers, attach
-from meg_kernels.precision import frozen_products
+from meg_kernels.nn.packing import frozen_products
 from meg_kernels.storage import (
     CorruptFileError,
     fingerprint,

@@ -29,18 +29,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from meg_kernels.storage import cache_folder
+
 log = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2"
 DEFAULT_ENCODER = "all-MiniLM-L6-v2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $MEG_KERNELS_CACHE, else the user's cache folder."""
-    if named := os.environ.get("MEG_KERNELS_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meg_kernels"
 
 
 def _wheel_folder(package: str, wheel: str) -> Path:

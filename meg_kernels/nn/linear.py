@@ -7,7 +7,7 @@ they are, in the storage they have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -137,27 +137,3 @@ class MeGConv1D(CarriesNeurons, Conv1D):
             layer = cls(conv.nf, conv.nx)
         layer.weight, layer.bias = conv.weight, conv.bias
         return layer.train(conv.training)
-
-
-def projections(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """The plain projections among and in `modules`, whether or not they carry neurons."""
-    kinds = (nn.Linear, Conv1D, MeGLinear, MeGConv1D)
-    return (part for module in modules for part in module.modules() if type(part) in kinds)
-
-
-@contextmanager
-def products_replaced(products: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Inside, each of these projections gets its product, but for neurons it carries, like this."""
-    before = []
-    try:
-        for projection, product in products.items():
-            name = "project" if isinstance(projection, CarriesNeurons) else "forward"
-            before.append((vars(projection), name, vars(projection).get(name)))
-            vars(projection)[name] = product
-        yield
-    finally:
-        for attributes, name, earlier in reversed(before):
-            if earlier is None:
-                del attributes[name]
-            else:
-                attributes[name] = earlier

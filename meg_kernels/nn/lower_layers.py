@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from meg_kernels.integrations.transformers import decoder_layer, decoder_layers, input_of
-from meg_kernels.nn.linear import products_replaced, projections
+from meg_kernels.nn.packing import products_replaced, projections
 
 
 class _Stub(nn.Module):
