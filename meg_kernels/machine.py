@@ -4,8 +4,9 @@ Whether a packed product beats the plain one, or bfloat16 beats float32, follows
 processor: it depends on the shape, on the libraries in PyTorch and on the number of threads. So the
 two ways are timed against each other, in turns, and their fastest turns are compared, which other
 work on the machine disturbs least. Results are kept in the cache folder, in one file for each
-machine, PyTorch and number of threads, so that the next process chooses alike at once. A file that
-is damaged or cannot be written costs another measurement, never an error.
+machine, PyTorch and number of threads, so that the next process chooses alike at once. What a busy
+machine left unsure serves one process only. A file that is damaged or cannot be written costs
+another measurement, never an error; to measure again, delete `measured-*.json` there.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ from meg_kernels.storage import cache_folder, fingerprint, read_json, write_json
 log = logging.getLogger(__name__)
 
 WORTHWHILE = 1.1  # the plain way is left from this gain on: less is noise, or soon lost again
-LEAST_TURNS, MOST_TURNS = 6, 50
-SECONDS = 0.05  # after this, a contest ends as soon as it has the least turns
+AGREEMENT = 1.1  # two halves of the turns, at most this factor apart, make a gain sure
+LEAST_TURNS, MOST_TURNS = 8, 400
+SECONDS, MOST_SECONDS = (
+    0.03,
+    0.4,
+)  # after the first, a contest ends when sure; after the second, in any case
 POLICIES = ("auto", "always", "never")
 
 _lock = threading.Lock()
@@ -48,20 +53,31 @@ class Contest:
     plain: Callable[[int], object]
     other: Callable[[int], object]
 
-    def gain(self) -> float:
-        """The fastest turn of `plain` over the fastest turn of `other`."""
+    def gain(self) -> tuple[float, bool]:
+        """How many times as fast as the plain way the other one is, and whether that is sure.
+
+        Returns:
+            The fastest turn of `plain` over the fastest turn of `other`, in that half of the turns
+            which speaks less for `other`; and whether both halves say nearly the same.
+        """
         ways = [self.plain, self.other]
-        fastest = dict.fromkeys(ways, float("inf"))
-        end = time.perf_counter() + SECONDS
+        halves = [dict.fromkeys(ways, float("inf")) for _ in range(2)]
+        started = time.perf_counter()
         for turn in range(MOST_TURNS):
             for way in ways:
-                started = time.perf_counter()
+                before = time.perf_counter()
                 way(turn)
-                fastest[way] = min(fastest[way], time.perf_counter() - started)
+                fastest = halves[turn // 2 % 2]  # each half has both orders of the two ways
+                fastest[way] = min(fastest[way], time.perf_counter() - before)
             ways.reverse()  # neither profits from always coming second
-            if turn + 1 >= LEAST_TURNS and time.perf_counter() > end:
+            if turn + 1 < LEAST_TURNS:
+                continue
+            gains = [half[self.plain] / half[self.other] for half in halves]
+            sure = max(gains) <= AGREEMENT * min(gains)
+            passed = time.perf_counter() - started
+            if passed > MOST_SECONDS or (sure and passed > SECONDS):
                 break
-        return fastest[self.plain] / fastest[self.other]
+        return min(gains), sure
 
 
 @dataclass(frozen=True)
@@ -93,9 +109,10 @@ def gain(name: str, contest: Callable[[], Contest]) -> float:
         known = _gains_here()
         if name not in known:
             with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-                known[name] = contest().gain()
+                known[name], sure = contest().gain()
             log.debug("measured %s: %.2f times as fast", name, known[name])
-            _keep(known)
+            if sure:
+                _keep(name, known[name])
         return known[name]
 
 
@@ -166,10 +183,10 @@ def _kept() -> dict[str, float]:
         return {}
 
 
-def _keep(known: dict[str, float]) -> None:
+def _keep(name: str, gain: float) -> None:
     try:
         # Another process may have kept its own since; where both measured, the first one counts.
-        content = _machine(torch.get_num_threads())
-        write_json(_file(), {**content, "gains": dict(sorted({**known, **_kept()}.items()))})
+        gains = dict(sorted({name: gain, **_kept()}.items()))
+        write_json(_file(), {**_machine(torch.get_num_threads()), "gains": gains})
     except (OSError, RuntimeError) as error:
         log.debug("measurements are not kept: %s", error)

@@ -55,22 +55,49 @@ def file_in(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "plain, other, gain",
+    "plain, other, gain, sure",
     [
-        ([2.0], [1.0], 2.0),
-        ([1.0], [4.0], 0.25),
-        ([9.0, 2.0, 70.0], [50.0, 50.0, 1.0, 50.0], 2.0),
+        ([2.0], [1.0], 2.0, True),
+        ([1.0], [4.0], 0.25, True),
+        ([9.0, 2.0, 9.0, 2.0, 70.0], [50.0, 1.0, 50.0, 1.0, 50.0], 2.0, True),
+        # Only turns 2, 3, 6, 7 of the other way are undisturbed, so doubt speaks for the plain way.
+        ([2.0], [3.0, 3.0, 1.0, 1.0, 3.0, 3.0, 1.0, 1.0], 2 / 3, False),
     ],
 )
-def test_a_gain_compares_the_fastest_turns(cache, clock, plain, other, gain):
-    assert machine.gain("a", lambda: clock.contest(plain, other)) == pytest.approx(gain)
+def test_a_gain_compares_the_fastest_turns_of_each_half(clock, plain, other, gain, sure):
+    assert clock.contest(plain, other).gain() == (pytest.approx(gain), sure)
 
 
-@pytest.mark.parametrize("duration, turns", [(1.0, machine.LEAST_TURNS), (1e-6, 50)])
-def test_a_contest_ends_with_its_time_but_not_before_its_least_turns(clock, duration, turns):
+@pytest.mark.parametrize(
+    "duration, turns",
+    [(1.0, machine.LEAST_TURNS), (machine.SECONDS / 39, 20), (1e-6, machine.MOST_TURNS)],
+)
+def test_a_sure_contest_ends_after_its_time_but_has_its_least_turns(clock, duration, turns):
     contest, called = clock.contest([duration], [duration]), []
     Contest(lambda turn: (called.append(turn), contest.plain(turn)), contest.other).gain()
     assert called == list(range(turns))
+
+
+def test_an_unsure_contest_goes_on_until_an_undisturbed_turn_or_its_longest_time(clock):
+    def disturbed_until(turn: int) -> list[float]:
+        """One half is slow in the first turns."""
+        return [(2e-3 if i % 4 < 2 else 1e-3) if i < turn else 1e-3 for i in range(400)]
+
+    gain, sure = clock.contest([1e-3], disturbed_until(60)).gain()
+    assert (gain, sure) == (pytest.approx(1), True) and 60 * 2e-3 < clock.now < 70 * 3e-3
+    clock.now = 0.0
+    gain, sure = clock.contest([1e-3], disturbed_until(400)).gain()
+    assert (gain, sure) == (pytest.approx(0.5), False)
+    assert machine.MOST_SECONDS < clock.now < machine.MOST_SECONDS + 4e-3
+
+
+def test_an_unsure_gain_serves_one_process(cache, clock, monkeypatch):
+    unsure = clock.contest([2.0], [3.0, 3.0, 1.0, 1.0, 3.0, 3.0, 1.0, 1.0])
+    first = machine.gain("a", lambda: unsure)
+    assert machine.gain("a", lambda: pytest.fail("measured twice")) == first
+    assert not cache.exists()
+    forget(monkeypatch)
+    assert machine.gain("a", lambda: clock.contest([2.0], [1.0])) == 2
 
 
 def test_what_was_measured_is_known_to_the_next_process(cache, clock, monkeypatch):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from meg_kernels.machine import MOST_TURNS, WORTHWHILE, Choice, Contest, gain, gains, policy
+from meg_kernels.machine import WORTHWHILE, Choice, Contest, gain, gains, policy
 from meg_kernels.nn.linear import CarriesNeurons, MeGConv1D, MeGLinear
 from meg_kernels.precision import quick_backward
 
@@ -37,7 +37,7 @@ _MANY_ROWS = 64
 _MOST_BYTES = 16 * 2**20  # of a measured weight; larger ones are measured by a part of their rows
 # A model's weights come from memory at every step. Weights that fit a cache would be measured
 # there, so each turn multiplies another one, and together they are larger than most caches.
-_CACHE_BYTES = 32 * 2**20
+_CACHE_BYTES, _MOST_WEIGHTS = 32 * 2**20, 64
 _NAME = "packed over plain product"
 
 
@@ -218,7 +218,7 @@ def _contest(weight: Tensor, rows: int) -> Contest:
     """The plain and the packed product of `rows` rows with weights like `weight`."""
     dtype, (wide, read) = weight.dtype, weight.shape
     wide = max(1, min(wide, _MOST_BYTES // (read * dtype.itemsize)))
-    number = min(MOST_TURNS, -(-_CACHE_BYTES // (wide * read * dtype.itemsize)))
+    number = min(_MOST_WEIGHTS, -(-_CACHE_BYTES // (wide * read * dtype.itemsize)))
     # Any numbers do, but each weight has to have memory of its own: zeros may share a page.
     shape = (wide, read) if weight.is_contiguous() else (read, wide)
     plain: list[Tensor] = []
