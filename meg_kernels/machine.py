@@ -28,13 +28,11 @@ from meg_kernels.storage import cache_folder, fingerprint, read_json, write_json
 
 log = logging.getLogger(__name__)
 
-WORTHWHILE = 1.1  # the plain way is left from this gain on: less is noise, or soon lost again
-AGREEMENT = 1.1  # two halves of the turns, at most this factor apart, make a gain sure
+WORTHWHILE = 1.1  # the other way is taken from this gain on; less may be noise
+AGREEMENT = 1.1  # a gain is sure if two halves of the turns say the same up to this factor
 LEAST_TURNS, MOST_TURNS = 8, 400
-SECONDS, MOST_SECONDS = (
-    0.03,
-    0.4,
-)  # after the first, a contest ends when sure; after the second, in any case
+SECONDS = 0.03  # after these, a contest ends as soon as it is sure
+MOST_SECONDS = 0.25  # after these, in any case
 POLICIES = ("auto", "always", "never")
 
 _lock = threading.Lock()
@@ -111,7 +109,7 @@ def gain(name: str, contest: Callable[[], Contest]) -> float:
             with torch.inference_mode(), torch.autocast("cpu", enabled=False):
                 known[name], sure = contest().gain()
             log.debug("measured %s: %.2f times as fast", name, known[name])
-            if sure:
+            if sure and not _is_busy():
                 _keep(name, known[name])
         return known[name]
 
@@ -132,6 +130,13 @@ def policy(variable: str) -> str:
     if said not in POLICIES:
         raise ValueError(f"{variable} is {said!r}; it must be one of {', '.join(POLICIES)}")
     return said
+
+
+def _is_busy() -> bool:
+    """Whether, in the last minute, more wanted to run than one above the number of processors."""
+    # Threads that wait for each other then lose whole time slices, in every turn alike.
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return load > (os.cpu_count() or 1) + 1
 
 
 def _gains_here() -> dict[str, float]:

@@ -14,8 +14,9 @@ from meg_kernels.machine import Contest
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path) -> Path:
-    """An empty cache folder, in a process that has measured nothing."""
+    """An empty cache folder, on an idle machine, in a process that has measured nothing."""
     monkeypatch.setenv("MEG_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
     forget(monkeypatch)
     return tmp_path / "cache"
 
@@ -106,6 +107,14 @@ def test_what_was_measured_is_known_to_the_next_process(cache, clock, monkeypatc
     forget(monkeypatch)
     assert machine.gain("a", lambda: pytest.fail("measured twice")) == 3
     assert machine.gains() == {"a": 3.0}
+
+
+@pytest.mark.parametrize("above, kept", [(1, True), (1.1, False)])
+def test_what_a_busy_machine_measures_is_not_kept(cache, clock, monkeypatch, above, kept):
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (4 + above, 0.0, 0.0), raising=False)
+    assert machine.gain("a", lambda: clock.contest([3.0], [1.0])) == 3
+    assert cache.exists() == kept
 
 
 def test_another_number_of_threads_is_measured_by_itself(cache, clock, monkeypatch):

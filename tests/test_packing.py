@@ -224,11 +224,11 @@ def test_choices_are_shown_by_shape(monkeypatch):
     monkeypatch.setattr(packing, "gains", lambda: gains)
     monkeypatch.setenv(packing.VARIABLE, "auto")
     assert packing_choices() == [
-        Choice("products bfloat16 40 to 24", "plain", "packed, times as fast: 1.00 for 1"),
+        Choice("products bfloat16 40 to 24", "plain", "gain by packing: 1.00 for 1"),
         Choice(
             "products float32 40 to 24",
             "packed for 8, 64 rows",
-            "packed, times as fast: 0.50 for 1, 1.10 for 8, 2.00 for 64",
+            "gain by packing: 0.50 for 1, 1.10 for 8, 2.00 for 64",
         ),
     ]
     monkeypatch.setenv(packing.VARIABLE, "never")
