@@ -41,12 +41,13 @@ from meg_kernels.diffusion import (
 from meg_kernels.editing.fit import descend
 from meg_kernels.editing.generators import GeneratorConfig, build_generator
 from meg_kernels.neuron import NeuronLayout
+from meg_kernels.nn.packing import PackedWeight
 from meg_kernels.ops import backend as backends
 from meg_kernels.ops.linear_gelu import linear_gelu
 from meg_kernels.ops.modulated_norm import gated_residual_layer_norm
 from meg_kernels.ops.short_attention import short_attention
 from meg_kernels.ops.solver_step import solver_step
-from meg_kernels.precision import PackedWeight, fast_dtype
+from meg_kernels.precision import fast_dtype
 
 GPU = torch.cuda.is_available()
 SCHEDULE = NoiseSchedule()

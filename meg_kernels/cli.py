@@ -493,7 +493,9 @@ def info() -> None:
     """Show versions, devices, and which backends are usable or why not."""
     import torch
 
+    from meg_kernels.nn.packing import packing_choices
     from meg_kernels.ops.backend import BACKENDS, choose, forced_backend, unusable_reason
+    from meg_kernels.precision import bfloat16_choice
 
     table = Table("component", "state", title="MeG Kernels", title_justify="left")
     table.add_row("torch", torch.__version__)  # with what it is built for
@@ -512,6 +514,8 @@ def info() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     how = "chosen automatically" if forced_backend() is None else "forced"
     table.add_row(f"ops on {device} run on", f"{choose('meg info', device)}, {how}")
+    for choice in (bfloat16_choice(device), *packing_choices()):
+        table.add_row(choice.what, f"{choice.chosen}; {choice.why}")
     console.print(table)
 
 

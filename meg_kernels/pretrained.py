@@ -32,6 +32,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from meg_kernels.storage import cache_folder
+
 log = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2"
@@ -68,13 +70,6 @@ def _checked_device(device: str | torch.device | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device is {device}, but PyTorch sees no CUDA device; run: meg info")
     return device
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $MEG_KERNELS_CACHE, else the user's cache folder."""
-    if named := os.environ.get("MEG_KERNELS_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meg_kernels"
 
 
 def _wheel_folder(package: str, wheel: str) -> Path:

@@ -32,6 +32,13 @@ class CorruptFileError(ValueError):
     """A file is truncated, damaged or of another kind than it should be."""
 
 
+def cache_folder() -> Path:
+    """Where things made once are kept: $MEG_KERNELS_CACHE, else the user's cache folder."""
+    if named := os.environ.get("MEG_KERNELS_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meg_kernels"
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import os
 
 import csrc_on_host
 import kernel_checks
@@ -21,6 +22,9 @@ from meg_kernels.ops import native
 from meg_kernels.ops.backend import backend
 
 torch.set_num_threads(1)
+# No timing decides what a test runs.
+os.environ.setdefault("MEG_KERNELS_PACKING", "always")
+os.environ.setdefault("MEG_KERNELS_BFLOAT16", "always")
 with contextlib.suppress(ImportError):  # a borrowed machine with a GPU may lack it
     from hypothesis import settings
 

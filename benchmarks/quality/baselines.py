@@ -48,8 +48,8 @@ from meg_kernels.editing.prompting import (
 )
 from meg_kernels.nn import LowerLayers
 from meg_kernels.nn.families import decoder_layers, feed_forward
-from meg_kernels.nn.linear import projections
-from meg_kernels.precision import fast_dtype, frozen_products
+from meg_kernels.nn.packing import frozen_products, projections
+from meg_kernels.precision import fast_dtype
 from meg_kernels.pretrained import SMOLLM2, load_language_model
 from meg_kernels.storage import fingerprint, write_json
 

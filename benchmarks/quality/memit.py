@@ -44,8 +44,8 @@ from meg_kernels.editing.prompting import (
 from meg_kernels.editing.shipped import shipped_unrelated_queries
 from meg_kernels.nn import LowerLayers, input_of
 from meg_kernels.nn.families import decoder_layer, decoder_layers, feed_forward
-from meg_kernels.nn.linear import projections
-from meg_kernels.precision import fast_dtype, frozen_products
+from meg_kernels.nn.packing import frozen_products, projections
+from meg_kernels.precision import fast_dtype
 
 BEGINNINGS = ("The", "Therefore", "Because", "I", "You")  # of the prefixes, as the authors have it
 PROMPTS_AT_ONCE = 16  # a CPU's caches hold some prompts' activations only

@@ -28,11 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meg_kernels.nn.packing import PackedWeight
 from meg_kernels.ops.linear_gelu import linear_gelu
 from meg_kernels.ops.modulated_norm import gated_residual_layer_norm, modulated_layer_norm
 from meg_kernels.ops.short_attention import MAX_TOKENS, short_attention
 from meg_kernels.ops.solver_step import solver_step
-from meg_kernels.precision import PackedWeight, fast_dtype
+from meg_kernels.precision import fast_dtype
 
 from .dit import LAYER_NORM_EPS, DiTBlock, NeuronDiT, timestep_sinusoids
 from .sampler import SamplerConfig, check_condition, draw_noise

@@ -30,7 +30,8 @@ from meg_kernels.editing.prompting import IGNORED, PromptedModel, TargetBatch
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import Attached, LowerLayers, input_device, input_of
 from meg_kernels.nn.families import decoder_layers
-from meg_kernels.precision import fast_dtype, frozen_products
+from meg_kernels.nn.packing import frozen_products
+from meg_kernels.precision import fast_dtype
 from meg_kernels.storage import WorkFolder, fingerprint, read_tensors, write_tensors
 
 PROMPTS_AT_ONCE_ON_CPU = 16

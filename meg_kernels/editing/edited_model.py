@@ -22,7 +22,7 @@ from meg_kernels.editing.general_ability import Perplexity, perplexity
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.editing.shipped import shipped_passages
 from meg_kernels.nn import Attached
-from meg_kernels.precision import frozen_products
+from meg_kernels.nn.packing import frozen_products
 from meg_kernels.routing.edits import Edits
 from meg_kernels.routing.router import Router, Routing
 from meg_kernels.routing.saving import BaseModel

@@ -7,11 +7,10 @@ they are, in the storage they have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn.mounted import Mounted
@@ -122,33 +121,3 @@ class MeGLinear(nn.Linear):
         """The line inside the parentheses of `repr`."""
         mounted = "" if self._mounted is None else f", neurons={len(self._mounted.neurons)}"
         return super().extra_repr() + mounted
-
-
-def projections(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """The plain projections among and in `modules`, whether or not they carry neurons."""
-    kinds = (nn.Linear, Conv1D, MeGLinear)
-    parts = (part for module in modules for part in module.modules() if type(part) in kinds)
-    # A quantised weight is a tensor of a class of its own; one that is offloaded is on `meta`.
-    return (
-        part
-        for part in parts
-        if type(part.weight) in (Tensor, nn.Parameter) and not part.weight.is_meta
-    )
-
-
-@contextmanager
-def products_replaced(products: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Inside, each of these projections gets its product, but for neurons it carries, like this."""
-    before = []
-    try:
-        for projection, product in products.items():
-            name = "project" if isinstance(projection, MeGLinear) else "forward"
-            before.append((vars(projection), name, vars(projection).get(name)))
-            vars(projection)[name] = product
-        yield
-    finally:
-        for attributes, name, earlier in reversed(before):
-            if earlier is None:
-                del attributes[name]
-            else:
-                attributes[name] = earlier
