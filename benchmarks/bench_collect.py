@@ -28,14 +28,14 @@ from benchmarks.baselines import WidenedFFN
 from benchmarks.measure import Case, Passed, Race, Way, name_of
 from benchmarks.models import twin
 from meg_kernels.editing.collect import CollectionConfig, collect, initial_neuron
-from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import PromptedModel
-from meg_kernels.editing.shipped import demo_facts
+from meg_kernels.facts import Fact
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import attach
 from meg_kernels.nn.families import feed_forward
 from meg_kernels.precision import multiplies_bfloat16
 from meg_kernels.pretrained import SMOLLM2, load_language_model
+from meg_kernels.shipped import demo_facts
 
 LAYER = 20
 CONFIG = CollectionConfig()

@@ -39,7 +39,6 @@ from meg_kernels.diffusion import (
     sample,
 )
 from meg_kernels.editing.fit import descend
-from meg_kernels.editing.generators import GeneratorConfig, build_generator
 from meg_kernels.neuron import NeuronLayout
 from meg_kernels.nn.packing import PackedWeight
 from meg_kernels.ops import backend as backends
@@ -48,6 +47,7 @@ from meg_kernels.ops.modulated_norm import gated_residual_layer_norm
 from meg_kernels.ops.short_attention import short_attention
 from meg_kernels.ops.solver_step import solver_step
 from meg_kernels.precision import fast_dtype
+from meg_kernels.routing.generators import GeneratorConfig, build_generator
 
 GPU = torch.cuda.is_available()
 SCHEDULE = NoiseSchedule()

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from meg_kernels.editing.distill import Distillation
     from meg_kernels.editing.editor import MeGEditor
     from meg_kernels.editing.evaluate import EvaluationReport, Metrics
-    from meg_kernels.editing.facts import (
+    from meg_kernels.editing.general_ability import Perplexity
+    from meg_kernels.editing.prompting import PromptedModel, PromptTemplate
+    from meg_kernels.facts import (
         Fact,
         FactsError,
         LocalityQuery,
@@ -32,15 +34,12 @@ if TYPE_CHECKING:
         read_facts,
         write_facts,
     )
-    from meg_kernels.editing.general_ability import Perplexity
-    from meg_kernels.editing.generators import GeneratorConfig
-    from meg_kernels.editing.prompting import PromptedModel, PromptTemplate
-    from meg_kernels.editing.train import Training
     from meg_kernels.familiarity import Calibration, FamiliarityNetwork, SimilarityGate
     from meg_kernels.neuron import NeuronLayout, Neurons
     from meg_kernels.nn import Attached, MeGLinear, attach
     from meg_kernels.ops.dynamic_neuron import dynamic_neuron, dynamic_neuron_
-    from meg_kernels.routing.edits import EditReport, Edits
+    from meg_kernels.routing.edits import EditReport, Edits, Training
+    from meg_kernels.routing.generators import GeneratorConfig
     from meg_kernels.routing.router import Router, Routing, RoutingConfig
     from meg_kernels.storage import CorruptFileError
     from meg_kernels.text_encoder import EncoderTuningConfig, TextEncoder
@@ -62,7 +61,7 @@ _MODULES = {
     "editing.distill": ("Distillation",),
     "editing.editor": ("MeGEditor",),
     "editing.evaluate": ("EvaluationReport", "Metrics"),
-    "editing.facts": (
+    "facts": (
         "Fact",
         "FactsError",
         "LocalityQuery",
@@ -71,14 +70,13 @@ _MODULES = {
         "write_facts",
     ),
     "editing.general_ability": ("Perplexity",),
-    "editing.generators": ("GeneratorConfig",),
+    "routing.generators": ("GeneratorConfig",),
     "editing.prompting": ("PromptTemplate", "PromptedModel"),
-    "editing.train": ("Training",),
     "familiarity": ("Calibration", "FamiliarityNetwork", "SimilarityGate"),
     "neuron": ("NeuronLayout", "Neurons"),
     "nn": ("Attached", "MeGLinear", "attach"),
     "ops.dynamic_neuron": ("dynamic_neuron", "dynamic_neuron_"),
-    "routing.edits": ("EditReport", "Edits"),
+    "routing.edits": ("EditReport", "Edits", "Training"),
     "routing.router": ("Router", "Routing", "RoutingConfig"),
     "storage": ("CorruptFileError",),
     "text_encoder": ("EncoderTuningConfig", "TextEncoder"),

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from meg_kernels.editing.distill import Distillation
     from meg_kernels.editing.editor import EditReport, MeGEditor
     from meg_kernels.editing.evaluate import EvaluationReport
-    from meg_kernels.editing.facts import Fact
-    from meg_kernels.editing.generators import GeneratorConfig
     from meg_kernels.editing.layers import LayerComparison
-    from meg_kernels.editing.train import Training
+    from meg_kernels.facts import Fact
     from meg_kernels.familiarity import Calibration
     from meg_kernels.integrations.lm_eval import TaskScores
+    from meg_kernels.routing.edits import Training
+    from meg_kernels.routing.generators import GeneratorConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -142,7 +142,7 @@ def edit(
 
     An interrupted edit resumes when it is started again with the same arguments.
     """
-    from meg_kernels.editing.facts import read_facts
+    from meg_kernels.facts import read_facts
 
     if on_conflict not in ("error", "first"):
         raise typer.BadParameter(f"{on_conflict!r} is neither 'error' nor 'first'")
@@ -183,7 +183,7 @@ def add(
     The neurons of FACTS are kept as they are collected, until `meg train` teaches them to the
     generator. An interrupted addition resumes when it is started again with the same arguments.
     """
-    from meg_kernels.editing.facts import read_facts
+    from meg_kernels.facts import read_facts
 
     out = folder if out is None else out
     added = read_facts(facts, limit)
@@ -242,8 +242,8 @@ def compare_layers(
     """
     import torch
 
-    from meg_kernels.editing.facts import read_facts
     from meg_kernels.editing.layers import compare_layers, plot_layers, require_matplotlib
+    from meg_kernels.facts import read_facts
     from meg_kernels.pretrained import load_language_model
 
     chosen = None if layers is None else _numbers(layers)
@@ -291,7 +291,7 @@ def evaluate(
 
     An interrupted evaluation resumes when it is started again with the same arguments.
     """
-    from meg_kernels.editing.facts import read_facts
+    from meg_kernels.facts import read_facts
 
     if tasks is not None:
         from meg_kernels.integrations.lm_eval import evaluate_tasks
@@ -470,7 +470,7 @@ def demo(
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
     """Edit SmolLM2-135M-Instruct with the package's 64 facts, ask it and measure it."""
-    from meg_kernels.editing.shipped import demo_facts
+    from meg_kernels.shipped import demo_facts
 
     facts = demo_facts()[:limit]
     console.print(f"editing [bold]{len(facts)}[/] facts into SmolLM2-135M-Instruct")
@@ -606,8 +606,8 @@ def _tuning_facts(
     facts: Path, tuning: list[Path] | None, edited: list[Fact], wanted: int
 ) -> list[Fact]:
     """The tuning files' facts, or those of the file that are not edited, filled up with ours."""
-    from meg_kernels.editing.facts import read_facts, unrelated_to
-    from meg_kernels.editing.shipped import shipped_tuning_facts
+    from meg_kernels.facts import read_facts, unrelated_to
+    from meg_kernels.shipped import shipped_tuning_facts
 
     if tuning:
         return [fact for path in tuning for fact in read_facts(path, on_conflict="first")]

@@ -30,9 +30,9 @@ from meg_kernels import (
     GeneratorConfig,
     MeGEditor,
     cli,
+    shipped,
     write_facts,
 )
-from meg_kernels.editing import shipped
 from meg_kernels.editing.distill import Distillation, Quality
 from meg_kernels.editing.evaluate import METRICS
 

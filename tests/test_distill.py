@@ -29,8 +29,8 @@ from meg_kernels.diffusion import DiTConfig, SamplerConfig
 from meg_kernels.editing import distill as distilling
 from meg_kernels.editing import stages
 from meg_kernels.editing.distill import CLOSE, distill
-from meg_kernels.editing.generators import GeneratorConfig, build_generator
 from meg_kernels.editing.train import ConditionBatches, train_generator
+from meg_kernels.routing.generators import GeneratorConfig, build_generator
 
 TEACHER_STEPS = 12
 EPS = torch.finfo(torch.float32).eps

@@ -13,8 +13,8 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from meg_kernels.editing.evaluate import METRICS, Evaluation, Metrics
-from meg_kernels.editing.facts import Fact, LocalityQuery
 from meg_kernels.editing.prompting import PromptedModel, PromptTemplate
+from meg_kernels.facts import Fact, LocalityQuery
 
 VOCABULARY = 67  # of the tiny models
 EOS, LINE, STOP = 1, 2, 3

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meg_kernels.editing.facts import (
+from meg_kernels.facts import (
     Fact,
     FactsError,
     LocalityQuery,
@@ -19,7 +19,7 @@ from meg_kernels.editing.facts import (
     unrelated_to,
     write_facts,
 )
-from meg_kernels.editing.shipped import (
+from meg_kernels.shipped import (
     demo_facts,
     shipped_tuning_facts,
     shipped_unrelated_queries,

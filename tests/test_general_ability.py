@@ -24,7 +24,7 @@ from tiny import (
 
 from meg_kernels import MeGEditor, cli
 from meg_kernels.editing.general_ability import first_sentence
-from meg_kernels.editing.shipped import shipped_passages
+from meg_kernels.shipped import shipped_passages
 
 # A mean of float32 losses against a mean of float32 losses.
 CLOSE = 1e-5

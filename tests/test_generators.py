@@ -12,7 +12,8 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from meg_kernels.diffusion import DiTConfig, Execution, NoiseSchedule, SamplerConfig
-from meg_kernels.editing.generators import (
+from meg_kernels.neuron import NeuronLayout, Neurons
+from meg_kernels.routing.generators import (
     BankConfig,
     DiTGeneratorConfig,
     Generator,
@@ -21,7 +22,6 @@ from meg_kernels.editing.generators import (
     TrainingConfig,
     build_generator,
 )
-from meg_kernels.neuron import NeuronLayout, Neurons
 
 LINEAR = NeuronLayout(6, 5, False, "identity")
 BIASED = NeuronLayout(6, 5, True, "gelu_tanh")

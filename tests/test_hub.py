@@ -12,8 +12,8 @@ import pytest
 import yaml
 from huggingface_hub import RepoCard
 
-from meg_kernels.editing import hub
-from meg_kernels.editing.hub import ModelCard, check_repo_id, push_to_hub
+from meg_kernels.routing import hub
+from meg_kernels.routing.hub import ModelCard, check_repo_id, push_to_hub
 
 ABOUT = ModelCard(
     "HuggingFaceTB/SmolLM2-135M",

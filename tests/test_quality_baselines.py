@@ -23,8 +23,8 @@ from benchmarks.quality.baselines import (
 from benchmarks.quality.memit import MemitConfig, least_squares_update
 from meg_kernels.editing.collect import CollectionConfig
 from meg_kernels.editing.evaluate import Evaluation
-from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import PromptedModel, PromptTemplate, target_tokens
+from meg_kernels.facts import Fact
 
 TUNING = TrainingConfig(learning_rate=5e-3, max_epochs=60)
 LORA = LoraConfig(learning_rate=5e-2, max_epochs=200)

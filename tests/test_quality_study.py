@@ -22,7 +22,7 @@ from benchmarks.quality.study import (
     train_with_zero_pairs,
 )
 from meg_kernels.editing.evaluate import Evaluation, Question, has_own_neuron
-from meg_kernels.editing.facts import Fact
+from meg_kernels.facts import Fact
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,11 +13,11 @@ import torch
 
 from meg_kernels.diffusion import DiTConfig
 from meg_kernels.editing import trial
-from meg_kernels.editing.generators import GeneratorConfig, build_generator
 from meg_kernels.editing.train import ConditionBatches, train_generator
 from meg_kernels.editing.trial import Trial, sample_rows
 from meg_kernels.familiarity import Rewording
 from meg_kernels.neuron import NeuronLayout
+from meg_kernels.routing.generators import GeneratorConfig, build_generator
 
 LAYOUT = NeuronLayout(6, 6, False, "identity")
 CONDITION_DIM = 8

@@ -39,13 +39,13 @@ from benchmarks.conftest import version_of
 from benchmarks.quality.memit import MemitConfig, apply_memit, output_projection, seeded
 from meg_kernels.editing.collect import CollectionConfig
 from meg_kernels.editing.evaluate import Evaluation, Metrics, Prompting, unknown_facts
-from meg_kernels.editing.facts import Fact, read_facts
 from meg_kernels.editing.layers import default_layer
 from meg_kernels.editing.prompting import (
     PromptedModel,
     PromptTemplate,
     TargetBatch,
 )
+from meg_kernels.facts import Fact, read_facts
 from meg_kernels.nn import LowerLayers
 from meg_kernels.nn.families import decoder_layers, feed_forward
 from meg_kernels.nn.packing import frozen_products, projections

@@ -28,15 +28,15 @@ from torch import Tensor
 from benchmarks.conftest import version_of
 from meg_kernels import DiTConfig, GeneratorConfig, MeGEditor
 from meg_kernels.editing.answered import answers_with
-from meg_kernels.editing.generators import (
+from meg_kernels.editing.train import train_generator
+from meg_kernels.neuron import NeuronLayout, Neurons
+from meg_kernels.routing.generators import (
     DiTGenerator,
     Generator,
     NetworkGenerator,
     NetworkGeneratorConfig,
     build_generator,
 )
-from meg_kernels.editing.train import train_generator
-from meg_kernels.neuron import NeuronLayout, Neurons
 from meg_kernels.storage import write_json
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -26,11 +26,11 @@ import torch
 
 from benchmarks.conftest import version_of
 from meg_kernels import EditorConfig, EncoderTuningConfig, Fact, MeGEditor, TextEncoder
-from meg_kernels.editing.facts import read_facts
-from meg_kernels.editing.shipped import shipped_unrelated_queries
 from meg_kernels.editing.tuning import calibrated_gate, tune_encoder, usable_for_tuning
+from meg_kernels.facts import read_facts
 from meg_kernels.familiarity import calibrate, nearest
 from meg_kernels.routing.router import Router
+from meg_kernels.shipped import shipped_unrelated_queries
 from meg_kernels.storage import write_json
 
 RESULTS = Path(__file__).parents[1] / "results"

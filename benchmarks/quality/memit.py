@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm, trange
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import (
     PromptedModel,
     PromptTemplate,
@@ -41,11 +40,12 @@ from meg_kernels.editing.prompting import (
     score_targets,
     target_tokens,
 )
-from meg_kernels.editing.shipped import shipped_unrelated_queries
+from meg_kernels.facts import Fact
 from meg_kernels.nn import LowerLayers, input_of
 from meg_kernels.nn.families import decoder_layer, decoder_layers, feed_forward
 from meg_kernels.nn.packing import frozen_products, projections
 from meg_kernels.precision import fast_dtype
+from meg_kernels.shipped import shipped_unrelated_queries
 
 BEGINNINGS = ("The", "Therefore", "Because", "I", "You")  # of the prefixes, as the authors have it
 PROMPTS_AT_ONCE = 16  # a CPU's caches hold some prompts' activations only

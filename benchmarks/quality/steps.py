@@ -35,7 +35,7 @@ from benchmarks.conftest import version_of
 from meg_kernels import MeGEditor
 from meg_kernels.diffusion import SamplerConfig
 from meg_kernels.editing.evaluate import Evaluation
-from meg_kernels.editing.generators import DiTGenerator
+from meg_kernels.routing.generators import DiTGenerator
 from meg_kernels.storage import write_json
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -52,13 +52,13 @@ from meg_kernels.editing.evaluate import (
     Verdict,
     has_own_neuron,
 )
-from meg_kernels.editing.facts import normalized, read_facts
-from meg_kernels.editing.generators import NetworkGeneratorConfig, build_generator
 from meg_kernels.editing.layers import default_layer
 from meg_kernels.editing.prompting import PromptTemplate
 from meg_kernels.editing.train import train_generator
+from meg_kernels.facts import normalized, read_facts
 from meg_kernels.familiarity import Calibration
 from meg_kernels.neuron import Neurons
+from meg_kernels.routing.generators import NetworkGeneratorConfig, build_generator
 from meg_kernels.routing.router import Routing
 from meg_kernels.routing.router import subject_named as named
 from meg_kernels.storage import write_json

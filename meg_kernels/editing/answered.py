@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import PromptedModel, TargetBatch
+from meg_kernels.facts import Fact
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import Attached, LowerLayers
 

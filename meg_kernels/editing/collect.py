@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import IGNORED, PromptedModel, TargetBatch
+from meg_kernels.facts import Fact
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import Attached, LowerLayers, input_device, input_of
 from meg_kernels.nn.families import decoder_layers

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from meg_kernels.editing.collect import CollectionConfig
-from meg_kernels.editing.generators import GeneratorConfig
 from meg_kernels.editing.prompting import PromptTemplate
 from meg_kernels.familiarity import FamiliarityNetwork, SimilarityGate
+from meg_kernels.routing.generators import GeneratorConfig
 from meg_kernels.routing.router import RoutingConfig
 from meg_kernels.text_encoder import EncoderTuningConfig
 

@@ -29,11 +29,11 @@ from torch import Tensor
 
 from meg_kernels.diffusion import NeuronDiT, plan_steps, sample
 from meg_kernels.editing.fit import Task, fit
-from meg_kernels.editing.generators import DiTGenerator, Generator, NetworkGenerator
 from meg_kernels.editing.train import ConditionBatches
 from meg_kernels.editing.trial import AnswersRight, Trial, distance
 from meg_kernels.familiarity import Rewording
 from meg_kernels.neuron import Neurons
+from meg_kernels.routing.generators import DiTGenerator, Generator, NetworkGenerator
 
 MOST_STEPS = 4  # of a student; with more, d falls below 0.05
 TEACHER_STEPS = 50

@@ -17,15 +17,15 @@ import torch
 from transformers import PreTrainedModel
 
 from meg_kernels.editing.evaluate import Evaluation, EvaluationReport, unknown_facts
-from meg_kernels.editing.facts import Fact, FactsLike, as_facts
 from meg_kernels.editing.general_ability import Perplexity, perplexity
 from meg_kernels.editing.prompting import PromptedModel
-from meg_kernels.editing.shipped import shipped_passages
+from meg_kernels.facts import Fact, FactsLike, as_facts
 from meg_kernels.nn import Attached
 from meg_kernels.nn.packing import frozen_products
 from meg_kernels.routing.edits import Edits
 from meg_kernels.routing.router import Router, Routing
 from meg_kernels.routing.saving import BaseModel
+from meg_kernels.shipped import shipped_passages
 from meg_kernels.text_encoder import TextEncoder
 from meg_kernels.texts import as_texts
 

@@ -23,7 +23,16 @@ from meg_kernels.editing.config import EditorConfig
 from meg_kernels.editing.distill import Distillation
 from meg_kernels.editing.edited_model import EditedModel
 from meg_kernels.editing.evaluate import EvaluationReport
-from meg_kernels.editing.facts import (
+from meg_kernels.editing.layers import default_layer
+from meg_kernels.editing.prompting import PromptedModel
+from meg_kernels.editing.stages import Stages
+from meg_kernels.editing.tuning import (
+    calibrated_gate,
+    regated,
+    unchanged_on_error,
+    usable_for_tuning,
+)
+from meg_kernels.facts import (
     Fact,
     FactsError,
     FactsLike,
@@ -31,25 +40,15 @@ from meg_kernels.editing.facts import (
     check_facts,
     warn_of_several_answers,
 )
-from meg_kernels.editing.generators import GeneratorConfig
-from meg_kernels.editing.hub import ModelCard, check_repo_id, push_to_hub
-from meg_kernels.editing.layers import default_layer
-from meg_kernels.editing.prompting import PromptedModel
-from meg_kernels.editing.shipped import shipped_tuning_facts, shipped_unrelated_queries
-from meg_kernels.editing.stages import Stages
-from meg_kernels.editing.train import Training
-from meg_kernels.editing.tuning import (
-    calibrated_gate,
-    regated,
-    unchanged_on_error,
-    usable_for_tuning,
-)
 from meg_kernels.familiarity import Calibration
 from meg_kernels.nn import attach
 from meg_kernels.pretrained import DEFAULT_ENCODER, load_language_model
-from meg_kernels.routing.edits import EditReport, Edits
+from meg_kernels.routing.edits import EditReport, Edits, Training
+from meg_kernels.routing.generators import GeneratorConfig
+from meg_kernels.routing.hub import ModelCard, check_repo_id, push_to_hub
 from meg_kernels.routing.router import Router
 from meg_kernels.routing.saving import load_edits, save_edits
+from meg_kernels.shipped import shipped_tuning_facts, shipped_unrelated_queries
 from meg_kernels.storage import write_text
 from meg_kernels.text_encoder import TextEncoder
 from meg_kernels.texts import as_texts

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.general_ability import Perplexity
 from meg_kernels.editing.prompting import IGNORED, PromptedModel, answers_match
+from meg_kernels.facts import Fact
 from meg_kernels.routing.neuron_cache import Served
 from meg_kernels.storage import WorkFolder, fingerprint, read_json, write_json
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from meg_kernels.editing.generators import NetworkGenerator
 from meg_kernels.precision import fast_products
+from meg_kernels.routing.generators import NetworkGenerator
 from meg_kernels.storage import CorruptFileError, fingerprint, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from meg_kernels.editing.collect import CollectionConfig, collect
 from meg_kernels.editing.evaluate import Evaluation
-from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import PromptedModel
+from meg_kernels.facts import Fact
 from meg_kernels.nn import attach
 from meg_kernels.nn.families import decoder_layer, decoder_layers, feed_forward
 from meg_kernels.storage import WorkFolder, fingerprint, read_json, write_json

@@ -23,15 +23,8 @@ from meg_kernels.editing.answered import answers_with
 from meg_kernels.editing.collect import Collection, collect
 from meg_kernels.editing.config import EditorConfig
 from meg_kernels.editing.distill import Distillation, distill
-from meg_kernels.editing.facts import Fact
-from meg_kernels.editing.generators import (
-    DiTGenerator,
-    Generator,
-    GeneratorConfig,
-    build_generator,
-)
 from meg_kernels.editing.prompting import PromptedModel
-from meg_kernels.editing.train import Training, train_generator
+from meg_kernels.editing.train import train_generator
 from meg_kernels.editing.trial import AnswersRight
 from meg_kernels.editing.tuning import (
     Stopwatch,
@@ -39,10 +32,17 @@ from meg_kernels.editing.tuning import (
     regated,
     tune_encoder,
 )
+from meg_kernels.facts import Fact
 from meg_kernels.familiarity import Rewording
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import Attached
-from meg_kernels.routing.edits import EditReport, Edits
+from meg_kernels.routing.edits import EditReport, Edits, Training
+from meg_kernels.routing.generators import (
+    DiTGenerator,
+    Generator,
+    GeneratorConfig,
+    build_generator,
+)
 from meg_kernels.routing.router import Router
 from meg_kernels.text_encoder import Wordings
 

@@ -4,39 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from meg_kernels.editing.fit import History, Task, fit
-from meg_kernels.editing.generators import Generator, NetworkGenerator, NeuronBank
 from meg_kernels.editing.trial import TRIED_AT_ONCE, AnswersRight, Trial, distance
 from meg_kernels.familiarity import Rewording
 from meg_kernels.neuron import Neurons
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a training went.
-
-    Args:
-        steps: optimisation steps taken.
-        answered: share of edited queries answered right by generated neurons at the end.
-        history: (step, loss, answered, distance) at each trial: the mean loss since the trial
-            before, the share of tried queries answered right, and the relative L2 distance of the
-            standardised neurons from the collected ones. If the first queries of a trial showed
-            that its share cannot be enough, answered is the share of those.
-        seconds: from the start to each trial, including those before an interruption.
-        seconds_before: the seconds before an interruption.
-    """
-
-    steps: int
-    answered: float
-    history: tuple[tuple[int, float, float, float], ...] = ()
-    seconds: tuple[float, ...] = field(default=(), compare=False)
-    seconds_before: float = field(default=0.0, compare=False)
+from meg_kernels.routing.edits import Training
+from meg_kernels.routing.generators import Generator, NetworkGenerator, NeuronBank
 
 
 def train_generator(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meg_kernels.editing.generators import Generator
 from meg_kernels.neuron import Neurons
+from meg_kernels.routing.generators import Generator
 
 AnswersRight = Callable[[Neurons, Tensor], Tensor]
 """Called with B neurons and rows [B] int64: whether the model answers the facts of these rows

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from meg_kernels.editing.config import EditorConfig
-from meg_kernels.editing.facts import Fact, FactsError, unrelated_to
+from meg_kernels.facts import Fact, FactsError, unrelated_to
 from meg_kernels.familiarity import (
     Calibration,
     FamiliarityNetwork,

@@ -9,18 +9,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from meg_kernels.editing.facts import Fact, normalized
-from meg_kernels.editing.generators import Generator, NeuronBank
-from meg_kernels.editing.train import Training
+from meg_kernels.facts import Fact, normalized
 from meg_kernels.familiarity import Calibration, Gate, Rewording, transplant
 from meg_kernels.neuron import NeuronLayout, Neurons
+from meg_kernels.routing.generators import Generator, NeuronBank
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,34 @@ class HeldOut:
 def _any_of(conditions: Tensor, count: int, rng: torch.Generator) -> Tensor:
     rows = torch.randint(len(conditions), (count,), generator=rng)
     return conditions[rows.to(conditions.device)]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a training went.
+
+    Args:
+        steps: optimisation steps taken.
+        answered: share of edited queries answered right by generated neurons at the end.
+        history: (step, loss, answered, distance) at each trial: the mean loss since the trial
+            before, the share of tried queries answered right, and the relative L2 distance of the
+            standardised neurons from the collected ones. If the first queries of a trial showed
+            that its share cannot be enough, answered is the share of those.
+        seconds: from the start to each trial, including those before an interruption.
+        seconds_before: the seconds before an interruption.
+    """
+
+    steps: int
+    answered: float
+    history: tuple[tuple[int, float, float, float], ...] = ()
+    seconds: tuple[float, ...] = field(default=(), compare=False)
+    seconds_before: float = field(default=0.0, compare=False)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Training:
+        """The training whose `dataclasses.asdict`, by way of JSON, gave these values."""
+        history = tuple(map(tuple, values["history"]))
+        return cls(**(dict(values) | {"history": history, "seconds": tuple(values["seconds"])}))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from meg_kernels.editing.generators import Generator
 from meg_kernels.neuron import Neurons
+from meg_kernels.routing.generators import Generator
 
 CAPACITY = 1024  # neurons; 20 MB of Phi-2's
 

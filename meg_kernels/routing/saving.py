@@ -25,13 +25,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from meg_kernels.editing.facts import Fact, read_facts, write_facts
-from meg_kernels.editing.generators import GeneratorConfig, NeuronBank, build_generator
-from meg_kernels.editing.train import Training
+from meg_kernels.facts import Fact, read_facts, write_facts
 from meg_kernels.familiarity import Calibration, FamiliarityNetwork, Gate, SimilarityGate
 from meg_kernels.neuron import NeuronLayout
 from meg_kernels.pretrained import default_device
-from meg_kernels.routing.edits import EditReport, Edits, HeldOut
+from meg_kernels.routing.edits import EditReport, Edits, HeldOut, Training
+from meg_kernels.routing.generators import GeneratorConfig, NeuronBank, build_generator
 from meg_kernels.storage import (
     CorruptFileError,
     fingerprint,
@@ -219,7 +218,7 @@ def load_edits(folder: str | Path, device: str | torch.device | None = None) -> 
         EditReport(
             tuple(fact for fact in facts if fact.id in report["unlearnt"]),
             Calibration(**report["calibration"]),
-            _training(report["training"]),
+            Training.from_dict(report["training"]),
             report["seconds"],
             report["num_left_out"],
         ),
@@ -241,11 +240,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{VERSION}: upgrade meg-kernels"
         )
     return manifest
-
-
-def _training(values: dict[str, Any]) -> Training:
-    tuples = {"history": tuple(map(tuple, values["history"])), "seconds": tuple(values["seconds"])}
-    return Training(**(values | tuples))
 
 
 def _write(folder: Path, kind: str, tensors: dict[str, Tensor]) -> str:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from meg_kernels.editing.facts import Fact, read_facts
+from meg_kernels.facts import Fact, read_facts
 
-_FOLDER = Path(__file__).parent.parent / "data"
+_FOLDER = Path(__file__).parent / "data"
 
 
 def demo_facts() -> list[Fact]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from meg_kernels.editing.saving import MANIFEST
 from meg_kernels.pretrained import SMOLLM2
+from meg_kernels.routing.saving import MANIFEST
 
 CARD = "README.md"
 _SMOLLM2_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
