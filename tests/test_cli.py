@@ -591,13 +591,16 @@ def test_an_unknown_way_to_treat_conflicts_is_refused(facts_file, tmp_path):
     arguments = ["edit", str(facts_file), "--out", str(tmp_path), "--on-conflict", "last"]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 2
-    assert "'last' is not one of 'error', 'first'" in " ".join(result.output.split())
+    said = " ".join(result.output.replace("│", " ").split())
+    assert "'last' is not one of 'error', 'first'" in said
 
 
 def test_what_a_user_can_mend_is_one_clear_line(edited, edited_dit, tmp_path, monkeypatch, capsys):
     for arguments, message in (
         (["edit", "absent.jsonl", "--out", tmp_path / "new"], "absent.jsonl"),
         (["ask", tmp_path, "Who?"], "holds no edited model"),
+        (["list", tmp_path], "holds no edited model"),
+        (["remove", tmp_path, "Who?"], "holds no edited model"),
         (["evaluate", tmp_path / "absent"], "holds no edited model"),
         (["evaluate", edited[0], "--json", edited[0] / "meg.json" / "report"], "meg.json"),
         (["evaluate", edited[0], "--device", "cuda:99"], "cuda:99"),

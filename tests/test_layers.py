@@ -341,4 +341,4 @@ def test_layers_that_are_no_numbers_are_refused(command):
 
     result = CliRunner().invoke(cli.app, [*map(str, command), "--layers", "4;8"])
     assert result.exit_code == 2
-    assert "'4;8' is no list of layers like 4,8,12" in " ".join(result.output.split())
+    assert "'4;8' is not a list of layers such as 4,8,12" in " ".join(result.output.split())

@@ -171,7 +171,7 @@ def edit(
     ] = OnConflict.error,
     skip_known: Annotated[
         bool,
-        typer.Option("--skip-known", help="Leave out facts that the model already answers so."),
+        typer.Option("--skip-known", help="Leave out facts whose answers the model already gives."),
     ] = False,
     layer: Layer = None,
     generator: Generator = GeneratorKind.dit,
@@ -218,7 +218,7 @@ def edit(
     print_edit("Editing", report, editor.facts, editor)
     if known := report.known:
         given = known + len(editor.facts)
-        console.print(f"left out: {known} of {given} facts, which the model already answers so")
+        console.print(f"left out: {known} of {given} facts, whose answers the model already gives")
     print_saved(editor, out)
     query = editor.facts[0].query
     console.print(f"ask it: {shlex.join(['meg', 'ask', str(out), query])}", markup=False)
@@ -702,7 +702,7 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no list of layers like 4,8,12") from None
+        raise typer.BadParameter(f"{text!r} is not a list of layers such as 4,8,12") from None
 
 
 def _version(package: str) -> str:
