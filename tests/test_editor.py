@@ -273,7 +273,7 @@ def test_a_model_of_more_than_a_quarter_of_the_memory_is_not_packed(editor, monk
 
 def test_prompts_must_be_a_list(editor):
     assert editor.generate([]) == []
-    with pytest.raises(TypeError, match="prompts is the text '.*'; it must be a list of texts"):
+    with pytest.raises(TypeError, match=r"prompts is the text '.*'; it must be a list of texts"):
         editor.generate(QUERIES[0])
 
 

@@ -139,8 +139,8 @@ def test_the_shipped_passages_are_prose_on_many_topics():
 
 
 def test_evaluate_shows_and_writes_the_perplexity(editor, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda *given: editor)
-    monkeypatch.setattr(cli.console, "width", 300, raising=False)
+    monkeypatch.setattr(cli.commands, "_load", lambda *given: editor)
+    monkeypatch.setattr(cli.tables.console, "width", 300, raising=False)
     texts = [*ABOUT_AN_EDIT[:2], *ON_OTHER_THINGS]
     monkeypatch.setattr("meg_kernels.editing.edited_model.shipped_passages", lambda: texts)
     shown = run("evaluate", tmp_path, "--limit", 1, "--json", tmp_path / "report.json")

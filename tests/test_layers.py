@@ -11,9 +11,10 @@ import torch
 from tiny import FACTS, fails, greedy, make_model, make_tokenizer, run, widened
 
 from meg_kernels import CollectionConfig, cli, write_facts
+from meg_kernels.cli.plots import plot_layers
 from meg_kernels.editing import layers as comparing
 from meg_kernels.editing.collect import collect
-from meg_kernels.editing.layers import LayerComparison, LayerQuality, compare_layers, plot_layers
+from meg_kernels.editing.layers import LayerComparison, LayerQuality, compare_layers
 from meg_kernels.editing.prompting import PromptedModel, answer_text, answers_match
 from meg_kernels.nn import attach
 from meg_kernels.nn.families import decoder_layers
@@ -29,7 +30,7 @@ def settings():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
         patch.setattr(comparing, "CollectionConfig", lambda: CONFIG)
-        patch.setattr(cli.console, "width", 200, raising=False)
+        patch.setattr(cli.tables.console, "width", 200, raising=False)
         yield
 
 
@@ -342,4 +343,4 @@ def test_layers_that_are_no_numbers_are_refused(command):
 
     result = CliRunner().invoke(cli.app, [*map(str, command), "--layers", "4;8"])
     assert result.exit_code == 2
-    assert "'4;8' is no list of layers like 4,8,12" in " ".join(result.output.split())
+    assert "'4;8' is not a list of layers such as 4,8,12" in " ".join(result.output.split())
