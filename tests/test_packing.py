@@ -210,7 +210,7 @@ def test_only_weights_that_onednn_takes_are_packed(monkeypatch, weight, packs):
 @needs_onednn
 def test_arguments_that_do_not_fit_are_an_error_and_the_weight_stays_packed(packed_rows):
     product = PackedWeight(torch.randn(24, 40))
-    with pytest.raises(RuntimeError, match="shapes|size"):
+    with pytest.raises(RuntimeError, match=r"shapes|size"):
         product(torch.randn(3, 41), None)
     product(torch.randn(3, 40), None)
     assert packed_rows == [None, 3, 3]
