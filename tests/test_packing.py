@@ -207,6 +207,15 @@ def test_only_weights_that_onednn_takes_are_packed(monkeypatch, weight, packs):
     assert PackedWeight.of(weight) is None
 
 
+@needs_onednn
+def test_arguments_that_do_not_fit_are_an_error_and_the_weight_stays_packed(packed_rows):
+    product = PackedWeight(torch.randn(24, 40))
+    with pytest.raises(RuntimeError, match=r"shapes|size"):
+        product(torch.randn(3, 41), None)
+    product(torch.randn(3, 40), None)
+    assert packed_rows == [None, 3, 3]
+
+
 def test_a_policy_of_another_name_is_refused(monkeypatch):
     monkeypatch.setenv(packing.VARIABLE, "sometimes")
     with pytest.raises(ValueError, match="MEG_KERNELS_PACKING is 'sometimes'; it must be one of"):

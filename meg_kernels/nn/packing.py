@@ -168,8 +168,13 @@ class PackedWeight:
                     self._packed = _OneDnnWeight(self._weight)
                 return self._packed(x, bias, gelu_tanh)
         except _OneDnnRefuses as error:
+            y = self._plain(x, bias, gelu_tanh)  # where the arguments do not fit, this says it
             log.debug("products with a weight %s run plain: %s", tuple(self._weight.shape), error)
             self._packed, self._policy = None, "never"
+            return y
+        return self._plain(x, bias, gelu_tanh)
+
+    def _plain(self, x: Tensor, bias: Tensor | None, gelu_tanh: bool) -> Tensor:
         y = F.linear(x, self._weight, bias)
         return F.gelu(y, approximate="tanh") if gelu_tanh else y
 
