@@ -646,14 +646,13 @@ def _load(folder: Path, device: str | None, dtype: Dtype | None = None) -> MeGEd
 def _generator_config(kind: GeneratorKind, seed: int) -> GeneratorConfig:
     from meg_kernels import GeneratorConfig
 
-    if kind is GeneratorKind.bank:
-        return GeneratorConfig.bank()
-    presets = {
-        GeneratorKind.dit: GeneratorConfig.dit,
-        GeneratorKind.dit_b: GeneratorConfig.dit_b,
-        GeneratorKind.mlp: GeneratorConfig.mlp,
-    }
-    return presets[kind](seed=seed)
+    if kind is GeneratorKind.dit:
+        return GeneratorConfig.dit(seed=seed)
+    if kind is GeneratorKind.dit_b:
+        return GeneratorConfig.dit_b(seed=seed)
+    if kind is GeneratorKind.mlp:
+        return GeneratorConfig.mlp(seed=seed)
+    return GeneratorConfig.bank()
 
 
 def _tuning_facts(

@@ -81,7 +81,7 @@ class MeGEditor(EditedModel):
         if not isinstance(encoder, TextEncoder):
             encoder = TextEncoder.from_pretrained(encoder or DEFAULT_ENCODER, device=model.device)
         router = Router(encoder, None, config.routing, model.device)
-        super().__init__(prompted, attached, router, name or model.name_or_path)
+        super().__init__(prompted, attached, router, name or str(model.name_or_path))
         self.config = dataclasses.replace(config, layer=self.layer, template=self.template)
 
     @classmethod
@@ -91,7 +91,7 @@ class MeGEditor(EditedModel):
         config: EditorConfig | None = None,
         *,
         encoder: str = DEFAULT_ENCODER,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
         **model_options: Any,
     ) -> MeGEditor:
@@ -101,8 +101,7 @@ class MeGEditor(EditedModel):
             name: `smollm2`, a folder, or a Hugging Face model id.
             config: how to edit.
             encoder: the text encoder: a folder or a Hugging Face model id.
-            dtype: of the model's weights; default: float32, in which answers do not depend on
-                batching.
+            dtype: of the model's weights; in float32, answers do not depend on batching.
             device: of model and encoder; default: an accelerator if there is one.
             model_options: further keyword arguments of transformers' `from_pretrained`.
         """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from meg_kernels.nn.attach import first_tensor
+from meg_kernels.nn.attached import first_tensor
 from meg_kernels.nn.families import decoder_layers, feed_forward
 from meg_kernels.nn.partial import input_of, output_of, uncompiled
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from meg_kernels.nn.attach import first_tensor
+from meg_kernels.nn.attached import first_tensor
 from meg_kernels.nn.families import LOOKS_BACK, decoder_layers, feed_forward, text_config
 
 

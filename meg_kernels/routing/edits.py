@@ -199,10 +199,10 @@ class Edits:
         by_query = {fact.normalized_query: row for row, fact in enumerate(self.facts)}
         rows = set()
         for name in names:
-            of_fact = isinstance(name, Fact)
-            row = by_id.get(name.id if of_fact else name)
+            given_id, query = (name.id, name.query) if isinstance(name, Fact) else (name, name)
+            row = by_id.get(given_id)
             if row is None:
-                row = by_query.get(name.normalized_query if of_fact else normalized(name))
+                row = by_query.get(normalized(query))
             if row is None:
                 raise KeyError(
                     f"no edited fact has the id or the query {name!r}; `meg list` shows them all"
