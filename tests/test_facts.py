@@ -281,14 +281,13 @@ def test_of_several_splits_one_must_be_chosen():
         as_facts(splits)
 
 
-def test_a_dataset_of_every_format_is_read():
+def test_a_dataset_of_every_format_is_read(file, tmp_path):
     datasets = pytest.importorskip("datasets")
-    records = [CAPITAL, {**FULL, "id": "7"}]
-    assert as_facts(datasets.Dataset.from_list(records)) == as_facts(records)
-    for record in (COUNTERFACT, ZSRE):
-        assert as_facts(datasets.Dataset.from_list([record])) == as_facts(record)
+    for records in ([CAPITAL, {**FULL, "id": "7"}], [COUNTERFACT], [ZSRE]):
+        dataset = datasets.Dataset.from_json(str(file(records)), cache_dir=str(tmp_path))
+        assert as_facts(dataset) == as_facts(records)
     with pytest.raises(FactsError, match="DatasetDict with the splits train; choose one"):
-        as_facts(datasets.DatasetDict({"train": datasets.Dataset.from_list(records)}))
+        as_facts(datasets.DatasetDict({"train": dataset}))
 
 
 def test_a_dataframe_is_read_row_by_row():
