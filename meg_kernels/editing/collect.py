@@ -300,7 +300,9 @@ def collect(
         started = time.perf_counter()
         batch = target_batch(model, tokenizer, [pair for i in rows for pair in targets[i]])
         owner = [place for place, i in enumerate(rows) for _ in targets[i]]
-        fitted = _Fit(attached, lower, batch, torch.tensor(owner, device=input_device(model)), initial)
+        fitted = _Fit(
+            attached, lower, batch, torch.tensor(owner, device=input_device(model)), initial
+        )
         with frozen_products(upper, dtype) if dtype != model.dtype else nullcontext():
             fitted.run(config)
         fitted.lengthen(config.overshoot)
