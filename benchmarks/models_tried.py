@@ -28,13 +28,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from meg_kernels.neuron import Neurons
+from meg_kernels.neuron import NeuronLayout, Neurons
 from meg_kernels.nn import LowerLayers, attach
 from meg_kernels.nn.families import decoder_layers, feed_forward
 from meg_kernels.nn.partial import last_feed_forward_sees
 
 WIDTH, DEPTH, VOCABULARY = 32, 3, 67
-LARGEST = 5_000_000  # parameters; what no small config makes smaller is not tried
+LARGEST = 8_000_000  # parameters; what no small config makes smaller is not tried
 # Roundings of some layers, in logits of size 1 to 100; neurons move them by more than STRONG.
 TOLERANCE = {
     torch.float64: {"rtol": 1e-9, "atol": 1e-9},
@@ -248,7 +248,8 @@ def defined(model: nn.Module, layer: int, neurons: Neurons, index: Tensor) -> It
             hook.remove()
 
 
-def strong_neurons(layout: Any, count: int = 2) -> Neurons:
+def strong_neurons(layout: NeuronLayout, count: int = 2) -> Neurons:
+    """Random neurons that change what the model says."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -332,14 +333,15 @@ def _has_ffn(model: nn.Module, layer: int) -> bool:
 
 INTRODUCTION = """# Models that carry neurons
 
-Made by `python -m benchmarks.models_tried` with transformers {version}: every causal language model,
-and every image-text model, that can be built from a small config is built tiny, with random
-weights, in float64. A neuron is mounted on one of its feed-forward layers (FFN) for some rows of a
-batch, and the logits are compared with those of the definition, FFN(x) + act(x . key + bias) * value,
-computed in plain PyTorch. **{carrying} model types carry neurons**; {refused} are refused, and
-{untried} could not be tried (an image-text model may ask for an image, or the config for sizes that
-no general rule gives). An untried model of a known layout mostly works: `attach` finds the FFN by
-its structure and says so if it does not.
+Made by `python -m benchmarks.models_tried` with transformers {version}. Every causal language
+model and every image-text model that can be built from a small config is built tiny, with random
+weights, in float64 (in float32 where its code asks for that). A neuron is mounted on one of its
+feed-forward layers (FFN) for some rows of a batch, and the logits are compared with those of the
+definition, FFN(x) + act(x . key + bias) * value, computed in plain PyTorch.
+
+**{carrying} model types carry neurons**; {refused} are refused, and {untried} could not be tried:
+an image-text model may insist on an image, or a config on sizes that no general rule gives.
+`attach` finds the FFN of such a model by the same rules, and says so if it finds none.
 
 *FFN*: what in a decoder layer carries the neuron: a block, or the first and the last of two
 projections that have no block around them. *Neuron*: its activation; gated FFNs and mixtures of

@@ -185,7 +185,7 @@ def test_a_learnt_prompt_is_refused(tiny_model):
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = peft.get_peft_model(tiny_model("llama"), config)
-    with pytest.raises(ValueError, match="adapter that learns a prompt.* with a LoRA instead"):
+    with pytest.raises(ValueError, match=r"adapter that learns a prompt.* with a LoRA instead"):
         attach(model, LAYER)
 
 
@@ -233,7 +233,7 @@ def test_weights_that_accelerate_offloads_are_no_matter(tiny_model, ids, name, l
     accelerate.cpu_offload(model, torch.device("cpu"))
     weights = feed_forward(model, LAYER).weights()
     assert not any(weight.is_meta for weight in weights)
-    assert [*decoder_layers(model)[LAYER].parameters()][0].is_meta
+    assert next(decoder_layers(model)[LAYER].parameters()).is_meta
     if attached is None:
         attached = attach(model, LAYER)
     torch.testing.assert_close(model(ids).logits, expected, **TOLERANCE)
@@ -438,7 +438,7 @@ def assert_fits(model, tokenizer):
 
 def test_a_model_without_an_output_layer_is_told_what_is_missing(tiny_model, tokenizer):
     attached = attach(tiny_model("llama").model, LAYER)
-    with pytest.raises(ValueError, match="LlamaModel has no output layer.*AutoModelForCausalLM"):
+    with pytest.raises(ValueError, match=r"LlamaModel has no output layer.*AutoModelForCausalLM"):
         collect(attached, tokenizer, tiny.FACTS[:1])
 
 

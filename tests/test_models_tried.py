@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import transformers
+from torch import nn
 
 from benchmarks.models_tried import PAGE, listed, model_types, try_type
+from meg_kernels import attach
 from meg_kernels.nn.families import decoder_layers
 
 LISTED = listed(PAGE)
@@ -44,20 +46,14 @@ def test_a_layer_of_a_hybrid_model_that_has_no_ffn_is_refused_and_others_are_nam
         mamba_head_dim=16,
         n_groups=1,
     )
-    from meg_kernels import attach
-
     model = transformers.NemotronHForCausalLM(config)
     assert len(decoder_layers(model)) == 4
-    with pytest.raises(ValueError, match="layer 2 has no feed-forward.*one of the layers 1, 3"):
+    with pytest.raises(ValueError, match=r"layer 2 has no feed-forward.*one of the layers 1, 3"):
         attach(model, 2)
     attach(model, 3)
 
 
 def test_a_wrong_model_or_layer_is_refused_by_type(tiny_model):
-    from torch import nn
-
-    from meg_kernels import attach
-
     with pytest.raises(TypeError, match="layer is 'mlp'; it must be the number of a decoder layer"):
         attach(tiny_model("llama"), "mlp")
     with pytest.raises(TypeError, match="model is a Linear; it must be a transformers PreTrained"):

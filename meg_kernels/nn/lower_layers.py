@@ -91,6 +91,10 @@ class LowerLayers:
 
         Args:
             hidden: what `run` gave for `inputs`. No neurons may be mounted on the layer.
+            **inputs: as the model's forward takes them.
+
+        Returns:
+            By the parts' names in the layer; empty where layers cannot be skipped.
         """
         if self.skips is None:
             try:
