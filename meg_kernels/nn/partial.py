@@ -19,7 +19,8 @@ def input_device(model: PreTrainedModel) -> torch.device:
     if model.device.type != "meta":
         return model.device
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
-    return torch.device(getattr(hook, "execution_device", None) or "meta")
+    place = getattr(hook, "execution_device", None)
+    return model.device if place is None else torch.device(place)
 
 
 @torch.no_grad()
