@@ -9,11 +9,13 @@ model whose FFN computes the definition, FFN(x) + act(x . key + bias) * value, i
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,13 +28,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from meg_kernels.neuron import Neurons
+from meg_kernels.neuron import NeuronLayout, Neurons
 from meg_kernels.nn import LowerLayers, attach
 from meg_kernels.nn.families import decoder_layers, feed_forward
 from meg_kernels.nn.partial import last_feed_forward_sees
 
 WIDTH, DEPTH, VOCABULARY = 32, 3, 67
-LARGEST = 5_000_000  # parameters; what no small config makes smaller is not tried
+LARGEST = 8_000_000  # parameters; what no small config makes smaller is not tried
 # Roundings of some layers, in logits of size 1 to 100; neurons move them by more than STRONG.
 TOLERANCE = {
     torch.float64: {"rtol": 1e-9, "atol": 1e-9},
@@ -246,7 +248,8 @@ def defined(model: nn.Module, layer: int, neurons: Neurons, index: Tensor) -> It
             hook.remove()
 
 
-def strong_neurons(layout: Any, count: int = 2) -> Neurons:
+def strong_neurons(layout: NeuronLayout, count: int = 2) -> Neurons:
+    """Random neurons that change what the model says."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -326,3 +329,83 @@ def _has_ffn(model: nn.Module, layer: int) -> bool:
         feed_forward(model, layer)
         return True
     return False
+
+
+INTRODUCTION = """# Models that carry neurons
+
+Made by `python -m benchmarks.models_tried` with transformers {version}. Every causal language
+model and every image-text model that can be built from a small config is built tiny, with random
+weights, in float64 (in float32 where its code asks for that). A neuron is mounted on one of its
+feed-forward layers (FFN) for some rows of a batch, and the logits are compared with those of the
+definition, FFN(x) + act(x . key + bias) * value, computed in plain PyTorch.
+
+**{carrying} model types carry neurons**; {refused} are refused, and {untried} could not be tried:
+an image-text model may insist on an image, or a config on sizes that no general rule gives.
+`attach` finds the FFN of such a model by the same rules, and says so if it finds none.
+
+*FFN*: what in a decoder layer carries the neuron: a block, or the first and the last of two
+projections that have no block around them. *Neuron*: its activation; gated FFNs and mixtures of
+experts have linear neurons without bias. *Collection*: whether fitting neurons starts at the edited
+layer, or runs the whole model at each step because the model passes more than hidden states from
+layer to layer.
+"""
+
+
+def table(tried: list[Tried]) -> str:
+    """The page docs/models.md."""
+    carrying = [one for one in tried if one.carries]
+    untried = [one for one in tried if one.reason.startswith("not tried: ")]
+    refused = [one for one in tried if not one.carries and one not in untried]
+    lines = INTRODUCTION.format(
+        version=transformers.__version__,
+        carrying=len(carrying),
+        refused=len(refused),
+        untried=len(untried),
+    ).splitlines()
+    lines += ["", "## Carry neurons", "", "| model type | class | FFN | neuron | collection |"]
+    lines += ["|---|---|---|---|---|"]
+    for one in carrying:
+        collection = "from the layer" if one.skips else "whole model"
+        lines.append(
+            f"| {one.model_type} | {one.model_class} | {one.where} | {one.neuron} | {collection} |"
+        )
+    for title, some in (("Refused", refused), ("Not tried", untried)):
+        lines += ["", f"## {title}", "", "| model type | class | reason |", "|---|---|---|"]
+        for one in some:
+            reason = one.reason.removeprefix("not tried: ").replace("|", "\\|")
+            lines.append(f"| {one.model_type} | {one.model_class} | {reason} |")
+    return "\n".join(lines) + "\n"
+
+
+def listed(page: Path) -> dict[str, tuple[str, str]]:
+    """The FFN and the neuron of each model type that this page says carries neurons."""
+    text = page.read_text().split("## Carry neurons")[1].split("## Refused")[0]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {row[0]: (row[2], row[3]) for row in rows[1:]}
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+
+
+def main() -> None:
+    """Try every model type and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=PAGE)
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    tried = []
+    for model_type in model_types():
+        try:
+            tried.append(try_type(model_type))
+        except Exception as error:  # to go on with the others; the page must not be written
+            print(f"{model_type}: {type(error).__name__}: {error}")
+            tried.append(None)
+    if None in tried:
+        raise SystemExit("some models do not carry neurons as the definition has it")
+    arguments.out.parent.mkdir(exist_ok=True)
+    arguments.out.write_text(table(tried))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 
 import pytest
+import tiny
 import torch
 import transformers
 from torch import nn
 
+from meg_kernels.editing.collect import CollectionConfig, collect
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import LowerLayers, attach, input_of
 from meg_kernels.nn.families import decoder_layers, feed_forward
@@ -41,7 +43,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
     "relu": torch.relu,
 }
-PLACES = {"opt": ("fc1", "fc2"), "mixtral": ("mlp", "mlp")}
+PLACES = {"opt": ("fc1", "fc2")}
 
 
 @contextlib.contextmanager
@@ -101,10 +103,10 @@ def assert_carries(model, ids, given=None, tolerance=TOLERANCE):
 # ---- a mixture of experts, a headless model, an image-text model ------------------------------
 
 
-def mixtral():
+def mixtral(vocab_size=67):
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
-        vocab_size=67,
+        vocab_size=vocab_size,
         hidden_size=WIDTH,
         intermediate_size=48,
         num_hidden_layers=LAYERS,
@@ -259,12 +261,17 @@ def compiled(model, way):
     return model
 
 
-WAYS = ["torch.compile(model)", "model.compile()", "each layer"]
-
-
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    "name, way, before",
+    [
+        ("llama", "torch.compile(model)", True),
+        ("llama", "model.compile()", False),
+        ("llama", "each layer", True),
+        ("opt", "model.compile()", True),
+        ("opt", "each layer", True),
+        ("opt", "each layer", False),
+    ],
+)
 def test_compiled_models_follow_every_change_of_the_neurons(tiny_model, ids, name, way, before):
     torch.compiler.reset()
     plain, model = tiny_model(name), tiny_model(name)
@@ -386,3 +393,69 @@ def test_quantised_weights_tell_models_apart(tiny_model, quantise):
     assert all(type(weight) is torch.Tensor for weight in first)
     assert all(map(torch.equal, first, again))
     assert not all(map(torch.equal, first, second))
+
+
+# ---- collection -------------------------------------------------------------------------------
+
+
+def offloaded(model):
+    return pytest.importorskip("accelerate").cpu_offload(model, torch.device("cpu"))
+
+
+def eagerly_compiled(model):
+    torch.compiler.reset()
+    return compiled(model, "model.compile()")
+
+
+def with_lora(model):
+    return lora(model, "down_proj")
+
+
+COLLECTED = [*QUANTISED, offloaded, eagerly_compiled, with_lora]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.make_tokenizer()
+
+
+@pytest.mark.parametrize("change", COLLECTED)
+def test_neurons_are_fitted_for_changed_models_too(tiny_model, tokenizer, change):
+    plain = tiny_model("llama", vocab_size=len(tokenizer))
+    assert_fits(change(tiny.make_model(plain, tokenizer)), tokenizer)
+
+
+def test_neurons_are_fitted_for_a_mixture_of_experts(tokenizer):
+    assert_fits(tiny.make_model(mixtral(vocab_size=len(tokenizer)), tokenizer), tokenizer)
+
+
+def assert_fits(model, tokenizer):
+    config = CollectionConfig(learning_rate=0.1, max_steps=60)
+    attached = attach(model, LAYER)
+    fitted = collect(attached, tokenizer, tiny.FACTS[:4], config)
+    assert fitted.learnt.all() and (fitted.steps > 5).all()
+
+
+def test_a_model_without_an_output_layer_is_told_what_is_missing(tiny_model, tokenizer):
+    attached = attach(tiny_model("llama").model, LAYER)
+    with pytest.raises(ValueError, match=r"LlamaModel has no output layer.*AutoModelForCausalLM"):
+        collect(attached, tokenizer, tiny.FACTS[:1])
+
+
+def test_an_index_may_be_a_list(tiny_model, ids):
+    model = tiny_model("llama")
+    attached = attach(model, LAYER)
+    neurons = strong_neurons(attached.layout)
+    with attached.neurons(neurons, INDEX.tolist()):
+        carried = model(ids).logits
+    with defined(model, neurons):
+        torch.testing.assert_close(carried, model(ids).logits, **TOLERANCE)
+
+
+def test_repr_says_where_and_what(tiny_model):
+    attached = attach(tiny_model("llama"), LAYER)
+    assert repr(attached) == "Attached(LlamaForCausalLM, layer=1, no neurons)"
+    with attached.neurons(strong_neurons(attached.layout)):
+        assert repr(attached) == "Attached(LlamaForCausalLM, layer=1, 3 neurons)"
+    attached.detach()
+    assert repr(attached) == "Attached(LlamaForCausalLM, layer=1, detached)"

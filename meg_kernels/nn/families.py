@@ -40,8 +40,15 @@ EXCEPTIONS: dict[str, tuple[str, str]] = {
     "reformer": ("feed_forward.dense", "feed_forward.output"),
 }
 # Models in which positions look at each other after the last FFN, too: their layers run in a
-# loop, or a convolution follows the FFN.
-LOOKS_BACK = {"dory", "hrm_text", "inkling2_loop_text", "inkling2_text", "inkling_text"}
+# loop, a convolution follows the FFN, or there are several streams of positions.
+LOOKS_BACK = {
+    "dory",
+    "hrm_text",
+    "inkling2_loop_text",
+    "inkling2_text",
+    "inkling_text",
+    "prophetnet",
+}
 REFUSED: dict[str, str] = {
     "rwkv": "its feed-forward layers read the position before each one too, from a running state",
     "xlnet": "its layers hold positions before rows, so that rows cannot be told apart",

@@ -91,11 +91,17 @@ class LowerLayers:
 
         Args:
             hidden: what `run` gave for `inputs`. No neurons may be mounted on the layer.
+            **inputs: as the model's forward takes them.
+
+        Returns:
+            By the parts' names in the layer; empty where layers cannot be skipped.
         """
         if self.skips is None:
             try:
                 outputs = self._recorded(hidden, inputs)
-                self.skips = self._end_is_the_same(hidden, outputs, inputs)
+                row = {name: value[-1:] for name, value in inputs.items()}  # one is enough
+                known = {name: output[-1:] for name, output in outputs.items()}
+                self.skips = self._end_is_the_same(hidden[-1:], known, row)
             except Exception as error:  # in whatever way a model's loop misses a skipped layer
                 _log.debug("layers of %s cannot be skipped: %r", type(self.model).__name__, error)
                 self.skips = False

@@ -46,7 +46,7 @@ class Mounted:
         return cls(neurons, index.to(device).contiguous())
 
     def add(self, y: Tensor, x: Tensor, rows: int | None = None) -> Tensor:
-        """y plus each row's own neuron; without gradients y itself may be changed.
+        """Add each row's own neuron to y; without gradients y itself may be changed.
 
         Args:
             y: the layer's output, [rows, T, d_out], or [M, d_out] with M a multiple of the rows.

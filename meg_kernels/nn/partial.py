@@ -16,8 +16,10 @@ from meg_kernels.nn.families import LOOKS_BACK, decoder_layers, feed_forward, te
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where the model wants its token ids; accelerate may keep its weights elsewhere meanwhile."""
-    embeddings = model.get_input_embeddings()
-    place = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    if model.device.type != "meta":
+        return model.device
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    place = getattr(hook, "execution_device", None)
     return model.device if place is None else torch.device(place)
 
 
