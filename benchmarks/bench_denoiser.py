@@ -137,8 +137,8 @@ class Task:
         blocks = self.dit.blocks.parameters()
         products = sum(p.numel() for p in blocks if p.ndim == 2)
         adaln = sum(block.adaLN_modulation[1].weight.numel() for block in self.dit.blocks)
-        attention = 2 * shape.depth * shape.num_tokens * shape.width
-        return 2 * batch * (shape.num_tokens * (products - adaln + attention) + adaln)
+        attention = 2 * shape.depth * self.dit.num_tokens * shape.width
+        return 2 * batch * (self.dit.num_tokens * (products - adaln + attention) + adaln)
 
     @property
     def bytes(self) -> int:

@@ -13,6 +13,7 @@ import torch
 from tiny import (
     CONFIG,
     FACTS,
+    GENERATORS,
     OTHER_FACTS,
     UNRELATED,
     fails,
@@ -61,10 +62,11 @@ def tiny_settings():
     """The stages' settings as the tiny models need them, float32 products, tables in full width."""
 
     def configure(**given) -> EditorConfig:
-        kind, seed = given["generator"].kind, given["generator"].seed
-        given["generator"] = type(CONFIG.generator)(
-            **(vars(CONFIG.generator) | {"kind": kind, "seed": seed})
-        )
+        chosen = given["generator"]
+        tiny = GENERATORS[chosen.kind]
+        if chosen.kind != "bank":
+            tiny = tiny.with_training(seed=chosen.training.seed)
+        given["generator"] = tiny
         return EditorConfig(
             **(given | {"collection": CONFIG.collection, "encoder_tuning": CONFIG.encoder_tuning})
         )

@@ -109,6 +109,7 @@ def test_a_training_out_of_range_is_refused_when_it_is_configured(field, values,
         (lambda: GeneratorConfig.dit().with_training(widht=3), TypeError, "no 'widht'"),
         (lambda: GeneratorConfig.bank(seed=3), TypeError, "seed"),
         (lambda: GeneratorConfig.dit(network={"width": 8}), TypeError, "it must be a DiTConfig"),
+        (lambda: GeneratorConfig.paper(network={}), TypeError, "network is {}; it must be a DiTC"),
         (lambda: GeneratorConfig.dit(sampler=("ddim", 2)), TypeError, "it must be a SamplerConfig"),
         (lambda: MLPGeneratorConfig(training={}), TypeError, "it must be a TrainingConfig"),
         (

@@ -144,8 +144,11 @@ class TrainingConfig:
 class GeneratorConfig:
     """Which generator an editor has; made by `dit`, `dit_b`, `paper`, `mlp` or `bank`.
 
-    `kind` says which: "dit", "mlp" or "bank". What the constructors take is checked there and then,
-    so that nothing is refused later, after neurons were collected.
+    Its field `kind` is "dit", "mlp" or "bank". All that can be wrong with a configuration is
+    refused when it is made, not after neurons were collected for it.
+
+    Raises:
+        TypeError: `GeneratorConfig()` was called itself, which says no kind.
     """
 
     kind: str = field(default="", init=False)
@@ -167,19 +170,15 @@ class GeneratorConfig:
         """The default: a small DiT that predicts the clean neuron and is sampled in one step.
 
         Args:
-            network: its shape; default: `DiTConfig()`.
-            sampler: its solver and steps; default: one step of DDIM.
+            network: the shape of the DiT; None: `DiTConfig()`.
+            sampler: solver and steps; None: `SamplerConfig()`, one step of DDIM.
             **training: fields of `TrainingConfig` that differ from its defaults.
 
         Raises:
             TypeError: `TrainingConfig` has no such field.
             ValueError: a value is out of range.
         """
-        return DiTGeneratorConfig(
-            network=network or DiTConfig(),
-            sampler=sampler or SamplerConfig(),
-            training=TrainingConfig().with_fields(**training),
-        )
+        return DiTGeneratorConfig()._changed(network, sampler, training)
 
     @staticmethod
     def dit_b(
@@ -191,20 +190,20 @@ class GeneratorConfig:
         """The published network, DiT-B, on standardised weights and sampled in few steps.
 
         Args:
-            network: its shape; default: `DiTConfig.paper()` without dropout of conditions.
-            sampler: its solver and steps; default: two steps of DDIM.
+            network: the shape of the DiT; None: `DiTConfig.paper()` without condition dropout.
+            sampler: solver and steps; None: two steps of DDIM.
             **training: fields of `TrainingConfig` that differ from this preset's.
 
         Raises:
             TypeError: `TrainingConfig` has no such field.
             ValueError: a value is out of range.
         """
-        ours = TrainingConfig(learning_rate=3e-4, check_every=25)
-        return DiTGeneratorConfig(
-            network=network or dataclasses.replace(DiTConfig.paper(), condition_dropout=0.0),
-            sampler=sampler or SamplerConfig("ddim", 2),
-            training=ours.with_fields(**training),
+        ours = DiTGeneratorConfig(
+            network=dataclasses.replace(DiTConfig.paper(), condition_dropout=0.0),
+            sampler=SamplerConfig("ddim", 2),
+            training=TrainingConfig(learning_rate=3e-4, check_every=25),
         )
+        return ours._changed(network, sampler, training)
 
     @staticmethod
     def paper(
@@ -216,26 +215,26 @@ class GeneratorConfig:
         """DiT-B as published, sampled as released: 50 ancestral steps with learned variance.
 
         Args:
-            network: its shape; default: `DiTConfig.paper()`.
-            sampler: its solver and steps; default: the released 50 steps of DDPM.
+            network: the shape of the DiT; None: `DiTConfig.paper()`.
+            sampler: solver and steps; None: the released 50 steps of DDPM.
             **training: fields of `TrainingConfig` that differ from the published ones.
 
         Raises:
             TypeError: `TrainingConfig` has no such field.
             ValueError: a value is out of range.
         """
-        published = TrainingConfig(
-            standardize=False,
-            learning_rate=1e-4,
-            ema_decay=0.0,
-            reword=False,
-            condition_noise=0.0,
+        published = DiTGeneratorConfig(
+            network=DiTConfig.paper(),
+            sampler=SamplerConfig("ddpm", 50, "respaced"),
+            training=TrainingConfig(
+                standardize=False,
+                learning_rate=1e-4,
+                ema_decay=0.0,
+                reword=False,
+                condition_noise=0.0,
+            ),
         )
-        return DiTGeneratorConfig(
-            network=network or DiTConfig.paper(),
-            sampler=sampler or SamplerConfig("ddpm", 50, "respaced"),
-            training=published.with_fields(**training),
-        )
+        return published._changed(network, sampler, training)
 
     @staticmethod
     def mlp(*, width: int = MLP_WIDTH, **training: Any) -> MLPGeneratorConfig:
@@ -332,6 +331,16 @@ class DiTGeneratorConfig(NetworkGeneratorConfig):
         _check_type("network", self.network, DiTConfig)
         _check_type("sampler", self.sampler, SamplerConfig)
         NoiseSchedule().timesteps(self.sampler.num_steps, self.sampler.spacing)
+
+    def _changed(
+        self, network: DiTConfig | None, sampler: SamplerConfig | None, training: dict[str, Any]
+    ) -> DiTGeneratorConfig:
+        """This preset with what the user gave in the place of its own."""
+        return DiTGeneratorConfig(
+            network=self.network if network is None else network,
+            sampler=self.sampler if sampler is None else sampler,
+            training=self.training.with_fields(**training),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
