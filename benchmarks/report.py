@@ -2,10 +2,11 @@
 
     python -m benchmarks.report [JSON ...]      default: all of benchmarks/results/
 
-The races' tables go between the markers `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->` of
-speed.md, those of a study of quality between markers of the study's name in quality.md, or to the
-screen where the page has no such markers; plots go to docs/results/plots/. Nothing is written that
-was not measured: what a file does not hold is a row that the table does not have.
+The races' tables go into speed.md, between the markers `<!-- benchmarks:begin -->` and
+`<!-- benchmarks:end -->`, those of a study of quality into quality.md, between markers of the
+study's name; to the screen where a page has no such markers. Plots go to docs/results/plots/.
+Nothing is written that was not measured: what a file does not hold is a row that the table does not
+have.
 """
 
 from __future__ import annotations
