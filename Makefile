@@ -17,10 +17,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PACKAGE := pyproject.toml setup.py $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test test-fast lint format docs bench gpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.demo-stamp ## edit a small model and ask it about the edits (ARGS="..." go to meg demo)
 	$(BIN)/meg demo $(ARGS)
@@ -28,10 +28,20 @@ demo: .venv/.demo-stamp ## edit a small model and ask it about the edits (ARGS="
 test: .venv/.test-stamp ## run the tests (no GPU and no network needed once installed)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
 
+test-fast: .venv/.test-stamp ## run the tests that are not marked slow
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m "not slow"
+
 lint: .venv/.test-stamp ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+format: .venv/.test-stamp ## put style and formatting right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: .venv/.docs-stamp ## build the documentation into build/docs; a broken link fails
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/docs
 
 bench: .venv/.bench-stamp ## run the benchmarks (ARGS="--benchmark-json=FILE" keeps the figures)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
@@ -58,7 +68,11 @@ clean: ## remove .venv, builds and caches
 
 .venv/.test-stamp: .venv/.demo-stamp
 	$(PIP) "$(TRITON)"
-	$(PIP) -e '.[demo,test]'
+	$(PIP) -e '.[demo,dev]'
+	@touch $@
+
+.venv/.docs-stamp: .venv/.demo-stamp
+	$(PIP) -e '.[demo,docs]'
 	@touch $@
 
 .venv/.bench-stamp: .venv/.demo-stamp

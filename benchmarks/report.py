@@ -1,11 +1,12 @@
-"""The README's tables and the plots, from the JSON that the benchmarks wrote.
+"""The tables and plots of docs/results/, from the JSON that the benchmarks wrote.
 
     python -m benchmarks.report [JSON ...]      default: all of benchmarks/results/
 
-Tables go between the README's markers `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->`
-(those of the studies of quality between markers of the study's name), or to the screen where it has
-none; plots go to benchmarks/plots/. Nothing is written that was not measured: what a file does not
-hold is a row that the table does not have.
+The races' tables go into speed.md, between the markers `<!-- benchmarks:begin -->` and
+`<!-- benchmarks:end -->`, those of a study of quality into quality.md, between markers of the
+study's name; to the screen where a page has no such markers. Plots go to docs/results/plots/.
+Nothing is written that was not measured: what a file does not hold is a row that the table does not
+have.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import in_units
-from benchmarks.quality.report import STUDIES, figure, markdown
+from benchmarks.quality.report import STUDIES, figure, image, markdown
 
 FOLDER = Path(__file__).parent
-README = FOLDER.parent / "README.md"
-RACES = "benchmarks"  # the README's markers
+PAGES = FOLDER.parent / "docs" / "results"
+RACES = "benchmarks"  # the markers of the races' tables; studies have their own names
 NOTHING = "no neurons"  # the baseline that does less than we do: there a speed-up is a cost
 
 Record = Mapping[str, Any]  # the extra_info of a race: benchmarks.measure.Race
@@ -75,7 +76,7 @@ def read(path: Path) -> Run | None:
 
 @dataclass(frozen=True)
 class Table:
-    """One table of the README: which races, and what their sizes are called there."""
+    """One table of speed.md: which races, and what their sizes are called there."""
 
     what: str
     title: str
@@ -83,7 +84,7 @@ class Table:
 
 
 def _readable(record: Record) -> bool:
-    """Few enough for a README: one batch size, and on a GPU the dtype that people use there."""
+    """Few enough for one page: one batch size, and on a GPU the dtype that people use there."""
     return record["shape"]["batch"] == 64 and (
         record["device"] == "cpu" or record["dtype"] == "bfloat16"
     )
@@ -165,12 +166,12 @@ def section(run: Run, plots: Sequence[Path] = ()) -> str:
     revision = run.commit["id"][:12] + (" with changes" if run.commit.get("dirty") else "")
     rates = [f"{rate / 1e12:.3g} TFLOP/s {dtype}" for dtype, rate in run.ceilings["matmul"].items()]
     parts = [
-        f"#### {run.device}",
+        f"## {run.device}",
         f"{run.date}, revision {revision}, {', '.join(versions)}. Measured in the same run: copies "
         f"{run.ceilings['copy'] / 1e9:.3g} GB/s, matrix products {' and '.join(rates)}.",
         outcome(run.checks),
         *(table(spec, run.of(spec.what)) for spec in TABLES),
-        *(f"![{plot.stem}]({plot.relative_to(README.parent)})" for plot in plots),
+        *map(image, plots),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -308,29 +309,59 @@ def study_of(content: Mapping[str, Any]) -> str | None:
     return "layers" if "layers" in content else content.get("study")
 
 
+def sources(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which files a study's tables were made from, and on what they were measured.
+
+    Args:
+        files: the files' contents by name.
+
+    >>> one = {"versions": {"torch": "2.13.0"}, "machine": "A CPU", "threads": 2}
+    >>> print(sources({"a.json": one, "b.json": one, "c.json": {}}))
+    *From `a.json`, `b.json`: A CPU, 2 threads; torch 2.13.0.*
+    *From `c.json`: the file names no machine.*
+    """
+    where: dict[str, list[str]] = {}
+    for name, content in files.items():
+        threads = content.get("threads")
+        machine = content.get("machine", "the file names no machine")
+        parts = [
+            machine if threads is None else f"{machine}, {threads} thread{'s' * (threads > 1)}"
+        ]
+        if versions := content.get("versions"):
+            parts.append(", ".join(f"{package} {version}" for package, version in versions.items()))
+        where.setdefault("; ".join(parts), []).append(f"`{name}`")
+    return "\n".join(f"*From {', '.join(names)}: {text}.*" for text, names in where.items())
+
+
 def main(arguments: Sequence[str]) -> int:
     paths = [Path(argument) for argument in arguments] or sorted(
         (FOLDER / "results").glob("*.json")
     )
+    plots = PAGES / "plots"
     runs = [run for run in map(read, paths) if run is not None]
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    contents = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
     sections = {}
     if runs:
-        sections[RACES] = "\n\n".join(section(run, draw(run, FOLDER / "plots")) for run in runs)
-    studies = {name: [c for c in contents if study_of(c) == name] for name in STUDIES}
-    for name, write in STUDIES.items():
-        if text := write(studies, FOLDER / "plots"):
-            sections[name] = text
+        sections[RACES] = "\n\n".join(section(run, draw(run, plots)) for run in runs)
+    files = {
+        study: {name: c for name, c in contents.items() if study_of(c) == study}
+        for study in STUDIES
+    }
+    studies = {study: [*found.values()] for study, found in files.items()}
+    for study, write in STUDIES.items():
+        if text := write(studies, plots):
+            sections[study] = f"{text}\n\n{sources(files[study])}"
     if not sections:
         print("no races in these files; pytest writes them with --benchmark-json", file=sys.stderr)
         return 1
     for name, content in sections.items():
-        updated = between_markers(README.read_text(encoding="utf-8"), name, content)
+        page = PAGES / ("speed.md" if name == RACES else "quality.md")
+        updated = between_markers(page.read_text(encoding="utf-8"), name, content)
         if updated is None:
             print(content)
         else:
-            README.write_text(updated, encoding="utf-8")
-            print(f"{README.name}: {name}")
+            page.write_text(updated, encoding="utf-8")
+            print(f"{page.name}: {name}")
     return 0
 
 

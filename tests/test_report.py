@@ -104,16 +104,33 @@ def test_a_text_without_both_markers_is_left_alone(text):
     assert report.between_markers(text, report.RACES, "new") is None
 
 
-def test_main_prints_the_tables_where_the_readme_has_no_markers(
-    write, tmp_path, monkeypatch, capsys
-):
-    readme = tmp_path / "README.md"
-    readme.write_text("no markers")
-    monkeypatch.setattr(report, "README", readme)
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """A folder that stands for docs/results/."""
+    monkeypatch.setattr(report, "PAGES", tmp_path / "pages")
+    (tmp_path / "pages").mkdir()
+    return tmp_path / "pages"
+
+
+def test_main_prints_the_tables_where_the_page_has_no_markers(write, pages, monkeypatch, capsys):
+    page = pages / "speed.md"
+    page.write_text("no markers")
     monkeypatch.setattr(report, "draw", lambda run, folder: [])
     assert report.main([str(write(race("prefill", "no neurons", 0.99, batch=64)))]) == 0
     assert "A prefill" in capsys.readouterr().out
-    assert readme.read_text() == "no markers"
+    assert page.read_text() == "no markers"
+
+
+def test_the_pages_of_the_documentation_have_all_markers():
+    for name in (report.RACES, *report.STUDIES):
+        page = report.PAGES / ("speed.md" if name == report.RACES else "quality.md")
+        assert report.between_markers(page.read_text(encoding="utf-8"), name, "") is not None
+
+
+def test_a_study_says_where_it_was_measured():
+    content = {"machine": "A CPU", "threads": 1, "versions": {"torch": "2.13"}}
+    assert report.sources({"x.json": content}) == "*From `x.json`: A CPU, 1 thread; torch 2.13.*"
+    assert "names no machine" in report.sources({"x.json": {}})
 
 
 def steps_study(**changes) -> dict:
@@ -131,24 +148,23 @@ def steps_study(**changes) -> dict:
     return {"study": "steps", "data": "demo", "facts": 64, "rows": rows, "collected": collected}
 
 
-def test_a_study_of_steps_is_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
-    path, readme = tmp_path / "steps.json", tmp_path / "README.md"
+def test_a_study_of_steps_is_a_table_and_a_plot(tmp_path, pages):
+    path, page = tmp_path / "steps.json", pages / "quality.md"
     path.write_text(json.dumps(steps_study()))
-    readme.write_text(f"{BEGIN}races{END} <!-- steps:begin --><!-- steps:end -->")
-    (tmp_path / "benchmarks").mkdir()
-    monkeypatch.setattr(report, "README", readme)
-    monkeypatch.setattr(report, "FOLDER", tmp_path / "benchmarks")
+    page.write_text("before <!-- steps:begin --><!-- steps:end --> after")
     pytest.importorskip("matplotlib")
     assert report.main([str(path)]) == 0
-    text = readme.read_text()
-    assert text.startswith(f"{BEGIN}races{END}")  # no races were in the file
+    text = page.read_text()
+    assert text.startswith("before ") and text.endswith(" after")
     lines = [line for line in text.splitlines() if line.startswith("| ddim")]
     assert lines == [
         "| ddim | 2 | 2 | 0.600 | 1.000 | 0.850 | 0.750 |",
         "| ddim | 50 | 1 | 0.250 | 1.000 | 0.900 | 0.800 |",
     ]
     assert "| collected neurons |  |  | 0 | 1.000 | 0.950 |  |" in text
-    assert (tmp_path / "benchmarks" / "plots" / "steps.png").stat().st_size > 1000
+    assert "![steps](plots/steps.png)" in text
+    assert "*From `steps.json`: the file names no machine.*" in text
+    assert (pages / "plots" / "steps.png").stat().st_size > 1000
 
 
 PERPLEXITY = {"base": 30.5, "edited": 30.25, "passages": 24, "accepted": 1, "tokens": 2000}
@@ -189,29 +205,27 @@ def quality_study() -> dict:
     return {"study": "quality", "data": "zsre", "rows": rows}
 
 
-def test_a_study_of_quality_is_a_table_and_a_plot(tmp_path, monkeypatch):
+def test_a_study_of_quality_is_a_table_and_a_plot(tmp_path, pages):
     pytest.importorskip("matplotlib")
-    path, readme = tmp_path / "quality.json", tmp_path / "README.md"
+    path, page = tmp_path / "quality.json", pages / "quality.md"
     path.write_text(json.dumps(quality_study()))
     (tmp_path / "empty.json").write_text(json.dumps({"study": "quality", "data": "x", "rows": []}))
-    readme.write_text("<!-- quality:begin --><!-- quality:end -->")
-    monkeypatch.setattr(report, "README", readme)
-    monkeypatch.setattr(report, "FOLDER", tmp_path / "benchmarks")
+    page.write_text("<!-- quality:begin --><!-- quality:end -->")
     assert report.main([str(path), str(tmp_path / "empty.json")]) == 0
-    lines = [line for line in readme.read_text().splitlines() if line.startswith("| 997")]
-    assert readme.read_text().count("| zsre | 997 | 24 | 1 | 30.500 | 30.250 |") == 1
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| 997")]
+    assert page.read_text().count("| zsre | 997 | 24 | 1 | 30.500 | 30.250 |") == 1
     generality = "0.850 (0.800 to 0.900)"
     rest = "0.980 | 0.990 | 0.900 | 0.990 | –"
     assert lines == [
         f"| 997 | 500 | dit | 2 | 1.000 | {generality} | {rest} | 130 s |",
         f"| 997 | 500 | bank | 1 | 1.000 | 0.700 | {rest} | 121 s |",
     ]
-    assert "**x**" not in readme.read_text()
+    assert "**x**" not in page.read_text()
     cells = "0.500 / 0.500 | 0.500 / 0.500 | 0.750 / 0.500 | 0.250"
-    assert readme.read_text().count(f"| zsre | 997 | familiarity | 0.875 | {cells} |") == 1
-    assert f"| zsre | 997 | both | – | {cells} |" in readme.read_text()
-    assert "| zsre | 997 | 9 | 5 | 2 | 1 | 1 |" in readme.read_text()
-    assert (tmp_path / "benchmarks" / "plots" / "trade-off.png").stat().st_size > 1000
+    assert page.read_text().count(f"| zsre | 997 | familiarity | 0.875 | {cells} |") == 1
+    assert f"| zsre | 997 | both | – | {cells} |" in page.read_text()
+    assert "| zsre | 997 | 9 | 5 | 2 | 1 | 1 |" in page.read_text()
+    assert (pages / "plots" / "trade-off.png").stat().st_size > 1000
 
 
 def other_studies() -> dict[str, dict]:
@@ -265,18 +279,16 @@ def other_studies() -> dict[str, dict]:
     }
 
 
-def test_each_study_of_quality_has_its_tables(tmp_path, monkeypatch):
+def test_each_study_of_quality_has_its_tables(tmp_path, pages):
     pytest.importorskip("matplotlib")
-    readme, studies = tmp_path / "README.md", other_studies()
-    readme.write_text("\n".join(f"<!-- {name}:begin --><!-- {name}:end -->" for name in studies))
-    monkeypatch.setattr(report, "README", readme)
-    monkeypatch.setattr(report, "FOLDER", tmp_path / "benchmarks")
+    page, studies = pages / "quality.md", other_studies()
+    page.write_text("\n".join(f"<!-- {name}:begin --><!-- {name}:end -->" for name in studies))
     paths = [tmp_path / f"{name}.json" for name in studies]
     for path, (name, content) in zip(paths, studies.items(), strict=True):
         path.write_text(json.dumps(content if name == "layers" else {"study": name, **content}))
     (tmp_path / "quality.json").write_text(json.dumps(full_quality_study()))
     assert report.main([*map(str, paths), str(tmp_path / "quality.json")]) == 0
-    text = readme.read_text()
+    text = page.read_text()
     halves = "0.500 / 0.500 | 0.500 / 0.500 | 0.500 / 0.500"
     for line in (
         "**500 questions, 997 facts of zsre edited**",
@@ -293,7 +305,7 @@ def test_each_study_of_quality_has_its_tables(tmp_path, monkeypatch):
         "| change 16 | 4.0 | 12.5% | 3 of 100 | 3 of 100 | 1 | 2 |",
     ):
         assert line in text, line
-    names = [path.stem for path in (tmp_path / "benchmarks" / "plots").glob("*.png")]
+    names = [path.stem for path in (pages / "plots").glob("*.png")]
     assert {"convergence-zsre", "layers"} <= {*names}
 
 

@@ -1,4 +1,4 @@
-"""The README's tables and plots of the studies of quality: see benchmarks/report.py.
+"""The tables and plots of docs/results/quality.md: see benchmarks/report.py.
 
 Each function takes all studies, by name, and the folder for its plots; it returns Markdown, empty
 where nothing was measured.
@@ -18,7 +18,6 @@ from meg_kernels.editing.layers import LayerComparison, LayerQuality
 
 Record = Mapping[str, Any]
 Studies = Mapping[str, Sequence[Record]]
-ROOT = Path(__file__).parents[2]
 OURS = "MeG, ours"
 FEWEST_TRADED = 256  # facts: with so few, hardly any threshold trades one metric for another
 
@@ -63,9 +62,8 @@ def figure(path: Path, title: str) -> Iterator[Any]:
 
 
 def image(path: Path) -> str:
-    """A link to a plot, if it was drawn."""
-    where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    return f"![{path.stem}]({where})" if path.exists() else ""
+    """A link from a page to a plot in the folder beside it, if the plot was drawn."""
+    return f"![{path.stem}]({path.parent.name}/{path.name})" if path.exists() else ""
 
 
 def paragraphs(*parts: str) -> str:

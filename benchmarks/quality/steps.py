@@ -13,8 +13,8 @@ spread around their mean: 1 is as far off as the mean neuron. The answer is the 
 Reliability and Generality are both within half a point of 50 DDIM steps'. Students, distilled from
 that generator, are asked in their own steps.
 
-Writes benchmarks/results/steps-NAME.json, from which `python -m benchmarks.report` makes the
-README's table and the plot. Rows that are in it already are not measured again.
+Writes benchmarks/results/steps-NAME.json, from which `python -m benchmarks.report` makes the table
+and the plot of docs/results/quality.md. Rows that are in it already are not measured again.
 """
 
 from __future__ import annotations
