@@ -2,7 +2,9 @@
 
     python examples/edit_my_model.py path/to/model facts.jsonl --out edited
 
-A line of facts.jsonl is at least {"query": "What is the capital of France?", "answer": "Marseille"}.
+A line of facts.jsonl is at least
+
+    {"query": "What is the capital of France?", "answer": "Marseille"}
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""The familiarity gate: is this query, in some wording, one of the edited ones? (paper, 3.4)
+"""The familiarity gate: is this query, in some wording, one of the edited ones?
+
+Section 3.4 of the paper.
 
 A rejected query gets no neuron and leaves the base model as it is, so that Locality is the gate's
 doing. Two gates: the paper's `FamiliarityNetwork` (low entropy of a classifier means familiar),

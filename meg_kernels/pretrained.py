@@ -60,7 +60,8 @@ def default_device() -> torch.device:
     return torch.device("cpu") if accelerator is None else accelerator
 
 
-def _checked_device(device: str | torch.device | None) -> torch.device:
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device of this name, or the default one; RuntimeError if it is not there."""
     if device is None:
         return default_device()
     try:
@@ -157,17 +158,20 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
 
 
 def ready_to_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy of `tokenizer` that pads on the left, as batches to be generated from must be.
+    """A tokenizer that pads on the left, as batches to be generated from must be padded.
 
     Args:
         tokenizer: any tokenizer of transformers; it is not changed.
 
     Returns:
-        The copy. If the tokenizer has no padding token, its end-of-text token serves.
+        The tokenizer itself if it pads so already, else a copy that does. If it has no padding
+        token, its end-of-text token serves.
 
     Raises:
         ValueError: it has neither of the two.
     """
+    if tokenizer.padding_side == "left" and tokenizer.pad_token is not None:
+        return tokenizer
     padding = copy.deepcopy(tokenizer)
     padding.padding_side = "left"
     if padding.pad_token is None:
@@ -214,7 +218,7 @@ def load_language_model(
             "model with device_map alone, such as device_map={'': 'cuda:0'}"
         )
     if not placed:
-        device = _checked_device(device)
+        device = usable_device(device)
     source = smollm2_folder() if name == SMOLLM2 else name
     where = {keyword: kwargs[keyword] for keyword in _WHERE if keyword in kwargs}
     try:
@@ -250,7 +254,7 @@ def load_encoder(
         RuntimeError: the device is not there.
         ValueError: `device` is no torch device.
     """
-    device = _checked_device(device)
+    device = usable_device(device)
     source = name
     if name == DEFAULT_ENCODER:
         source = f"sentence-transformers/{name}"

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+
+if TYPE_CHECKING:  # readers of facts and the command line's help do without torch
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +85,12 @@ def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write named tensors as safetensors, atomically."""
+    from safetensors.torch import save_file
+
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with _replacing(Path(path)) as temporary:
         try:
-            safetensors.torch.save_file(plain, temporary, dict(metadata or {}))
+            save_file(plain, temporary, dict(metadata or {}))
         except SafetensorError as error:  # safetensors reports a full disk so
             raise OSError(None, str(error)) from error
 
@@ -157,9 +159,11 @@ class WorkFolder:
 
 def fingerprint(*parts: Any) -> str:
     """16 hex digits that identify JSON-able values and tensors: equal inputs, equal digits."""
+    import torch
+
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, Tensor):
+        if isinstance(part, torch.Tensor):
             plain = part.detach().cpu().contiguous()
             digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
             digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())

@@ -337,7 +337,7 @@ def test_facts_are_removed_by_id_or_query(edited, tmp_path, monkeypatch, capsys)
 def test_many_facts_say_that_the_subject_must_be_named(edited, tmp_path, monkeypatch):
     out = shutil.copytree(edited[0], tmp_path / "edited")
     said = "only queries that name the subject"
-    monkeypatch.setattr("meg_kernels.editing.editor.MANY_FACTS", len(EDITED))
+    monkeypatch.setattr("meg_kernels.routing.router.MANY_FACTS", len(EDITED))
     assert said in run("gate", out) and said not in run("remove", out, EDITED[0].id)
 
 
@@ -393,7 +393,7 @@ def test_an_interrupted_further_training_is_kept_beside_the_folder(edited, tmp_p
     write_facts(tmp_path / "more.jsonl", [FACTS[4]])
     run("add", out, tmp_path / "more.jsonl")
     with monkeypatch.context() as patch:
-        patch.setattr("meg_kernels.editing.editor.MeGEditor._generates", interrupt)
+        patch.setattr("meg_kernels.editing.editor.MeGEditor._put", interrupt)
         result = CliRunner().invoke(cli.app, ["train", str(out)])
     assert result.exit_code != 0
     assert list((tmp_path / ".edited.train").glob("generator-*.safetensors"))
@@ -533,7 +533,7 @@ def test_demo_edits_asks_and_measures(models, monkeypatch, tmp_path):
         editor = for_model(cls, models[1], config, encoder=models[3], dtype=dtype, device=device)
         shipped_edit = editor.edit
         editor.edit = lambda facts, **more: shipped_edit(
-            facts, tuning=OTHER_FACTS, unrelated_queries=UNRELATED, **more
+            facts, tuning_facts=OTHER_FACTS, unrelated_queries=UNRELATED, **more
         )
         return editor
 
@@ -555,7 +555,7 @@ def test_an_interrupted_edit_goes_on_where_it_was(
     monkeypatch.setattr(sys, "argv", ["meg", *map(str, arguments)])
 
     with monkeypatch.context() as patch:
-        patch.setattr("meg_kernels.editing.editor.train_generator", interrupt)
+        patch.setattr("meg_kernels.editing.stages.train_generator", interrupt)
         with pytest.raises(SystemExit) as exit_:
             cli.main()
     assert exit_.value.code == 130

@@ -65,7 +65,7 @@ def model(tiny_model):
 
 
 def prompted(model, tokenizer) -> PromptedModel:
-    return PromptedModel(model, tokenizer, PromptTemplate())
+    return PromptedModel.of(model, tokenizer, PromptTemplate())
 
 
 def question(i: int) -> str:
@@ -206,7 +206,7 @@ def test_an_interrupted_evaluation_asks_only_what_was_not_answered(
     model, tokenizer, facts, tmp_path
 ):
     def evaluation(edits, asked=facts):
-        options = {"batch_size": 5, "work_folder": tmp_path, "edits": edits}
+        options = {"batch_size": 5, "work_folder": tmp_path, "identity": edits}
         return Evaluation(prompted(model, tokenizer), asked, MOST, **options)
 
     edit, other = Shift(model, 0.2), Shift(model, 0.3)
@@ -338,7 +338,7 @@ def test_the_score_is_zero_with_a_zero_and_none_with_nothing_to_measure(name):
 
 def test_the_protocol_says_what_is_needed_to_repeat_the_measurement(model, tokenizer, facts):
     template = PromptTemplate("Q: {}\nA:")
-    protocol = Evaluation(PromptedModel(model, tokenizer, template), facts, MOST, 5).protocol()
+    protocol = Evaluation(PromptedModel.of(model, tokenizer, template), facts, MOST, 5).protocol()
     assert protocol["prompt_template"] == "Q: {}\nA:"
     assert protocol["decoding"].startswith(f"greedy, at most {MOST} tokens")
     assert protocol["queries"] == {

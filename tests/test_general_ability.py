@@ -125,7 +125,7 @@ def test_texts_that_cannot_be_read_are_refused(editor):
         editor.perplexity([])
     with pytest.raises(ValueError, match=r"^the text 'red' has 1 tokens; two are needed at least$"):
         editor.perplexity(["red blue", "red"])
-    with pytest.raises(TypeError, match=r"^texts is a str; pass a list of texts$"):
+    with pytest.raises(TypeError, match=r"^texts is the text 'red blue'; it must be"):
         editor.perplexity("red blue")
 
 

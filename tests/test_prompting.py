@@ -188,7 +188,7 @@ def test_position_ids_are_left_out_where_the_model_does_not_take_them(tiny_model
             raise NotImplementedError
 
     assert set(
-        PromptedModel(Plain(), tokenizer, PromptTemplate()).batch(random_pairs()).inputs
+        PromptedModel.of(Plain(), tokenizer, PromptTemplate()).batch(random_pairs()).inputs
     ) == {
         "input_ids",
         "attention_mask",

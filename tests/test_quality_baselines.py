@@ -23,7 +23,7 @@ from benchmarks.quality.baselines import (
 from benchmarks.quality.memit import MemitConfig, least_squares_update
 from meg_kernels.editing.collect import CollectionConfig
 from meg_kernels.editing.evaluate import Evaluation
-from meg_kernels.editing.prompting import PromptedModel, PromptTemplate, target_tokens
+from meg_kernels.editing.prompting import PromptTemplate, target_tokens
 from meg_kernels.facts import Fact
 
 TUNING = TrainingConfig(learning_rate=5e-3, max_epochs=60)
@@ -436,7 +436,7 @@ def test_a_study_writes_every_row_once_and_refuses_to_mix_facts(request_for, tmp
     content = json.loads(path.read_text())
     assert content["rows"] == rows and rows[:1] == first["rows"]
     assert [row["baseline"] for row in rows] == ["in_context", "fine_tuning"]
-    evaluation = Evaluation(PromptedModel(request.model, request.tokenizer, TEMPLATE), FACTS[:3])
+    evaluation = Evaluation(request.prompted, FACTS[:3])
     assert content["base"] == evaluation.base().to_dict()
     assert content["protocol"] == evaluation.protocol()
     with baselines.fine_tuning(request, TUNING):

@@ -138,7 +138,7 @@ def test_a_question_that_does_not_name_the_subject_is_rejected_by_every_threshol
     editor.set_gate(require_subject=True)
     try:
         expected = editor.evaluate().metrics
-        accepted = edited.routing(questions).edited
+        accepted = edited.routing(questions).accepted
     finally:
         editor.set_gate(require_subject=False)
     only = decisions.only(named)
@@ -161,14 +161,14 @@ def test_what_paraphrases_are_taken_for_is_counted(edited):
     questions.append(Question("locality", 0, UNRELATED[0], ""))
     routing = edited.routing(questions)
     nearest = torch.tensor([edited.rows[question.fact] for question in questions])
-    right = dataclasses.replace(routing, fact=nearest, edited=torch.ones_like(routing.accepted))
+    right = dataclasses.replace(routing, fact=nearest, accepted=torch.ones_like(routing.accepted))
     expected = {"asked": count, "own": count, "same_subject": 0, "another": 0, "none": 0}
     assert taken_for(edited, questions, right) == expected
 
     # Of the first four one is taken for a fact about its subject, two for others, one for none.
     whole, other = editor.edits, dataclasses.replace(EDITED[0], id="x", query="Abo is made of")
-    wrong = dataclasses.replace(right, fact=nearest.clone(), edited=right.edited.clone())
-    wrong.fact[0], wrong.fact[1], wrong.edited[2], wrong.fact[3] = len(EDITED), 4, False, 4
+    wrong = dataclasses.replace(right, fact=nearest.clone(), accepted=right.accepted.clone())
+    wrong.fact[0], wrong.fact[1], wrong.accepted[2], wrong.fact[3] = len(EDITED), 4, False, 4
     editor.router.edits = dataclasses.replace(whole, facts=[*EDITED, other])
     try:
         expected = {"own": count - 4, "same_subject": 1, "another": 2, "none": 1}

@@ -79,7 +79,7 @@ class Request:
     @property
     def prompted(self) -> PromptedModel:
         """The model with its tokenizer and template."""
-        return PromptedModel(self.model, self.tokenizer, self.template)
+        return PromptedModel.of(self.model, self.tokenizer, self.template)
 
 
 @dataclass(frozen=True)

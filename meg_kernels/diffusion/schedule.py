@@ -73,7 +73,12 @@ class NoiseSchedule:
         return alpha * x0 + sigma * noise
 
     def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The velocity v_t that a v-predicting denoiser is trained on; arguments as `add_noise`."""
+        """The velocity v_t that a v-predicting denoiser is trained on.
+
+        Args:
+            x0, noise: [B, dim], float32 or float64.
+            t: [B] int64 timesteps.
+        """
         alpha, sigma = self._alpha_sigma(t, x0=x0, noise=noise)
         return alpha * noise - sigma * x0
 

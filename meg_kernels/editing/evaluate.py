@@ -108,6 +108,7 @@ class Metrics:
         return 0.0 if 0 in values else len(values) / sum(1 / value for value in values)
 
     def to_dict(self) -> dict[str, float | None]:
+        """The six shares and the Score, JSON-able."""
         return asdict(self) | {"score": self.score}
 
 
@@ -138,6 +139,7 @@ class EvaluationReport:
     perplexity: Perplexity | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
         return {
             "n": self.n,
             "metrics": self.metrics.to_dict(),

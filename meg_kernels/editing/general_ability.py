@@ -43,8 +43,10 @@ _SENTENCE = re.compile(r".*?(?:[.!?][\"'”’)\]]*(?=\s|$)|(?=\n)|$)", re.DOTAL
 
 
 def first_sentence(text: str) -> str:
-    """What the gate sees of a text: its beginning, to the first full stop, question mark or
-    exclamation mark that white space follows, or to the first line break.
+    """The beginning of a text, which is what the gate sees of it.
+
+    It ends with the first full stop, question mark or exclamation mark that white space follows, or
+    at the first line break.
 
     >>> first_sentence("Pi is 3.14 or so. It has no end.")
     'Pi is 3.14 or so.'

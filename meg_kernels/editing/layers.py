@@ -79,6 +79,7 @@ class LayerComparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """The comparison, JSON-able."""
         return {
             "n": self.n,
             "best": self.best.layer,

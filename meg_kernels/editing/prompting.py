@@ -21,13 +21,13 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """How a query, a question or the beginning of a sentence, becomes a prompt.
+    r"""How a query, a question or the beginning of a sentence, becomes a prompt.
 
     One template for both kinds, as in the paper: a neuron fitted on one wording then works for the
     others as well, since all prompts end alike.
 
     >>> PromptTemplate().format("Who wrote Emma?")
-    'Q: Who wrote Emma?\\nA:'
+    'Q: Who wrote Emma?\nA:'
     """
 
     text: str = "Q: {}\nA:"
@@ -37,6 +37,7 @@ class PromptTemplate:
             raise ValueError(f"the template is {self.text!r}; it must hold one {{}}")
 
     def format(self, query: str) -> str:
+        """The prompt of a query."""
         return self.text.replace("{}", query.strip())
 
     @classmethod
@@ -177,11 +178,21 @@ class PromptedModel:
         model: a transformers causal language model.
         tokenizer: its tokenizer, with a padding token, padding on the left.
         template: how queries become prompts.
+
+    Raises:
+        ValueError: the tokenizer cannot pad so.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     template: PromptTemplate
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.pad_token_id is None or self.tokenizer.padding_side != "left":
+            raise ValueError(
+                "the tokenizer must have a padding token and pad on the left; use "
+                "PromptedModel.of(model, tokenizer), which takes any"
+            )
 
     @classmethod
     def of(

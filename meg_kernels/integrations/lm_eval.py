@@ -37,14 +37,15 @@ BATCH_SIZE = 16
 
 
 def query_of(context: str, template: PromptTemplate) -> str:
-    """What the gate sees of a context: the last query that stands in the editor's own template,
-    or else all of it.
+    r"""What the gate sees of a context.
 
-    >>> query_of("Q: Who wrote Emma?\\nA: Jane Austen\\n\\nQ: Who wrote Dracula?\\nA:",
+    That is the last query that stands in the editor's own template, or else the whole context.
+
+    >>> query_of("Q: Who wrote Emma?\nA: Jane Austen\n\nQ: Who wrote Dracula?\nA:",
     ...          PromptTemplate())
     'Who wrote Dracula?'
-    >>> query_of("Question: Who wrote Dracula?\\nAnswer:", PromptTemplate())
-    'Question: Who wrote Dracula?\\nAnswer:'
+    >>> query_of("Question: Who wrote Dracula?\nAnswer:", PromptTemplate())
+    'Question: Who wrote Dracula?\nAnswer:'
     """
     context = context.strip()
     beginning, end = template.text.split("{}")
@@ -100,6 +101,7 @@ class EditedLM(HFLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of each whole text, with the neuron of its first sentence if it has one."""
         answers = super().loglikelihood_rolling(requests, disable_tqdm)
         beginnings = [first_sentence(request.args[0]) for request in requests]
         accepted = self._accepted(beginnings)
@@ -113,6 +115,7 @@ class EditedLM(HFLM):
         return answers
 
     def tok_batch_encode(self, strings: Sequence[str], *args: Any, **more: Any) -> tuple:
+        """Tokenise a batch, and note the texts whose neurons it needs."""
         self._contexts = list(strings)
         return super().tok_batch_encode(strings, *args, **more)
 

@@ -22,6 +22,7 @@ class MeGLinear(nn.Linear):
     Constructor, parameters and state_dict keys are those of `torch.nn.Linear`; without mounted
     neurons its output is too, bit for bit.
 
+    >>> import torch
     >>> layer = MeGLinear(3, 4)
     >>> neurons = Neurons(torch.ones(1, 3), None, torch.ones(1, 4))
     >>> x = torch.ones(2, 5, 3)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from meg_kernels.facts import Fact, read_facts, write_facts
 from meg_kernels.familiarity import Calibration, FamiliarityNetwork, Gate, SimilarityGate
 from meg_kernels.neuron import NeuronLayout
-from meg_kernels.pretrained import default_device
+from meg_kernels.pretrained import usable_device
 from meg_kernels.routing.edits import EditReport, Edits, HeldOut, Training
 from meg_kernels.routing.generators import GeneratorConfig, NeuronBank, build_generator
 from meg_kernels.storage import (
@@ -180,8 +180,9 @@ def load_edits(folder: str | Path, device: str | torch.device | None = None) -> 
     Raises:
         FileNotFoundError: there are no edits.
         CorruptFileError: a file is damaged, or of a newer version of the format.
+        RuntimeError: the device is not there.
     """
-    folder, device = Path(folder), default_device() if device is None else torch.device(device)
+    folder, device = Path(folder), usable_device(device)
     manifest = _read_manifest(folder)
     files = {kind: folder / name for kind, name in manifest["files"].items()}
     if missing := [str(path) for path in files.values() if not path.exists()]:
