@@ -64,6 +64,7 @@ def test_a_models_folder_is_edited_and_asked(run, tmp_path):
         "edit_my_model",
         *(tmp_path / "model", facts, "--tuning", tuning),
         *("--encoder", tmp_path / "encoder", "--out", edited),
+        *("--layer", tiny.LAYER, "--learning-rate", 0.1),
     )
     assert "4 facts edited" in said and "not learnt" not in said
     for fact in tiny.FACTS[:4]:
