@@ -3,10 +3,11 @@
     FORCE_COLOR=1 COLUMNS=104 meg demo > demo.txt
     python docs/demo_picture.py demo.txt                # writes docs/demo.svg
 
-Run both on one machine: the picture says on which processor it was made. Only the table of answers and
-that of metrics are shown, as they were printed.
+Run both on one machine: the picture says on which processor it was made. Only the table of answers
+and that of metrics are shown, as they were printed.
 """
 
+import io
 import os
 import platform
 import sys
@@ -37,7 +38,8 @@ def tables(printed: str) -> list[list[Text]]:
 
 def shortened(table: list[Text], rows: int) -> list[Text]:
     """The first rows of a table; a row whose first cell is empty continues the one before."""
-    begins = [i for i, line in enumerate(table) if line.plain[:1] == "│" and line.plain[2:3].strip()]
+    first = [line.plain[2:3] if line.plain.startswith("│ ") else "" for line in table]
+    begins = [i for i, letter in enumerate(first) if letter.strip()]
     return table if len(begins) <= rows else [*table[: begins[rows]], table[-1]]
 
 
@@ -52,7 +54,7 @@ def processor() -> str:
 def main() -> None:
     """Write docs/demo.svg."""
     answers, metrics = tables(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    console = Console(record=True, width=WIDTH, file=open(os.devnull, "w"), force_terminal=True)
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
     console.print("[bold]$ meg demo[/]")
     for table in (shortened(answers, QUESTIONS), metrics):
         for line in table:

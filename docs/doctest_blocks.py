@@ -1,7 +1,7 @@
 """Shows the doctests of docstrings as code; griffe, which reads the docstrings, calls this.
 
-A docstring may have `>>> ` lines without a section "Examples:" around them, which Markdown would take
-for quotations and links.
+A docstring may have `>>> ` lines without a section "Examples:" around them, which Markdown would
+take for quotations and links.
 """
 
 import griffe
@@ -10,18 +10,7 @@ FENCE = "```"
 
 
 def fenced(text: str) -> str:
-    """The text with each doctest, up to the next empty line, in a fenced block.
-
-    >>> print(fenced("Adds.\\n\\n>>> 1 + 1\\n2\\n\\nMore.").replace(FENCE, "'''"))
-    Adds.
-    <BLANKLINE>
-    '''pycon
-    >>> 1 + 1
-    2
-    '''
-    <BLANKLINE>
-    More.
-    """
+    """The text with each doctest, up to the next empty line, in a fenced block."""
     lines: list[str] = []
     within = False
     for line in text.splitlines():

@@ -2,7 +2,7 @@
 
     python examples/edit_my_model.py path/to/model facts.jsonl --out edited
 
-A line of facts.jsonl is at least {"query": "What is the capital of France?", "answer": "Marseille"}.
+A line of facts.jsonl: {"query": "What is the capital of France?", "answer": "Marseille"}
 """
 
 import argparse
@@ -17,7 +17,9 @@ parser.add_argument("facts", help="the facts to edit")
 parser.add_argument("--tuning", help="other facts with paraphrases; default: the package's")
 parser.add_argument("--encoder", help="another text encoder; default: all-MiniLM-L6-v2")
 parser.add_argument("--layer", type=int, help="default: three quarters up; `meg layers` compares")
-parser.add_argument("--learning-rate", type=float, default=1.0, help="lower it if facts stay unlearnt")
+parser.add_argument(
+    "--learning-rate", type=float, default=1.0, help="lower, if facts stay unlearnt"
+)
 parser.add_argument("--out", default="edited")
 options = parser.parse_args()
 

@@ -1,6 +1,6 @@
 """`MeGLinear` in a model of your own: a linear layer whose samples can each carry a neuron.
 
-    python examples/meg_linear.py
+python examples/meg_linear.py
 """
 
 import torch

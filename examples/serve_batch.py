@@ -1,4 +1,4 @@
-"""Answer many queries at once with an edited model: one batch, each row with its own neuron or none.
+"""Answer many queries at once with an edited model: one batch, each row with its own neuron.
 
     python examples/serve_batch.py edited "What is the capital of France?" "Who wrote Emma?"
 
@@ -25,7 +25,8 @@ with editor.serving():  # on a CPU: weights packed once, where that is faster on
         batch = queries[i : i + options.batch_size]
         routing = editor.route(batch)
         prompts = [editor.template.format(query) for query in batch]
-        inputs = editor.tokenizer(prompts, return_tensors="pt", padding=True).to(editor.model.device)
+        inputs = editor.tokenizer(prompts, return_tensors="pt", padding=True)
+        inputs = inputs.to(editor.model.device)
         # Any call of the model works here; row b of the batch must be query b.
         with editor.routed(batch, routing):
             output = editor.model.generate(**inputs, max_new_tokens=16, do_sample=False)
