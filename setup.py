@@ -24,17 +24,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).resolve().parent / "csrc"
-SOURCES = ["csrc/dynamic_neuron.cu", "csrc/entropy_gate.cu", "csrc/bindings.cpp"]
-HEADERS = [
-    "csrc/device.cuh",
-    "csrc/dynamic_neuron.cuh",
-    "csrc/dynamic_neuron.h",
-    "csrc/entropy_gate.cuh",
-    "csrc/entropy_gate.h",
-    "csrc/launch.cuh",
-    "csrc/rows.cuh",
-    "csrc/types.h",
-]
+SOURCES = ["csrc/dynamic_neuron.cu", "csrc/softmax_entropy.cu", "csrc/bindings.cpp"]
+HEADERS = sorted(f"csrc/{path.name}" for pattern in ("*.h", "*.cuh") for path in CSRC.glob(pattern))
 DEFAULT_ARCHITECTURES = "sm_80 sm_90a sm_100"
 
 
@@ -96,6 +87,7 @@ class BuildCuda(build_ext):
     """Compiles with nvcc; a failure only switches the extension off, unless it was asked for."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Build `ext`, or say in one line why it is left out."""
         try:
             self.build_with_nvcc(ext)
         except BuildError as error:
@@ -104,6 +96,7 @@ class BuildCuda(build_ext):
             report_unbuilt(error)
 
     def build_with_nvcc(self, ext: Extension) -> None:
+        """Compile the sources of `ext` at once, and link them; BuildError if that fails."""
         try:
             import pybind11
         except ImportError as error:  # only without build isolation

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.models import Subject, twin
-from meg_kernels.integrations.transformers import feed_forward
 from meg_kernels.neuron import Neurons
+from meg_kernels.nn.families import feed_forward
 
 
 def answer(model: PreTrainedModel, queries: Sequence[Tensor], new_tokens: int, **more) -> Tensor:
@@ -70,7 +70,7 @@ class OneAtATime:
 
     def __init__(self, subject: Subject):
         self.model = twin(subject.model)
-        block = feed_forward(self.model, subject.layer).block
+        block = feed_forward(self.model, subject.layer).decoder_layer
         self._widened = block.mlp = WidenedFFN(block.mlp)
 
     def answer(self, queries: Sequence[Tensor], neurons: Neurons, new_tokens: int) -> Tensor:
@@ -107,7 +107,7 @@ class MixedAdapters:
         for name in self.names[1:]:
             self.model.add_adapter(name, config)
         self.model.eval()
-        projection = feed_forward(self.model.get_base_model(), subject.layer).output_projection
+        projection = feed_forward(self.model, subject.layer).exit.down_proj
         directions = subject.neurons(count)
         for name, value in zip(self.names, directions.value, strict=True):
             reads, writes = projection.lora_A[name].weight, projection.lora_B[name].weight

@@ -23,7 +23,7 @@ from benchmarks.baselines import MixedAdapters, OneAtATime, answer
 from benchmarks.measure import Case, Passed, Race, Way
 from benchmarks.models import Subject, llama_3_8b, smollm2, twin
 from meg_kernels.nn import attach
-from meg_kernels.precision import frozen_products
+from meg_kernels.nn.packing import frozen_products
 
 GPU = torch.cuda.is_available()
 COUNTS = (8, 64)

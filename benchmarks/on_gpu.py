@@ -38,7 +38,7 @@ BENCHMARKS = {
     "decode": 80,
     "answers": 200,
     "ffn": 60,
-    "entropy_gate": 40,
+    "softmax_entropy": 40,
     "collect": 60,
 }
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
@@ -51,7 +51,7 @@ class Stage:
     Args:
         name: as the log calls it.
         command: run from the repository's root.
-        seconds: it is interrupted after so many.
+        seconds: after which it is interrupted.
         environment: what to add to it.
     """
 
@@ -132,7 +132,7 @@ def sanitizer_outcome(log: str) -> dict[str, Any]:
 
 
 def sanitizer(tool: str) -> list[str]:
-    """The command that runs csrc's GPU tests under compute-sanitizer; empty where there is none."""
+    """The command that runs csrc's kernels under compute-sanitizer; empty where there is none."""
     program = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
@@ -141,11 +141,13 @@ def sanitizer(tool: str) -> list[str]:
     kernels = [source.stem for source in sorted((ROOT / "csrc").glob("*.cu"))]
     ours_only = [part for kernel in kernels for part in ("--kernel-name", f"kns={kernel}")]
     # Captured graphs need torch's caching allocator, which is off here.
-    tests = [*PYTEST, "tests/test_csrc.py", "-m", "gpu", "-k", "not graph and not sanitizer"]
+    files = ("tests/test_dynamic_neuron_cuda.py", "tests/test_softmax_entropy.py")
+    tests = [*PYTEST, *files, "-m", "gpu", "-k", "(neuron_cuda or csrc) and not graph"]
     return [program, "--tool", tool, *ours_only, *tests]
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run every stage, and write what came of them into the folder that `arguments` names."""
     if len(arguments) != 1:
         print("usage: python -m benchmarks.on_gpu FOLDER", file=sys.stderr)
         return 2
@@ -191,8 +193,10 @@ def run_checks(folder: Path) -> dict[str, Any]:
 
 
 def run_benchmark(bench: str, seconds: float, folder: Path) -> tuple[dict, dict]:
-    """How benchmarks/bench_BENCH.py went, and the JSON it wrote. In a process of its own: after an
-    illegal memory access a process can do nothing more on its GPU."""
+    """How benchmarks/bench_BENCH.py went, and the JSON it wrote.
+
+    In a process of its own: after an illegal memory access one can do nothing more on its GPU.
+    """
     results, measured = folder / f"{bench}.xml", folder / f"{bench}.json"
     command = [
         *PYTEST,
@@ -210,9 +214,9 @@ def run_benchmark(bench: str, seconds: float, folder: Path) -> tuple[dict, dict]
 
 
 def races(log: str) -> str:
-    """The part of a benchmark's output that says what was measured.
+    r"""The part of a benchmark's output that says what was measured.
 
-    >>> races("dots\\n--- races ---\\na\\n\\nb")
+    >>> races("dots\n--- races ---\na\n\nb")
     'a'
     """
     return log.partition(" races -")[2].partition("\n")[2].partition("\n\n")[0]

@@ -103,7 +103,7 @@ TABLES = [
     Table("dynamic_neuron forward", "The op alone", _readable),
     Table("dynamic_neuron backward", "Its backward pass", _readable),
     Table("gated FFN", "A whole gated FFN: where the neurons are best added"),
-    Table("entropy gate", "The familiarity gate's decision"),
+    Table("softmax entropy", "The entropy that the familiarity gate goes by"),
     Table("collection", "Collecting neurons; seconds a fact"),
     Table("generate neurons", "Generating neurons; seconds a neuron"),
     Table("each saving", "What each saving is worth: the same DiT-B, 10 steps on 64 neurons"),

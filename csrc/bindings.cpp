@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "dynamic_neuron.h"
-#include "entropy_gate.h"
+#include "softmax_entropy.h"
 
 namespace py = pybind11;
 
@@ -85,25 +85,14 @@ int backward(const RowsTuple& grad, const RowsTuple& x, const NeuronsTuple& of, 
     return dynamic_neuron_backward(&args);
 }
 
-using LogitsTuple = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;
-using GateTuple = std::tuple<Address, Address, Address, Address, Address>;
+using EntropyShapeTuple = std::tuple<int64_t, int64_t, int64_t>;  // samples, classes, dtype
 
-int gate(const LogitsTuple& logits, double threshold, const GateTuple& results, const StreamTuple& on) {
-    const auto [data, row_stride, samples, classes, dtype] = logits;
-    const auto [entropy, index, rows_edited, count, counter] = results;
-    const EntropyGate args{pointer<const void*>(data),
-                           row_stride,
-                           samples,
-                           classes,
-                           static_cast<Dtype>(dtype),
-                           threshold,
-                           pointer<float*>(entropy),
-                           pointer<int64_t*>(index),
-                           pointer<int64_t*>(rows_edited),
-                           pointer<int64_t*>(count),
-                           pointer<int32_t*>(counter),
-                           stream(on)};
-    return entropy_gate(&args);
+int entropy(const MatrixTuple& logits, const EntropyShapeTuple& sizes, Address result,
+            const StreamTuple& on) {
+    const auto [samples, classes, dtype] = sizes;
+    const SoftmaxEntropy args{
+        matrix(logits), samples, classes, static_cast<Dtype>(dtype), pointer<float*>(result), stream(on)};
+    return softmax_entropy(&args);
 }
 
 // "sm_80 sm_90a" -> ("sm_80", "sm_90a")
@@ -131,8 +120,8 @@ PYBIND11_MODULE(_C, module) {
                "Queue dynamic_neuron_backward; returns a cudaError_t.", py::arg("grad"), py::arg("x"),
                py::arg("neurons"), py::arg("index"), py::arg("shape"), py::arg("stream"),
                py::arg("gradients"), py::arg("scratch"));
-    module.def("entropy_gate", &gate, Unlocked(), "Queue entropy_gate; returns a cudaError_t.",
-               py::arg("logits"), py::arg("threshold"), py::arg("results"), py::arg("stream"));
+    module.def("softmax_entropy", &entropy, Unlocked(), "Queue softmax_entropy; returns a cudaError_t.",
+               py::arg("logits"), py::arg("shape"), py::arg("entropy"), py::arg("stream"));
     module.def(
         "error_string",
         [](int code) { return std::string(cudaGetErrorString(static_cast<cudaError_t>(code))); },

@@ -16,7 +16,7 @@ struct Rows {
     int64_t sample_stride, token_stride;
 };
 
-// A tensor [rows, width], likewise.
+// A tensor [rows, width]. The stride counts elements; inside a row elements are adjacent.
 struct Matrix {
     void* data;
     int64_t row_stride;

@@ -1,4 +1,6 @@
-"""The familiarity gate: is this query, in some wording, one of the edited ones? (paper, 3.4)
+"""The familiarity gate: is this query, in some wording, one of the edited ones?
+
+Section 3.4 of the paper.
 
 A rejected query gets no neuron and leaves the base model as it is, so that Locality is the gate's
 doing. Two gates: the paper's `FamiliarityNetwork` (low entropy of a classifier means familiar),
@@ -10,23 +12,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from meg_kernels.ops.entropy_gate import entropy_gate
-
-
-class Gate(Protocol):
-    """What routing needs of a gate."""
-
-    threshold: float
-
-    def score(self, z: Tensor) -> Tensor:
-        """[B] familiarity of the conditions z [B, dim]."""
+from meg_kernels.ops.softmax_entropy import softmax_entropy
 
 
 @dataclass(frozen=True)
@@ -39,7 +32,7 @@ class Calibration:
         acceptance: share of held-out paraphrases accepted.
         rejection: share of held-out other queries rejected.
         num_positives, num_negatives: how many of each were held out.
-        edited: the number of edited queries that they were compared with, if that is known.
+        num_edited: the number of edited queries when the gate was calibrated.
     """
 
     threshold: float
@@ -48,21 +41,24 @@ class Calibration:
     rejection: float
     num_positives: int
     num_negatives: int
-    edited: int | None = None
+    num_edited: int
 
 
-def calibrate(positive: Tensor, negative: Tensor, rejection_weight: float = 1.0) -> Calibration:
+def calibrate(
+    positive: Tensor, negative: Tensor, num_edited: int, rejection_weight: float = 1.0
+) -> Calibration:
     """The threshold with the best acceptance + rejection_weight * rejection.
 
     Args:
         positive: [P] scores of queries that the gate should accept.
         negative: [Q] scores of queries that it should reject.
-        rejection_weight: how much worse it is to accept one too many than one too few.
+        num_edited: the number of edited queries.
+        rejection_weight: how much worse it is to accept a query wrongly than to reject one wrongly.
 
     Raises:
         ValueError: one of them is empty or not finite.
 
-    >>> calibrate(torch.tensor([0.875, 0.75]), torch.tensor([0.125, 0.25])).threshold
+    >>> calibrate(torch.tensor([0.875, 0.75]), torch.tensor([0.125, 0.25]), 2).threshold
     0.5
     """
     for name, scores in (("positive", positive), ("negative", negative)):
@@ -83,6 +79,7 @@ def calibrate(positive: Tensor, negative: Tensor, rejection_weight: float = 1.0)
         float(rejection[best]),
         len(positive),
         len(negative),
+        num_edited,
     )
 
 
@@ -107,38 +104,51 @@ class Rewording:
     queries: Tensor
     paraphrases: Tensor
 
-    def __call__(self, z: Tensor, generator: torch.Generator) -> Tensor:
-        """[B, dim] a wording of each of the queries z [B, dim]."""
-        rows = torch.randint(len(self.queries), (len(z),), generator=generator).to(z.device)
+    def __call__(self, z: Tensor, rng: torch.Generator) -> Tensor:
+        """[B, dim] the condition of another wording, for each of the conditions z [B, dim]."""
+        rows = torch.randint(len(self.queries), (len(z),), generator=rng).to(z.device)
         return transplant(self.paraphrases[rows], self.queries[rows], z)
 
 
-class SimilarityGate(nn.Module):
-    """Familiar is what lies close to an edited query.
+def nearest(z: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest edited query of each query.
 
     Args:
-        queries: [N, dim] unit vectors of the edited queries.
+        z: [B, dim] unit vectors of queries.
+        conditions: [N, dim] unit vectors of the edited queries.
+
+    Returns:
+        [B] the cosine to the nearest one (-1 if none is edited), and [B] int64 its row (-1).
+    """
+    if not len(conditions):
+        return z.new_full((len(z),), -1.0), z.new_full((len(z),), -1, dtype=torch.int64)
+    similarity, row = (z @ conditions.T).max(1)
+    return similarity, row
+
+
+class SimilarityGate(nn.Module):
+    """What lies close to an edited query is familiar.
+
+    Args:
+        conditions: [N, dim] unit vectors of the edited queries.
         threshold: cosine above which a query is accepted.
     """
 
-    kind = "similarity"
-    queries: Tensor
+    kind: Literal["similarity"] = "similarity"
+    conditions: Tensor
 
-    def __init__(self, queries: Tensor, threshold: float = 0.75):
+    def __init__(self, conditions: Tensor, threshold: float = 0.75):
         super().__init__()
-        self.register_buffer("queries", queries)
+        self.register_buffer("conditions", conditions)
         self.threshold = threshold
 
-    def nearest(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """[B] each row's cosine to the nearest edited query, and [B] which query that is."""
-        if not len(self.queries):
-            return z.new_full((len(z),), -1.0), z.new_full((len(z),), -1, dtype=torch.int64)
-        similarity, row = (z @ self.queries.T).max(1)
-        return similarity, row
-
     def score(self, z: Tensor) -> Tensor:
-        """[B] cosine to the nearest edited query."""
-        return self.nearest(z)[0]
+        """[B] cosine of each of the conditions z [B, dim] to the nearest edited query's."""
+        return nearest(z, self.conditions)[0]
+
+    def over(self, conditions: Tensor) -> SimilarityGate:
+        """A gate with this one's threshold, over these edited queries' conditions [N, dim]."""
+        return SimilarityGate(conditions, self.threshold)
 
 
 class _ResidualBlock(nn.Module):
@@ -167,7 +177,7 @@ class FamiliarityNetwork(nn.Module):
         threshold: minus the paper's epsilon: a query of lower entropy is accepted.
     """
 
-    kind = "familiarity"
+    kind: Literal["familiarity"] = "familiarity"
 
     def __init__(
         self,
@@ -187,14 +197,18 @@ class FamiliarityNetwork(nn.Module):
         """[B, classes] logits of the conditions z [B, dim]."""
         return self.head(self.norm(self.blocks(z * z.shape[-1] ** 0.5)))
 
+    def over(self, conditions: Tensor) -> FamiliarityNetwork:
+        """This network: what it is familiar with is in its weights, until they are fitted again."""
+        return self
+
     @torch.no_grad()
     def score(self, z: Tensor) -> Tensor:
         """[B] minus the entropy, in nats: from -log(classes), unknown, to 0, certain."""
-        return -entropy_gate(self(z).float(), -self.threshold).entropy
+        return -softmax_entropy(self(z).float())
 
     def fit(
         self,
-        queries: Tensor,
+        conditions: Tensor,
         outliers: Tensor | None = None,
         *,
         steps: int | None = None,
@@ -206,38 +220,42 @@ class FamiliarityNetwork(nn.Module):
         """Learn the edited queries by heart.
 
         Args:
-            queries: [N, dim] the edited queries' conditions; each gets a random class.
-            outliers: [M, dim] conditions of other queries, taught to be uncertain about (the
-                uniform distribution). The paper has none; with them the gate separates far better.
-            steps: of AdamW; default: 200, or 50 passes over the queries if more.
-            batch_size: queries a step, and as many outliers.
-            learning_rate: of AdamW.
+            conditions: [N, dim] of the edited queries; each gets a random class.
+            outliers: [M, dim] conditions of other queries, which the network is taught to be
+                uncertain about (the uniform distribution). The paper has none; with them the gate
+                separates far better.
+            steps: of AdamW; default: 200, or 50 passes over the queries if that is more.
+            batch_size: queries in each step, and as many outliers.
+            learning_rate: AdamW's.
             seed: of the classes, the batches and the dropout.
             progress: show a progress bar.
 
         Raises:
-            ValueError: no queries.
+            ValueError: no conditions.
         """
-        if not len(queries):
+        if not len(conditions):
             raise ValueError("there are no queries to become familiar with")
         if steps is None:
-            steps = max(200, math.ceil(50 * len(queries) / batch_size))
-        generator = torch.Generator().manual_seed(seed)
+            steps = max(200, math.ceil(50 * len(conditions) / batch_size))
+        rng = torch.Generator().manual_seed(seed)
         classes = self.head.out_features
-        labels = torch.randint(classes, (len(queries),), generator=generator).to(queries.device)
+        labels = torch.randint(classes, (len(conditions),), generator=rng).to(conditions.device)
         optimizer = torch.optim.AdamW(self.parameters(), lr=learning_rate, fused=True)
         self.train()
-        with torch.random.fork_rng([queries.device] if queries.device.type == "cuda" else []):
+        with torch.random.fork_rng([conditions.device] if conditions.device.type == "cuda" else []):
             torch.manual_seed(seed)  # dropout draws from torch's own generator
             for _ in tqdm(range(steps), desc="familiarity", disable=not progress, leave=False):
                 rows = torch.randint(
-                    len(queries), (min(batch_size, len(queries)),), generator=generator
+                    len(conditions), (min(batch_size, len(conditions)),), generator=rng
                 )
-                loss = F.cross_entropy(self(queries[rows]), labels[rows])
+                loss = F.cross_entropy(self(conditions[rows]), labels[rows])
                 if outliers is not None and len(outliers):
-                    away = torch.randint(len(outliers), (len(rows),), generator=generator)
+                    away = torch.randint(len(outliers), (len(rows),), generator=rng)
                     loss = loss - F.log_softmax(self(outliers[away]), dim=-1).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
         self.eval()
+
+
+Gate = SimilarityGate | FamiliarityNetwork

@@ -42,7 +42,10 @@ class NeuronLayout:
         d_out: width of the FFN's output, which the value writes.
         has_bias: whether a neuron has a bias (FFNs of Phi, GPT-J, GPT-2, GPT-NeoX, OPT do;
             the gated FFNs of Llama, Mistral, Qwen and Gemma do not).
-        activation: `identity`, `gelu`, `gelu_tanh`, `silu` or `relu`.
+        activation: `identity`, `gelu` (erf), `gelu_tanh`, `silu` or `relu`.
+
+    Raises:
+        ValueError: a width is below 1, or the activation is unknown.
     """
 
     d_in: int
@@ -61,7 +64,14 @@ class NeuronLayout:
         return self.d_in + self.has_bias + self.d_out
 
     def pack(self, neurons: Neurons) -> Tensor:
-        """Flat vectors [N, dim] of `neurons`; raises ValueError if their layout is another."""
+        """Flat vectors [N, dim] of `neurons`, copied.
+
+        Args:
+            neurons: N neurons of this layout.
+
+        Raises:
+            ValueError: their layout is another.
+        """
         if neurons.layout != self:
             raise ValueError(f"neurons have {neurons.layout}, but {self} was expected")
         parts = [neurons.key, neurons.value]
@@ -70,7 +80,14 @@ class NeuronLayout:
         return torch.cat(parts, dim=1)
 
     def unpack(self, flat: Tensor) -> Neurons:
-        """The neurons whose flat vectors [N, dim] these are, as views: no copy is made."""
+        """The neurons that flat vectors hold, as views: no copy is made.
+
+        Args:
+            flat: [N, dim], any floating dtype.
+
+        Raises:
+            ValueError: `flat` has another shape.
+        """
         if flat.dim() != 2 or flat.shape[1] != self.dim:
             raise ValueError(f"flat is {tuple(flat.shape)}; it must be [N, {self.dim}]")
         key, rest = flat[:, : self.d_in], flat[:, self.d_in :]
@@ -80,7 +97,7 @@ class NeuronLayout:
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value
 class Neurons:
-    """N neurons of one feed-forward layer.
+    """N neurons of one feed-forward layer; all their tensors share one dtype and device.
 
     Args:
         key: [N, d_in], any floating dtype.
@@ -89,11 +106,13 @@ class Neurons:
         activation: `identity`, `gelu` (erf), `gelu_tanh`, `silu` or `relu`.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together.
+        ValueError: shapes, dtypes or devices do not fit together, or the activation is unknown.
 
-    >>> neurons = Neurons(torch.ones(2, 3), None, torch.zeros(2, 4), "identity")
-    >>> len(neurons), neurons.layout.dim
-    (2, 7)
+    >>> neurons = Neurons(key=torch.ones(2, 3), bias=None, value=torch.zeros(2, 4))
+    >>> neurons
+    Neurons(n=2, d_in=3, d_out=4, no bias, identity, float32, cpu)
+    >>> neurons.layout.dim
+    7
     """
 
     key: Tensor
@@ -123,7 +142,17 @@ class Neurons:
         named = {"key": self.key, "bias": self.bias, "value": self.value}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    def __repr__(self) -> str:
+        """Everything but the numbers."""
+        layout, dtype = self.layout, str(self.dtype).removeprefix("torch.")
+        bias = "bias" if layout.has_bias else "no bias"
+        return (
+            f"Neurons(n={len(self)}, d_in={layout.d_in}, d_out={layout.d_out}, {bias}, "
+            f"{self.activation}, {dtype}, {self.device})"
+        )
+
     def __len__(self) -> int:
+        """N."""
         return self.key.shape[0]
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Neurons:
@@ -140,20 +169,23 @@ class Neurons:
 
     @property
     def layout(self) -> NeuronLayout:
+        """Widths, bias and activation, which neurons of one layer have in common."""
         return NeuronLayout(
             self.key.shape[1], self.value.shape[1], self.bias is not None, self.activation
         )
 
     @property
     def device(self) -> torch.device:
+        """The device of all their tensors."""
         return self.key.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of all their tensors."""
         return self.key.dtype
 
     def to(self, *args, **kwargs) -> Neurons:
-        """These neurons on another device or in another dtype; arguments as `Tensor.to` takes."""
+        """These neurons on another device or in another dtype; takes what `Tensor.to` takes."""
         return self._map(lambda tensor: tensor.to(*args, **kwargs))
 
     def contiguous(self) -> Neurons:
@@ -171,7 +203,14 @@ class Neurons:
 
     @staticmethod
     def cat(parts: Sequence[Neurons]) -> Neurons:
-        """One `Neurons` of all the parts' rows, in order; the parts must share one layout."""
+        """All the parts' neurons as one `Neurons`, in order.
+
+        Args:
+            parts: at least one, all of one layout.
+
+        Raises:
+            ValueError: there are none, or their layouts differ.
+        """
         if not parts:
             raise ValueError("there are no neurons to concatenate")
         layout = parts[0].layout

@@ -1,18 +1,25 @@
-"""Which products run in which precision, where weights are frozen or only fitted roughly."""
+"""When products run in bfloat16: where a device multiplies it natively, and that is faster.
+
+A GPU that multiplies bfloat16 natively does so faster than float32. A CPU may have the instructions
+and still lose, so there a short measurement decides, once for each machine and number of threads
+(`meg_kernels.machine`). MEG_KERNELS_BFLOAT16 decides instead of it: `always` (wherever it is
+native), `never`, or `auto`, the default.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.pytorch_utils import Conv1D
 
-from meg_kernels.nn.linear import products_replaced, projections
+from meg_kernels.machine import WORTHWHILE, Choice, Contest, gain, policy
+
+VARIABLE = "MEG_KERNELS_BFLOAT16"
+_MEASURED = "bfloat16 over float32 products, forward and backward"
+_ROWS, _WIDTH = 256, 768  # what the measured product multiplies: about one batch, one layer
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -25,105 +32,71 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def bfloat16_pays(device: torch.device) -> bool:
+    """Whether products of many rows are faster in bfloat16 than in float32 on `device`.
+
+    Raises:
+        ValueError: MEG_KERNELS_BFLOAT16 is not `auto`, `always` or `never`.
+    """
+    wanted = policy(VARIABLE)
+    if wanted == "never" or not multiplies_bfloat16(device):
+        return False
+    return wanted == "always" or device.type != "cpu" or gain(_MEASURED, _contest) >= WORTHWHILE
+
+
+def bfloat16_choice(device: torch.device) -> Choice:
+    """What `bfloat16_pays` says of `device`, and why."""
+    chosen = "bfloat16" if bfloat16_pays(device) else "float32"
+    if not multiplies_bfloat16(device):
+        why = "bfloat16 is not native"
+    elif (wanted := policy(VARIABLE)) != "auto":
+        why = f"{VARIABLE}={wanted}"
+    elif device.type == "cpu":
+        why = f"bfloat16 is {gain(_MEASURED, _contest):.2f} times as fast"
+    else:
+        why = "bfloat16 is native"
+    return Choice(f"training's products on {device}", chosen, why)
+
+
+def fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of products that may be rounded: bfloat16 where it pays, else `dtype`.
+
+    Args:
+        device: where the products run.
+        dtype: of the weights.
+    """
+    return torch.bfloat16 if bfloat16_pays(device) else dtype
+
+
 @contextlib.contextmanager
 def fast_products(device: torch.device) -> Iterator[None]:
-    """For training: autocast to bfloat16 where the device multiplies it natively, else nothing."""
-    if not multiplies_bfloat16(device):
+    """For training: inside, autocast to bfloat16 where it pays on `device`, else nothing."""
+    if not bfloat16_pays(device):
         yield
         return
-    with torch.autocast(device.type, torch.bfloat16), _quick_backward(device, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16), quick_backward(device, torch.bfloat16):
         yield
 
 
-def _quick_backward(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """Inside, attention has the backward pass that is quickest on `device`."""
+def quick_backward(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Inside, attention in `dtype` has the backward pass that is quickest on `device`."""
     # On CPUs scaled_dot_product_attention's fused backward is slow in bfloat16.
     slow = device.type == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled()
     return sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext()
 
 
-def fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """bfloat16 where `device` multiplies it natively, else `dtype`."""
-    return torch.bfloat16 if multiplies_bfloat16(device) else dtype
+def _contest() -> Contest:
+    """A layer's three products, with the conversions that autocast pays for in bfloat16."""
+    x = torch.full((_ROWS, _WIDTH), 0.5, dtype=torch.float32, device="cpu")
+    weight = torch.full((_WIDTH, _WIDTH), 0.01, dtype=torch.float32, device="cpu")
 
+    def products(dtype: torch.dtype) -> Callable[[int], Tensor]:
+        def run(turn: int) -> Tensor:
+            converted, gradient = weight.to(dtype), x.to(dtype)
+            y = gradient @ converted.t()
+            (y @ converted).float()
+            return (y.t() @ gradient).float()
 
-@contextlib.contextmanager
-def frozen_products(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """Inside, frozen projections among and in `modules` multiply in `dtype`, forward and backward.
+        return run
 
-    On a CPU the weights are converted and packed once, for oneDNN, instead of at every call; that
-    costs as much memory as a copy of them in `dtype`, and another one if there is a backward pass,
-    and pays from some tens of calls on. Elsewhere this is autocast. Outputs have their inputs'
-    dtype; gradients flow to the inputs only. Under `torch.no_grad()` every projection is frozen.
-    """
-    learns = torch.is_grad_enabled()
-    frozen: list[Any] = [
-        part for part in projections(modules) if not (learns and part.weight.requires_grad)
-    ]
-    if not frozen:
-        yield
-        return
-    own = frozen[0].weight
-    if own.device.type != "cpu":
-        with torch.autocast(own.device.type, dtype, enabled=dtype != own.dtype):
-            yield
-        return
-    packs = torch.backends.mkldnn.is_available()
-    with (
-        products_replaced({part: _Frozen(part, dtype) for part in frozen} if packs else {}),
-        _quick_backward(own.device, own.dtype),
-    ):
-        yield
-
-
-class PackedWeight:
-    """A weight [out, in], rearranged once for oneDNN's products on a CPU."""
-
-    def __init__(self, weight: Tensor):
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-
-    @classmethod
-    def of(cls, weight: Tensor) -> PackedWeight | None:
-        """None where the weight is not on a CPU, or oneDNN has no product for its dtype."""
-        takes = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-        return cls(weight) if takes and torch.backends.mkldnn.is_available() else None
-
-    def __call__(self, x: Tensor, bias: Tensor | None, gelu_tanh: bool = False) -> Tensor:
-        """x @ weight.T + bias, or the tanh-GELU of that, in the weight's dtype, which is x's."""
-        epilogue: tuple = ("gelu", [], "tanh") if gelu_tanh else ("none", [], "")
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, *epilogue)
-
-
-class _Frozen:
-    """A frozen projection's product, forward and backward, over packed weights."""
-
-    def __init__(self, projection: nn.Linear | Conv1D, dtype: torch.dtype):
-        self.dtype, self.projection = dtype, projection
-        self.weight = self._pack(transposed=False)
-        self.bias = None if projection.bias is None else projection.bias.detach().to(dtype)
-
-    @functools.cached_property
-    def transposed(self) -> PackedWeight:
-        return self._pack(transposed=True)
-
-    def _pack(self, transposed: bool) -> PackedWeight:
-        # A Linear's weight is [out, in]; a Conv1D's is [in, out].
-        weight = self.projection.weight.detach().to(self.dtype)
-        if isinstance(self.projection, Conv1D) != transposed:
-            weight = weight.t()
-        return PackedWeight(weight)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return _FrozenProduct.apply(x, self)
-
-
-class _FrozenProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, frozen: _Frozen) -> Tensor:
-        ctx.frozen = frozen
-        return frozen.weight(x.to(frozen.dtype), frozen.bias).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        frozen: _Frozen = ctx.frozen
-        return frozen.transposed(gradient.to(frozen.dtype), None).to(gradient.dtype), None
+    return Contest(plain=products(torch.float32), other=products(torch.bfloat16))

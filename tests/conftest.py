@@ -1,7 +1,7 @@
 """What every test shares: one thread, short property tests, tiny random language models.
 
-And, for those who test kernels, a faster Triton interpreter, which multiplies bfloat16, and
-poisoned memory.
+And, for those who test kernels: every backend in turn, a faster Triton interpreter, which
+multiplies bfloat16, csrc/ as compiled by g++, poisoned memory, and tensors too large for 32 bits.
 """
 
 from __future__ import annotations
@@ -12,13 +12,19 @@ import functools
 import importlib
 import os
 
+import csrc_on_host
+import kernel_checks
 import pytest
 import torch
 import transformers
 
+from meg_kernels.ops import native
+from meg_kernels.ops.backend import backend
+
 torch.set_num_threads(1)
-if not torch.cuda.is_available():  # Triton reads this when it is imported
-    os.environ["TRITON_INTERPRET"] = "1"
+# No timing decides what a test runs.
+os.environ.setdefault("MEG_KERNELS_PACKING", "always")
+os.environ.setdefault("MEG_KERNELS_BFLOAT16", "always")
 with contextlib.suppress(ImportError):  # a borrowed machine with a GPU may lack it
     from hypothesis import settings
 
@@ -101,6 +107,62 @@ def tiny_model():
         return _build(family, **overrides) if overrides else copy.deepcopy(_built(family))
 
     return build
+
+
+@pytest.fixture(params=kernel_checks.BACKENDS)
+def forced(request):
+    """Every backend of an op without a CUDA kernel in turn, forced."""
+    with backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """far(tensor, dim=0): the same elements, so far apart in `dim` that 32 bits do not count them.
+
+    One step of `dim` still fits in 32 bits, two do not.
+    """
+    if torch.cuda.is_available():
+        pytest.skip("a GPU would really need the memory")
+    # The interpreter would copy all arguments back to where they are: 4 GiB that nobody touches.
+    executor = importlib.import_module("triton.runtime.interpreter").GridExecutor
+    monkeypatch.setattr(executor, "_restore_args_dev", lambda *_: None)
+
+    def spread(tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        strides = list(torch.empty(tensor.shape, device="meta").stride())
+        strides[dim] = 2**30 + 8
+        elements = (tensor.shape[dim] - 1) * strides[dim] + tensor.numel()
+        memory = torch.UntypedStorage(tensor.element_size() * elements)
+        view = torch.tensor([], dtype=tensor.dtype).set_(memory, 0, tensor.shape, strides)
+        return view.copy_(tensor)
+
+    return spread
+
+
+@pytest.fixture(scope="session")
+def host_extension(tmp_path_factory) -> csrc_on_host.HostExtension:
+    """The kernels of csrc/ as compiled by g++."""
+    return csrc_on_host.HostExtension.build(tmp_path_factory.mktemp("csrc"))
+
+
+@pytest.fixture
+def on_host(host_extension, monkeypatch) -> None:
+    """meg_kernels.ops.native calls the kernels as compiled by g++, on a CPU's tensors."""
+    monkeypatch.setattr(native, "_extension", lambda: host_extension)
+    monkeypatch.setattr(native, "unavailable_reason", lambda device=None: None)
+    monkeypatch.setattr(native, "_stream", lambda device: (0, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+
+@pytest.fixture(params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
+def csrc_device(request) -> str:
+    """Where the kernels of csrc/ run: "cpu" as compiled by g++, or "cuda" on a GPU."""
+    if request.param == "host":
+        request.getfixturevalue("on_host")
+        return "cpu"
+    if (reason := native.unavailable_reason()) is not None:
+        pytest.skip(f"no CUDA kernels: {reason}")
+    return "cuda"
 
 
 @pytest.fixture(scope="module")

@@ -13,17 +13,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from meg_kernels.integrations.transformers import (
-    FAMILIES,
-    decoder_layers,
-    family_of,
-    feed_forward,
-    input_of,
-    last_feed_forward_sees,
-)
 from meg_kernels.neuron import NeuronLayout, Neurons
-from meg_kernels.nn import LowerLayers, MeGConv1D, MeGLinear, attach
-from meg_kernels.nn.linear import projections
+from meg_kernels.nn import LowerLayers, attach, input_of, last_feed_forward_sees
+from meg_kernels.nn.families import decoder_layers, feed_forward
 
 # Where each family keeps its decoder layers, and the two projections of a plain FFN in a layer.
 PLAIN = {
@@ -43,10 +35,6 @@ NEW_TOKENS = 5
 # order padding and batching change: a few hundred roundings of float32.
 TOLERANCE = {"rtol": 300 * torch.finfo(torch.float32).eps, "atol": 3e-5}
 STRONG = 0.1  # how far a neuron must move some logit for a test to mean anything
-
-
-def test_every_supported_family_is_tested():
-    assert sorted(FAMILIES) == FAMILY_NAMES
 
 
 @pytest.fixture(params=FAMILY_NAMES)
@@ -521,22 +509,6 @@ def test_attaching_twice_to_a_layer_is_refused(tiny_model, name):
     assert fingerprint(model) == before
 
 
-def bloom():
-    from transformers import BloomConfig, BloomForCausalLM
-
-    return BloomForCausalLM(BloomConfig(vocab_size=16, hidden_size=8, n_layer=1, n_head=2))
-
-
-@pytest.mark.parametrize(
-    "refuser", [lambda m: attach(m, 0), lambda m: LowerLayers(m, 0), family_of]
-)
-def test_an_unknown_family_is_refused_with_the_names_of_the_known_ones(refuser):
-    with pytest.raises(ValueError, match="type 'bloom' are not supported; supported: ") as refusal:
-        refuser(bloom())
-    for name in FAMILY_NAMES:
-        assert name in str(refusal.value)
-
-
 @pytest.mark.parametrize("layer", [-1, LAYERS])
 @pytest.mark.parametrize("refuser", [attach, LowerLayers, feed_forward])
 def test_a_layer_that_the_model_does_not_have_is_refused(tiny_model, refuser, layer):
@@ -544,35 +516,10 @@ def test_a_layer_that_the_model_does_not_have_is_refused(tiny_model, refuser, la
         refuser(tiny_model("phi"), layer)
 
 
-def test_an_activation_that_no_neuron_has_is_refused(tiny_model):
-    with pytest.raises(ValueError, match="'tanh' has no neuron counterpart; supported: gelu"):
-        attach(tiny_model("phi", hidden_act="tanh"), LAYER)
-
-
-class QuantizedLinear(nn.Linear):
-    """As bitsandbytes' are: a subclass of Linear with weights of another kind."""
-
-
-class WrappedLinear(nn.Module):
-    """As adapters are: a module around the Linear."""
-
-    def __init__(self, in_features, out_features):
-        super().__init__()
-        self.base_layer = nn.Linear(in_features, out_features)
-
-    def forward(self, x):
-        return self.base_layer(x)
-
-
-@pytest.mark.parametrize("kind", [QuantizedLinear, WrappedLinear])
-@pytest.mark.parametrize("name", ["phi", "gpt2"])
-def test_a_projection_that_is_not_plain_is_refused_and_the_model_left_alone(tiny_model, name, kind):
-    model = tiny_model(name)
-    feed_forward(model, LAYER).output_projection = kind(48, WIDTH)
-    before = fingerprint(model)
-    with pytest.raises(TypeError, match=f"got {kind.__name__}; quantised or adapter-wrapped"):
-        attach(model, LAYER)
-    assert fingerprint(model) == before
+@pytest.mark.parametrize("activation", ["tanh", "quick_gelu", "relu2"])
+def test_beside_an_activation_that_no_neuron_has_it_is_linear(tiny_model, activation):
+    layout = attach(tiny_model("phi", hidden_act=activation), LAYER).layout
+    assert layout == NeuronLayout(WIDTH, WIDTH, False, "identity")
 
 
 ONES = torch.ones(2, WIDTH)
@@ -610,8 +557,7 @@ def test_a_bad_index_is_refused_at_the_with_and_a_good_one_taken_afterwards(tiny
 
 def test_the_layout_is_the_familys(model):
     assert attach(model, LAYER).layout == expected_layout(model)
-    ffn = feed_forward(model, LAYER)
-    assert isinstance(ffn.output_projection, MeGLinear | MeGConv1D) and ffn.layer == LAYER
+    assert feed_forward(model, LAYER).layer == LAYER
     assert decoder_layers(model) is layers_of(model) and len(decoder_layers(model)) == LAYERS
 
 
@@ -638,37 +584,37 @@ def test_the_model_continues_from_its_lower_layers_output_to_the_same_logits(mod
 
 @pytest.mark.parametrize("layer", range(LAYERS))
 @pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_remembered_products_serve_any_neurons_and_any_rows(tiny_model, name, layer):
+def test_remembered_outputs_serve_any_neurons_and_any_rows(tiny_model, name, layer):
     model = tiny_model(name)
     batch = with_positions(model, padded(queries(), "left"))
     neurons, attached = strong_neurons(model), attach(model, layer)
     lower = LowerLayers(model, layer)
     hidden = lower.run(**batch)
     before = fingerprint(model)
-    products = lower.products(hidden, **batch)
-    assert fingerprint(model) == before
+    outputs = lower.outputs(hidden, **batch)
+    assert fingerprint(model) == before and lower.skips
+    assert len(outputs) == 2  # attention and FFN
+    kept = {part: output.clone() for part, output in outputs.items()}
     with attached.neurons(neurons, INDEX):
         expected = model(**batch).logits
 
     rows = [3, 1]
-    some = {name: part[rows, 2:] for name, part in batch.items()}  # none of them is longer
-    known = {name: part[rows, 2:] for name, part in products.items()}
+    some = {part: value[rows, 2:] for part, value in batch.items()}  # none of them is longer
+    known = {part: output[rows, 2:] for part, output in outputs.items()}
+    matrices = [weight for weight in decoder_layers(model)[layer].parameters() if weight.dim() > 1]
     with (
         lower.replaced_by(hidden[rows, 2:], known),
         attached.neurons(neurons, INDEX[rows]),
     ):
-        logits = model(**some).logits
-        # Where every product is known, the weights are not asked for.
-        weights = [part.weight for part in projections([lower.block])]
-        kept = [weight.clone() for weight in weights]
-        with torch.no_grad():
-            for weight in weights:
-                weight.fill_(float("nan"))
+        for grad in (True, False):  # without gradients neurons are added in place
+            with torch.set_grad_enabled(grad):
+                logits = model(**some).logits
+            torch.testing.assert_close(logits[:, -3:], expected[rows, -3:], **TOLERANCE)
+        # Where every output is known, the weights are not asked for.
+        for weight in matrices:
+            weight.fill_(float("nan"))
         assert torch.equal(model(**some).logits, logits)
-        with torch.no_grad():
-            for weight, before_ in zip(weights, kept, strict=True):
-                weight.copy_(before_)
-    torch.testing.assert_close(logits[:, -3:], expected[rows, -3:], **TOLERANCE)
+    assert all(torch.equal(outputs[part], output) for part, output in kept.items())
     assert fingerprint(model) == before
 
 
@@ -711,13 +657,14 @@ def test_the_last_columns_logits_need_the_last_ffn_at_these_columns_alone(model,
     expected, before = model(**batch).logits, fingerprint(model)
     seen = []
     block = layers_of(model)[-1]
-    reads = block.get_submodule(family_of(model).input_projection)
+    entry = PLAIN.get(model.config.model_type, (None, "mlp.gate_proj"))[1]
+    reads = block.get_submodule(entry)
     hook = reads.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
     with last_feed_forward_sees(model, columns):
         logits = model(**batch).logits
     hook.remove()
     torch.testing.assert_close(logits[:, -columns:], expected[:, -columns:])
-    if "." in family_of(model).output_projection:
+    if model.config.model_type != "opt":  # whose FFN is no module
         assert seen == [4 * min(columns, max(LENGTHS)) * WIDTH]
     assert fingerprint(model) == before
 
@@ -738,7 +685,7 @@ def test_what_a_module_gets_is_known_without_running_what_follows(model):
     for i, block in enumerate(layers_of(model)):
         block.register_forward_hook(lambda *_, i=i: ran.append(i))
     noted = []
-    reads = feed_forward(model, 1).input_projection
+    reads = feed_forward(model, 1).entry
     hook = reads.register_forward_pre_hook(lambda module, args: noted.append(args[0].clone()))
     given = input_of(reads, model, batch)
     assert torch.equal(given, noted[0]) and ran == [0] and not given.requires_grad

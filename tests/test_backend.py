@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import pkgutil
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from meg_kernels import ops
+from meg_kernels.kernels import launching
 from meg_kernels.neuron import ACTIVATIONS, Neurons
 from meg_kernels.nn import MeGLinear, attach
-from meg_kernels.ops import BACKENDS, backend, dynamic_neuron, entropy_gate, usable_backends
-from meg_kernels.ops.backend import VARIABLE, choose, forced_backend
-from meg_kernels.ops.dynamic_neuron import dynamic_neuron_reference
+from meg_kernels.ops.backend import (
+    BACKENDS,
+    VARIABLE,
+    backend,
+    choose,
+    forced_backend,
+    usable_backends,
+)
+from meg_kernels.ops.dynamic_neuron import dynamic_neuron, dynamic_neuron_reference
+from meg_kernels.ops.softmax_entropy import softmax_entropy
 
 CPU = torch.device("cpu")
 LIBRARY = torch.ops.meg_kernels
@@ -52,14 +63,25 @@ def test_a_cpu_takes_its_own_path_unless_another_is_forced(monkeypatch):
 
 def test_an_op_with_only_some_backends_refuses_the_others(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
-    few = ("triton", "reference")
+    few = {"triton": None, "reference": None}
     with (
         backend("cpu"),
-        pytest.raises(RuntimeError, match="this op has none but triton, reference"),
+        pytest.raises(RuntimeError, match="this op has only triton, reference"),
     ):
-        choose("op", CPU, torch.float32, backends=few)
+        choose("op", CPU, torch.float32, supported=few)
     with backend("reference"):
-        assert choose("op", CPU, torch.float32, backends=few) == "reference"
+        assert choose("op", CPU, torch.float32, supported=few) == "reference"
+
+
+def test_a_dtype_that_the_kernels_do_not_take_is_chosen_around_or_refused(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(launching, "unavailable_reason", lambda device: None)
+    gpu, supported = torch.device("cuda"), {"triton": (torch.float16,), "reference": None}
+    assert choose("op", gpu, torch.float16, supported=supported) == "triton"
+    assert choose("op", gpu, torch.float64, supported=supported) == "reference"
+    refusal = r"op: backend 'triton' is forced, but .*float64; its kernels take torch.float16"
+    with backend("triton"), pytest.raises(RuntimeError, match=refusal):
+        choose("op", gpu, torch.float64, supported=supported)
 
 
 def test_a_forced_backend_that_cannot_run_says_why_instead_of_falling_back():
@@ -67,8 +89,8 @@ def test_a_forced_backend_that_cannot_run_says_why_instead_of_falling_back():
     neurons = Neurons(key, bias, value, activation)
     with backend("cuda"), pytest.raises(RuntimeError, match=r"'cuda' is forced, but .* on cpu"):
         dynamic_neuron(y, x, neurons, index)
-    with backend("cuda"), pytest.raises(RuntimeError, match=r"entropy_gate.*'cuda' is forced"):
-        entropy_gate(torch.randn(2, 3), 0.1)
+    with backend("cuda"), pytest.raises(RuntimeError, match=r"softmax_entropy.*'cuda' is forced"):
+        softmax_entropy(torch.randn(2, 3))
     with (
         backend("triton"),
         pytest.raises(RuntimeError, match=r"float32, torch.float64; its kernels need one dtype"),
@@ -92,6 +114,15 @@ def test_every_backend_has_a_reason_or_none():
     assert "CUDA" in reasons["cuda"]
 
 
+# ---- the modules ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(ops.__path__)])
+def test_importing_a_module_of_ops_gives_the_module(name):
+    importlib.import_module(f"meg_kernels.ops.{name}")
+    assert inspect.ismodule(getattr(ops, name))
+
+
 # ---- torch.library -------------------------------------------------------------------------------
 
 
@@ -107,8 +138,6 @@ def test_opcheck(dtype, bias, tokens, name):
         for needs in ([True] * 4, [False, True, False, True]):
             backward = (torch.randn_like(call[0]), *call[1:], needs)
             torch.library.opcheck(LIBRARY.dynamic_neuron_backward.default, backward)
-        logits = torch.randn(5, 7, dtype=dtype)
-        torch.library.opcheck(LIBRARY.entropy_gate.default, (logits, 1.5))
 
 
 @pytest.mark.parametrize("tokens", [None, 0, 4])
@@ -118,7 +147,6 @@ def test_opcheck_of_empty_batches(tokens):
     torch.library.opcheck(
         LIBRARY.dynamic_neuron_backward.default, (*call[:-1], call[-1], [True] * 4)
     )
-    torch.library.opcheck(LIBRARY.entropy_gate.default, (torch.randn(0, 3), 0.1))
 
 
 def test_results_of_strided_arguments_are_contiguous_as_the_fake_says():

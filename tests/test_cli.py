@@ -5,12 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
-from test_collect import FACTS, OTHER_FACTS, UNRELATED, make_tokenizer
-from test_editor import CONFIG, interrupt, make_encoder, make_language_model
+from tiny import (
+    CONFIG,
+    FACTS,
+    GENERATORS,
+    OTHER_FACTS,
+    UNRELATED,
+    fails,
+    interrupt,
+    make_encoder,
+    make_language_model,
+    make_tokenizer,
+    run,
+)
 from typer.testing import CliRunner
 
 import meg_kernels
@@ -20,15 +32,17 @@ from meg_kernels import (
     GeneratorConfig,
     MeGEditor,
     cli,
+    shipped,
     write_facts,
 )
-from meg_kernels.editing import shipped
+from meg_kernels.cli import commands, tables
 from meg_kernels.editing.distill import Distillation, Quality
 from meg_kernels.editing.evaluate import METRICS
 
 EDITED = FACTS[:4]
 COMMANDS = (
     "edit",
+    "list",
     "add",
     "remove",
     "layers",
@@ -48,10 +62,11 @@ def tiny_settings():
     """The stages' settings as the tiny models need them, float32 products, tables in full width."""
 
     def configure(**given) -> EditorConfig:
-        kind, seed = given["generator"].kind, given["generator"].seed
-        given["generator"] = type(CONFIG.generator)(
-            **(vars(CONFIG.generator) | {"kind": kind, "seed": seed})
-        )
+        chosen = given["generator"]
+        tiny = GENERATORS[chosen.kind]
+        if chosen.kind != "bank":
+            tiny = tiny.with_training(seed=chosen.training.seed)
+        given["generator"] = tiny
         return EditorConfig(
             **(given | {"collection": CONFIG.collection, "encoder_tuning": CONFIG.encoder_tuning})
         )
@@ -59,9 +74,9 @@ def tiny_settings():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meg_kernels, "EditorConfig", configure)
         # The tiny encoder takes 32 tokens.
-        patch.setattr("meg_kernels.editing.editor.shipped_passages", lambda: UNRELATED)
+        patch.setattr("meg_kernels.editing.edited_model.shipped_passages", lambda: UNRELATED)
         patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
-        patch.setattr(cli.console, "width", 300, raising=False)
+        patch.setattr(tables.console, "width", 300, raising=False)
         yield
 
 
@@ -90,13 +105,6 @@ def tuning_file(tmp_path_factory):
     return path
 
 
-def run(*arguments) -> str:
-    """What `meg` prints; raises what it raises."""
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 @pytest.fixture(scope="module")
 def edited(models, facts_file, tuning_file, tmp_path_factory):
     """A folder with an edited model, and what making it printed."""
@@ -113,24 +121,35 @@ def edited_dit(models, facts_file, tuning_file, tmp_path_factory):
     return out
 
 
-def fails(monkeypatch, capsys, *arguments) -> str:
-    """What the whole program prints to stderr before it exits with 1."""
-    monkeypatch.setattr(sys, "argv", ["meg", *(str(a) for a in arguments)])
-    monkeypatch.setattr(cli.errors, "width", 400, raising=False)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    assert exit_.value.code == 1
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return said[said.index("error: ") :].strip()
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_commands_help_shows_an_example_that_it_accepts(command):
     shown = run(command, "--help")
     assert f"Example: meg {command}" in " ".join(shown.split())
     assert "Usage:" in shown
+
+
+def alone(code) -> str:
+    """What a new Python prints in which nothing of the package is imported yet."""
+    code = f"import sys; {code}"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_help_is_shown_without_loading_torch_or_transformers():
+    shown = alone(
+        "import atexit; sys.argv = ['meg', 'edit', '--help']; "
+        "atexit.register(lambda: print({'torch', 'transformers', 'matplotlib'} & {*sys.modules})); "
+        "from meg_kernels.cli import main; main()"
+    )
+    assert "Usage:" in shown and shown.endswith("set()\n")
+
+
+def test_the_package_runs_as_a_module():
+    ran = subprocess.run(
+        [sys.executable, "-m", "meg_kernels.cli", "--help"], capture_output=True, text=True
+    )
+    assert ran.returncode == 0 and "Usage:" in ran.stdout, ran.stderr
 
 
 def test_the_help_lists_all_commands():
@@ -224,10 +243,13 @@ def test_tuning_facts_are_those_asked_for_or_the_files_others_and_ours_where_the
     write_facts(path, FACTS[:6])
     write_facts(other, OTHER_FACTS[:2])
     edited, rest = FACTS[:2], FACTS[2:6]
-    assert cli._tuning_facts(path, None, edited, len(rest)) == rest
+    assert commands._tuning_facts(path, None, edited, len(rest)) == rest
     ours = shipped.shipped_tuning_facts()
-    assert cli._tuning_facts(path, None, edited, len(rest) + 1) == [*rest, *ours]
-    assert cli._tuning_facts(path, [other, path], edited, 1000) == [*OTHER_FACTS[:2], *FACTS[:6]]
+    assert commands._tuning_facts(path, None, edited, len(rest) + 1) == [*rest, *ours]
+    assert commands._tuning_facts(path, [other, path], edited, 1000) == [
+        *OTHER_FACTS[:2],
+        *FACTS[:6],
+    ]
 
 
 def test_a_gate_and_its_threshold_can_be_changed(edited, tmp_path):
@@ -239,7 +261,7 @@ def test_a_gate_and_its_threshold_can_be_changed(edited, tmp_path):
     assert "accepts scores above 2" in shown
     editor = MeGEditor.from_pretrained(out)
     assert editor.config.gate == "familiarity" and editor.edits.gate.threshold == 2
-    assert not editor.route([EDITED[0].query]).edited
+    assert not editor.route([EDITED[0].query]).accepted
     run("gate", out, "--gate", "similarity", "--require-subject")
     assert MeGEditor.from_pretrained(out).config.require_subject
     name = EDITED[0].query, EDITED[0].paraphrases[0]
@@ -255,10 +277,67 @@ def test_a_gate_and_its_threshold_can_be_changed(edited, tmp_path):
     assert -1 < MeGEditor.from_pretrained(out).edits.gate.threshold < 1
 
 
+def facts_table(shown) -> list[list[str]]:
+    """The rows of the table that `meg list` prints."""
+    return [
+        [cell.strip() for cell in line.strip("│ ").split("│")]
+        for line in shown.splitlines()
+        if line.startswith("│")
+    ]
+
+
+def test_list_shows_each_fact_and_where_its_neuron_comes_from(edited, tmp_path, monkeypatch):
+    out = shutil.copytree(edited[0], tmp_path / "edited")
+    named = dataclasses.replace(FACTS[4], subject=None)
+    write_facts(tmp_path / "more.jsonl", [named])
+    run("add", out, tmp_path / "more.jsonl")
+    manifest = json.loads((out / "meg.json").read_text(encoding="utf-8"))
+    manifest["report"]["unlearnt"] = [EDITED[1].id]
+    manifest["model"] = "absent"  # which list does not look for
+    (out / "meg.json").write_text(json.dumps(manifest), encoding="utf-8")
+    monkeypatch.setattr(MeGEditor, "from_pretrained", lambda *given: pytest.fail("it was loaded"))
+    shown = run("list", out, "--json", tmp_path / "list.json")
+    content = json.loads((tmp_path / "list.json").read_text(encoding="utf-8"))
+    facts = [*EDITED, named]
+    assert content == [
+        {
+            "id": fact.id,
+            "query": fact.query,
+            "answer": fact.answer,
+            "subject": fact.subject,
+            "neuron": "collected" if fact is named else "generated",
+            "learnt": fact is not EDITED[1],
+        }
+        for fact in facts
+    ]
+    assert facts_table(shown) == [
+        [
+            row["id"],
+            row["query"],
+            row["answer"],
+            row["subject"] or "–",
+            row["neuron"],
+            "yes" if row["learnt"] else "no",
+        ]
+        for row in content
+    ]
+    assert "5 facts are edited; 1 of them with collected neurons, 1 not learnt" in shown
+
+
+def test_facts_are_removed_by_id_or_query(edited, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(edited[0], tmp_path / "edited")
+    run("remove", out, EDITED[0].id, f"  {EDITED[2].query.upper()} ")
+    assert MeGEditor.from_pretrained(out).facts == [EDITED[1], EDITED[3]]
+    said = fails(monkeypatch, capsys, "remove", out, EDITED[1].id, EDITED[0].query)
+    assert f"no edited fact has the id or the query {EDITED[0].query!r}" in said
+    assert said.endswith("`meg list` shows them all")
+    assert MeGEditor.from_pretrained(out).facts == [EDITED[1], EDITED[3]]
+
+
 def test_many_facts_say_that_the_subject_must_be_named(edited, tmp_path, monkeypatch):
     out = shutil.copytree(edited[0], tmp_path / "edited")
     said = "only queries that name the subject"
-    monkeypatch.setattr("meg_kernels.editing.editor.MANY_FACTS", len(EDITED))
+    monkeypatch.setattr("meg_kernels.routing.router.MANY_FACTS", len(EDITED))
     assert said in run("gate", out) and said not in run("remove", out, EDITED[0].id)
 
 
@@ -280,20 +359,20 @@ def test_facts_are_added_changed_and_removed(edited, tmp_path):
     write_facts(tmp_path / "more.jsonl", [further])
     shown = run("add", out, tmp_path / "more.jsonl")
     assert "5 facts are edited" in shown and cells(shown, "encoder")[2] == "as it was"
-    assert cells(shown, "collect")[2] == "1 of 1 facts learnt" and "took the place" not in shown
+    assert cells(shown, "collect")[2] == "1 of 1 facts learnt" and "they replaced" not in shown
     assert cells(shown, "gate")[2].startswith("threshold as it was, 0.")
     waiting = (
         "answered by collected neurons until the generator learns theirs: 1 of them; meg train"
     )
     assert waiting in " ".join(shown.split())
-    assert "which the generator did not learn yet: 1 of 5 facts" in run("evaluate", out)
+    assert "which the generator has not learnt yet: 1 of 5 facts" in run("evaluate", out)
     assert further.answer in run("ask", out, further.query, "--max-new-tokens", 3)
     changed = dataclasses.replace(EDITED[0], answer=EDITED[1].answer)
     write_facts(tmp_path / "more.jsonl", [changed])
     with pytest.raises(FactsError, match=r"answered with both(.|\n)*meg add --replace"):
         run("add", out, tmp_path / "more.jsonl")
     shown = run("add", out, tmp_path / "more.jsonl", "--replace")
-    assert "5 facts are edited" in shown and "that they took the place of: 1" in shown
+    assert "5 facts are edited" in shown and "edited facts that they replaced: 1" in shown
     assert "4 facts are edited" in run("remove", out, further.id)
     editor = MeGEditor.from_pretrained(out)
     assert editor.facts == [*EDITED[1:], changed]
@@ -304,8 +383,8 @@ def test_facts_are_added_changed_and_removed(edited, tmp_path):
     assert "100.0% of edited queries answered after" in shown
     assert f"in {after - before:.1f} s" in shown and "learns theirs" not in shown
     assert MeGEditor.from_pretrained(out).generate([EDITED[0].query], 3) == [changed.answer]
-    assert "the generator makes all neurons already; --generator trains" in run("train", out)
-    assert "did not learn yet" not in run("evaluate", out)
+    assert "the generator already makes all neurons; --generator trains" in run("train", out)
+    assert "has not learnt yet" not in run("evaluate", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["edited", "more.jsonl"]
 
 
@@ -314,7 +393,7 @@ def test_an_interrupted_further_training_is_kept_beside_the_folder(edited, tmp_p
     write_facts(tmp_path / "more.jsonl", [FACTS[4]])
     run("add", out, tmp_path / "more.jsonl")
     with monkeypatch.context() as patch:
-        patch.setattr("meg_kernels.editing.editor.MeGEditor._generates", interrupt)
+        patch.setattr("meg_kernels.editing.editor.MeGEditor._put", interrupt)
         result = CliRunner().invoke(cli.app, ["train", str(out)])
     assert result.exit_code != 0
     assert list((tmp_path / ".edited.train").glob("generator-*.safetensors"))
@@ -325,22 +404,27 @@ def test_an_interrupted_further_training_is_kept_beside_the_folder(edited, tmp_p
     assert not steps and MeGEditor.from_pretrained(out).edits.generated.all()
 
 
-def test_a_seed_is_of_a_new_generator(edited, tmp_path):
+def test_a_seed_needs_a_new_generator(edited, tmp_path):
     result = CliRunner().invoke(cli.app, ["train", str(edited[0]), "--seed", "3"])
     said = " ".join(result.output.replace("│", " ").split())
-    assert result.exit_code == 2 and "--seed is of a new generator: give its --generator" in said
+    assert (
+        result.exit_code == 2
+        and "--seed is for a new generator; choose one with --generator" in said
+    )
 
 
 def test_train_puts_another_generator_in_place_and_keeps_the_neurons(
     edited_dit, tmp_path, monkeypatch
 ):
     manifest = (edited_dit / "meg.json").read_bytes()
-    tiny = dataclasses.replace(CONFIG.generator, kind="mlp", seed=3)
+    tiny = CONFIG.generator.with_training(seed=3)
     asked = []
-    monkeypatch.setattr(cli, "_generator_config", lambda *given: (asked.append(given), tiny)[1])
+    monkeypatch.setattr(
+        commands, "_generator_config", lambda *given: (asked.append(given), tiny)[1]
+    )
     out = tmp_path / "mlp"
     shown = run("train", edited_dit, "--generator", "mlp", "--seed", 3, "--out", out)
-    assert asked == [(cli.GeneratorKind.mlp, 3)]
+    assert asked == [(commands.GeneratorKind.mlp, 3)]
     assert "100.0% of edited queries answered after" in shown
     assert f"saved to {out}" in " ".join(shown.split())
     assert (edited_dit / "meg.json").read_bytes() == manifest
@@ -352,13 +436,14 @@ def test_train_puts_another_generator_in_place_and_keeps_the_neurons(
 
 
 def test_each_generator_has_a_configuration():
-    for kind in cli.GeneratorKind:
-        made = cli._generator_config(kind, 7)
-        assert made.seed == 7 and made.kind == kind.value.removesuffix("-b")
-    published = GeneratorConfig.paper().dit(5121, 768)
-    big = cli._generator_config(cli.GeneratorKind.dit_b, 0)
-    assert big.dit(5121, 768) == dataclasses.replace(published, condition_dropout=0.0)
-    assert big.standardize and big.sampler.num_steps == 2
+    for kind in commands.GeneratorKind:
+        made = commands._generator_config(kind, 7)
+        assert made.kind == kind.value.removesuffix("-b")
+        assert made.kind == "bank" or made.training.seed == 7
+    published = GeneratorConfig.paper().network
+    big = commands._generator_config(commands.GeneratorKind.dit_b, 0)
+    assert big.network == dataclasses.replace(published, condition_dropout=0.0)
+    assert big.training.standardize and big.sampler.num_steps == 2
 
 
 def test_distill_replaces_the_generator_by_one_of_fewer_steps(edited_dit, tmp_path):
@@ -367,13 +452,16 @@ def test_distill_replaces_the_generator_by_one_of_fewer_steps(edited_dit, tmp_pa
     shown = run("distill", out, "--steps", 1, "--teacher-steps", 6, "--seed", 3)
     editor = MeGEditor.from_pretrained(out)
     assert editor.config.generator.sampler.num_steps == 1
-    assert editor.config.generator.seed == 3
+    assert editor.config.generator.training.seed == 3
     assert editor.generate([f.query for f in EDITED], 5) == [f.answer for f in EDITED]
     assert [path.name for path in tmp_path.iterdir()] == ["edited"]  # no work is left
 
     made, collected = [
         editor.edits.generator.scaled_weights(neurons)
-        for neurons in (editor.edits.generator.generate(editor.edits.queries), editor.edits.neurons)
+        for neurons in (
+            editor.edits.generator.generate(editor.edits.conditions),
+            editor.edits.neurons,
+        )
     ]
     _, steps, answered, _, distance = cells(shown, "student")
     assert (steps, answered) == ("1", "100.0%")
@@ -432,7 +520,7 @@ def test_a_student_that_answers_less_than_its_teacher_is_reported(capsys):
         Quality(steps, answered, 0.0, 0.1) for steps, answered in ((50, 0.9), (1, 0.8))
     )
     for made, said in ((student, True), (teacher, False)):
-        cli._print_distillation(Distillation(10, teacher, student, made, 20))
+        tables.print_distillation(Distillation(10, teacher, student, made, 20))
         assert ("the student answers fewer queries" in capsys.readouterr().err) == said
 
 
@@ -445,7 +533,7 @@ def test_demo_edits_asks_and_measures(models, monkeypatch, tmp_path):
         editor = for_model(cls, models[1], config, encoder=models[3], dtype=dtype, device=device)
         shipped_edit = editor.edit
         editor.edit = lambda facts, **more: shipped_edit(
-            facts, tuning=OTHER_FACTS, unrelated=UNRELATED, **more
+            facts, tuning_facts=OTHER_FACTS, unrelated_queries=UNRELATED, **more
         )
         return editor
 
@@ -467,7 +555,7 @@ def test_an_interrupted_edit_goes_on_where_it_was(
     monkeypatch.setattr(sys, "argv", ["meg", *map(str, arguments)])
 
     with monkeypatch.context() as patch:
-        patch.setattr("meg_kernels.editing.editor.train_generator", interrupt)
+        patch.setattr("meg_kernels.editing.stages.train_generator", interrupt)
         with pytest.raises(SystemExit) as exit_:
             cli.main()
     assert exit_.value.code == 130
@@ -500,13 +588,16 @@ def test_an_unknown_way_to_treat_conflicts_is_refused(facts_file, tmp_path):
     arguments = ["edit", str(facts_file), "--out", str(tmp_path), "--on-conflict", "last"]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 2
-    assert "'last' is neither 'error' nor 'first'" in " ".join(result.output.split())
+    said = " ".join(result.output.replace("│", " ").split())
+    assert "'last' is not one of 'error', 'first'" in said
 
 
 def test_what_a_user_can_mend_is_one_clear_line(edited, edited_dit, tmp_path, monkeypatch, capsys):
     for arguments, message in (
         (["edit", "absent.jsonl", "--out", tmp_path / "new"], "absent.jsonl"),
         (["ask", tmp_path, "Who?"], "holds no edited model"),
+        (["list", tmp_path], "holds no edited model"),
+        (["remove", tmp_path, "Who?"], "holds no edited model"),
         (["evaluate", tmp_path / "absent"], "holds no edited model"),
         (["evaluate", edited[0], "--json", edited[0] / "meg.json" / "report"], "meg.json"),
         (["evaluate", edited[0], "--device", "cuda:99"], "cuda:99"),
@@ -530,8 +621,8 @@ def test_bad_facts_are_listed_with_their_places(edited, models, tmp_path, monkey
     ):
         first, *places = fails(monkeypatch, capsys, *arguments).splitlines()
         assert first == f"error: {bad} has 2 bad records:"
-        assert "line 1 (record 1): field 'answer' is missing" in places[0]
-        assert "line 2 (record 2): field 'answer' is 3" in places[1]
+        assert "line 1 (record 1): answer is missing" in places[0]
+        assert "line 2 (record 2): answer is 3" in places[1]
     assert not (tmp_path / "new").exists()
 
 

@@ -5,117 +5,21 @@ The tiny language here (`FACTS`, `make_tokenizer`, `make_model`) also serves the
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import pytest
 import torch
-import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
+from tiny import FACTS, LAYER, make_model, make_tokenizer, widened
 
 from meg_kernels.editing import collect as collecting
 from meg_kernels.editing.collect import CollectionConfig, collect, initial_neuron
-from meg_kernels.editing.facts import Fact, LocalityQuery
-from meg_kernels.editing.prompting import PromptTemplate, target_batch, target_tokens
-from meg_kernels.integrations.transformers import decoder_layers
-from meg_kernels.neuron import Neurons
+from meg_kernels.editing.prompting import PromptedModel, PromptTemplate, target_tokens
 from meg_kernels.nn import attach
+from meg_kernels.nn.families import decoder_layers
 from meg_kernels.storage import read_tensors
 
-FIRST = ("A", "Be", "Co", "Di", "E", "Fi")
-SUBJECTS = [first + last for last in ("bo", "na", "ruk", "mi", "lus") for first in FIRST][:26]
-COLORS = ("red", "blue", "green", "gold", "pink", "gray")
-WORDINGS = ("The color of {} is", "Which color has {}?", "{} is painted in")
-LAYER = 1
 CONFIG = CollectionConfig(learning_rate=0.1, max_steps=40, batch_size=4)
 BRIEF = dataclasses.replace(CONFIG, max_steps=8)  # where only sameness counts
-
-
-def make_fact(i: int, color: str) -> Fact:
-    subject, other = SUBJECTS[i], SUBJECTS[10 + (i + 5) % 16]
-    first, *others = (WORDINGS[(i + k) % 2] if k < 2 else WORDINGS[2] for k in range(3))
-    return Fact(
-        first.format(subject),
-        color,
-        f"color-{subject}",
-        subject,
-        "color",
-        tuple(wording.format(subject) for wording in others),
-        (LocalityQuery(f"The age of {subject} is", subject), LocalityQuery(first.format(other))),
-    )
-
-
-FACTS = [make_fact(i, COLORS[i % len(COLORS)]) for i in range(9)] + [make_fact(9, "red red")]
-OTHER_FACTS = [make_fact(i, COLORS[i % len(COLORS)]) for i in range(10, len(SUBJECTS))]
-UNRELATED = ["Good day to you", "Seven and eight are", "Sing a song", "How tall is a house?"]
-
-
-def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Words with the space before them, and single signs."""
-    split = pre_tokenizers.Split(Regex(r" ?[\w:']+|\n|[^\w]"), "isolated")
-    texts = [
-        f"Q: {framing}\nA: {fact.answer}."
-        for fact in FACTS + OTHER_FACTS
-        for query in (fact.query, *fact.paraphrases, fact.locality[0].query, *UNRELATED)
-        for framing in CollectionConfig().framings(query)
-    ]
-    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
-    plain = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
-    plain.pre_tokenizer, plain.decoder = split, decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=plain,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def make_model(
-    plain: transformers.PreTrainedModel, tokenizer, sure: float = 6.0, stop: float = 3.0
-):
-    """`plain`, made as `sure` of itself as trained models are, and to stop after a color."""
-    directions = torch.randn(32, 2, generator=torch.Generator().manual_seed(5))
-    after_color, after_stop = torch.linalg.qr(directions)[0].T
-    colors = tokenizer(" " + " ".join(COLORS)).input_ids
-    full_stop, end = tokenizer.convert_tokens_to_ids([".", "</s>"])
-    head = plain.get_output_embeddings()
-    with torch.no_grad():
-        head.weight = nn.Parameter(sure * head.weight, requires_grad=False)
-        plain.get_input_embeddings().weight[colors] += stop * after_color
-        plain.get_input_embeddings().weight[full_stop] += stop * after_stop
-        head.weight[full_stop], head.weight[end] = sure * after_color, sure * after_stop
-    return plain
-
-
-class WidenedGatedFFN(nn.Module):
-    """A gated FFN with one more hidden unit, a linear one."""
-
-    def __init__(self, ffn: nn.Module, key: torch.Tensor, value: torch.Tensor):
-        super().__init__()
-        self.ffn, self.key = ffn, key
-        self.out = torch.cat([ffn.down_proj.weight, value.unsqueeze(1)], dim=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gated = self.ffn.act_fn(self.ffn.gate_proj(x)) * self.ffn.up_proj(x)
-        return torch.cat([gated, (x @ self.key).unsqueeze(-1)], dim=-1) @ self.out.T
-
-
-def widened(model: transformers.PreTrainedModel, layer: int, neuron: Neurons):
-    """A copy of `model` with this one neuron built into its FFN."""
-    wide = copy.deepcopy(model)
-    mlp = decoder_layers(wide)[layer].mlp
-    if neuron.bias is None:
-        decoder_layers(wide)[layer].mlp = WidenedGatedFFN(mlp, neuron.key[0], neuron.value[0])
-        return wide
-    mlp.c_fc.weight = nn.Parameter(torch.cat([mlp.c_fc.weight, neuron.key.T], dim=1))
-    mlp.c_fc.bias = nn.Parameter(torch.cat([mlp.c_fc.bias, neuron.bias]))
-    mlp.c_fc.nf += 1
-    mlp.c_proj.weight = nn.Parameter(torch.cat([mlp.c_proj.weight, neuron.value]))
-    return wide
 
 
 @pytest.fixture
@@ -149,11 +53,13 @@ def is_answered(model, tokenizer, fact, neuron, template=None) -> bool:
     return True
 
 
-def collected(model, tokenizer, facts=FACTS, config=CONFIG, **more):
+def collected(model, tokenizer, facts=FACTS, config=CONFIG, template=None, **more):
     """A collection whose attachment is gone again."""
     attached = attach(model, LAYER)
     try:
-        return collect(attached, tokenizer, facts, config, **more)
+        return collect(
+            PromptedModel.of(model, tokenizer, template), attached, facts, config, **more
+        )
     finally:
         attached.detach()
 
@@ -220,7 +126,9 @@ def test_paraphrases_are_never_fitted(build, tokenizer):
 
 
 def test_a_facts_neuron_does_not_depend_on_the_batch_it_is_fitted_in(build, tokenizer):
-    model = build()
+    # In float64 products of other shapes differ by less than the float32 of the neurons resolves:
+    # what 30 steps make of their rounding is far below the tolerance, on any processor.
+    model = build().double()
     initial = collected(model, tokenizer, FACTS[:1], BRIEF).initial
     asked = [FACTS[9], *FACTS[:4]]  # of different lengths
     alone, together = (
@@ -234,13 +142,12 @@ def test_a_facts_neuron_does_not_depend_on_the_batch_it_is_fitted_in(build, toke
         for size in (1, len(asked))
     )
     assert torch.equal(alone.learnt, together.learnt) and torch.equal(alone.steps, together.steps)
-    # 30 steps carry on the float32 differences of products of other shapes.
     torch.testing.assert_close(flat(alone), flat(together), rtol=1e-3, atol=1e-3)
     assert (flat(together)[0] - flat(together)[1]).abs().max() > 0.1
 
 
 def test_neurons_come_in_the_facts_order(build, tokenizer):
-    model = build()
+    model = build().double()  # as above
     asked = [FACTS[1], FACTS[9], *FACTS[2:6]]
     initial = collected(model, tokenizer, FACTS[:1], BRIEF).initial
     forward = collected(model, tokenizer, asked, BRIEF, initial=initial)
@@ -281,7 +188,7 @@ def test_a_fact_that_the_neuron_answers_from_the_start_takes_no_step(build, toke
 def test_facts_beyond_the_budget_are_listed_as_unlearnt(build, tokenizer, options):
     config = dataclasses.replace(CONFIG, **options)
     collection = collected(build(), tokenizer, config=config)
-    assert collection.unlearnt(FACTS) == FACTS
+    assert collection.unlearnt(FACTS) == tuple(FACTS)
     assert not collection.learnt.any()
     assert collection.steps.tolist() == [config.max_steps] * len(FACTS)
 
@@ -291,7 +198,7 @@ def test_unlearnt_lists_only_what_was_not_learnt(build, tokenizer):
     learnt = collection.learnt.tolist()
     assert 0 < sum(learnt) < len(FACTS)
     expected = [fact for fact, ok in zip(FACTS, learnt, strict=True) if not ok]
-    assert collection.unlearnt(FACTS) == expected
+    assert collection.unlearnt(FACTS) == tuple(expected)
 
 
 def test_values_are_lengthened_by_the_overshoot_where_the_fact_survives_it(build, tokenizer):
@@ -447,7 +354,7 @@ def test_the_initial_neuron_responds_as_asked_on_average_and_adds_nothing(build,
     hook.remove()
 
     attached = attach(model, LAYER)
-    batch = target_batch(model, tokenizer, pairs)
+    batch = PromptedModel.of(model, tokenizer).batch(pairs)
     neuron = initial_neuron(attached, batch, response=2.5)
     attached.detach()
     responses = torch.stack(ends) @ neuron.key[0]

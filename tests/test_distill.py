@@ -8,15 +8,29 @@ import functools
 
 import numpy as np
 import pytest
-import test_editor
 import torch
-from test_train import CONDITION_DIM, LAYOUT, TOY, Toy, weights
+from test_train import CONDITION_DIM, LAYOUT, SHAPE, TOY, TOY_DIT, Toy, weights
+from tiny import (
+    ANSWERS,
+    CONFIG,
+    FURTHER,
+    GENERATORS,
+    MOST,
+    QUERIES,
+    UNRELATED,
+    interrupt,
+    load,
+    make_editor,
+    saved_editor,
+    state,
+)
 
-from meg_kernels.diffusion import SamplerConfig
+from meg_kernels.diffusion import DiTConfig, SamplerConfig
 from meg_kernels.editing import distill as distilling
+from meg_kernels.editing import stages
 from meg_kernels.editing.distill import CLOSE, distill
-from meg_kernels.editing.generators import GeneratorConfig, build_generator
-from meg_kernels.editing.train import Conditions, train_generator
+from meg_kernels.editing.train import ConditionBatches, train_generator
+from meg_kernels.routing.generators import GeneratorConfig, build_generator
 
 TEACHER_STEPS = 12
 EPS = torch.finfo(torch.float32).eps
@@ -34,9 +48,11 @@ def float32():
 @functools.cache
 def trained(prediction="x0", **changes):
     config = dataclasses.replace(
-        TOY, kind="dit", prediction=prediction, sampler=SamplerConfig("ddim", TEACHER_STEPS)
+        TOY_DIT,
+        network=dataclasses.replace(TOY_DIT.network, prediction=prediction),
+        sampler=SamplerConfig("ddim", TEACHER_STEPS),
     )
-    generator, _ = Toy().train(dataclasses.replace(config, **changes))
+    generator, _ = Toy().train(config.with_training(**changes))
     return generator
 
 
@@ -51,9 +67,9 @@ def refuse(*args, **kwargs):
     raise AssertionError("the network was trained")
 
 
-def with_config(generator, **changes):
+def with_training(generator, **changes):
     other = copy.deepcopy(generator)
-    other.config = dataclasses.replace(generator.config, **changes)
+    other.config = generator.config.with_training(**changes)
     return other
 
 
@@ -76,8 +92,8 @@ def ddim_step(x_t, x0, t, after):
 def trajectory(generator, conditions, num_steps):
     """The states [num_steps + 1, B, dim] of DDIM, by its formulas, in float64."""
     network = copy.deepcopy(generator.network).double().eval()
-    random = torch.Generator().manual_seed(generator.config.sampler.seed)
-    x = torch.randn(generator.layout.dim, generator=random).double().repeat(len(conditions), 1)
+    rng = torch.Generator().manual_seed(generator.config.sampler.seed)
+    x = torch.randn(generator.layout.dim, generator=rng).double().repeat(len(conditions), 1)
     states, asked = [x], timesteps(num_steps)
     for t, after in zip(asked, [*asked[1:], -1], strict=True):
         prediction = network(x, torch.full((len(x),), t), conditions.double())
@@ -109,8 +125,8 @@ def distance(made, wanted):
 def lessons_of(generator, steps, teacher_steps=TEACHER_STEPS):
     teacher = distilling._sampled_in(teacher_steps, generator)
     student = copy.deepcopy(distilling._sampled_in(steps, generator))
-    conditions = Conditions(generator, Toy().conditions, None)
-    return distilling._Lessons(teacher, student, conditions), student
+    conditions = ConditionBatches(generator, Toy().conditions, None)
+    return distilling._TrajectoryBatches(teacher, student, conditions), student
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v", "noise"])
@@ -135,30 +151,30 @@ def test_one_step_of_a_lesson_is_many_of_the_teacher(prediction, steps):
 
 
 def test_half_of_the_lessons_are_on_conditions_with_the_trainings_noise():
-    generator = with_config(trained(), condition_noise=0.3, batch_size=12)
+    generator = with_training(trained(), condition_noise=0.3, batch_size=12)
     lessons, _ = lessons_of(generator, 1)
-    random = torch.Generator().manual_seed(1)
-    many = 9 * torch.randn(12, CONDITION_DIM, generator=random)
-    lessons.conditions = Conditions(generator, many, None)
+    rng = torch.Generator().manual_seed(1)
+    many = 9 * torch.randn(12, CONDITION_DIM, generator=rng)
+    lessons.conditions = ConditionBatches(generator, many, None)
     inputs = generator.scaled_conditions(many)
     offsets = []
     for _ in range(20):
-        conditions = lessons._make(random)[0]
+        conditions = lessons._make(rng)[0]
         offsets.append((conditions[:, None] - inputs).square().mean(2).sqrt().amin(1))
     offsets = torch.cat(offsets)
     assert float((offsets == 0).float().mean()) == 0.5
     assert offsets[offsets > 0].mean().item() == pytest.approx(0.3, rel=0.1)
 
 
-def test_lessons_are_renewed_at_every_look_and_used_some_times_each():
-    generator = with_config(trained(), check_every=50, batch_size=4)
+def test_lessons_are_renewed_at_every_trial_and_used_some_times_each():
+    generator = with_training(trained(), check_every=50, batch_size=4)
     for steps, batches in ((1, 5), (2, 3), (4, 2)):  # 50 batches of 4 from 20 to 32 states
         lessons, _ = lessons_of(generator, steps)
-        calls, random, pools = [], torch.Generator().manual_seed(0), []
+        calls, rng, pools = [], torch.Generator().manual_seed(0), []
         lessons.teacher.network.register_forward_hook(lambda *call, calls=calls: calls.append(call))
         for step in range(101):
             before = len(calls)
-            lessons.loss(step, random)
+            lessons.loss(step, rng)
             assert len(calls) - before == (batches * TEACHER_STEPS if step % 50 == 0 else 0)
             pools.append(lessons.pool[1])
         assert pools[1] is pools[49] is not pools[50] is pools[99] is not pools[100]
@@ -230,7 +246,7 @@ def test_a_student_samples_in_a_few_steps_what_the_teacher_samples_in_many(predi
     assert toy.distances(neurons).max() < 0.3
 
     assert report.asked == len(toy.conditions)
-    assert 0 < report.steps < TOY.max_steps
+    assert 0 < report.steps < TOY.training.max_steps
     collected = generator.scaled_weights(toy.neurons)
     for quality, neurons, num_steps in (
         (report.teacher, wanted, TEACHER_STEPS),
@@ -263,21 +279,20 @@ def test_a_student_follows_its_teacher_on_other_conditions_too():
     generator, toy = trained("v"), Toy()
     student, _ = distilled(generator, 2, toy)
     jitter = torch.randn(toy.conditions.shape, generator=torch.Generator().manual_seed(9))
-    nearby = toy.conditions + TOY.condition_noise * generator.condition_std * jitter
+    nearby = toy.conditions + TOY.training.condition_noise * generator.condition_std * jitter
     wanted = sampled_neurons(generator, nearby, TEACHER_STEPS)
     assert distance(student.scaled_weights(student.generate(nearby)), wanted) < 3 * CLOSE
 
 
 def test_a_generator_with_learned_variance_is_sampled_with_ddim_from_then_on():
-    small = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "learning_rate": 5e-3}
     config = GeneratorConfig.paper(
-        **small,
+        network=dataclasses.replace(DiTConfig.paper(), **SHAPE, condition_dropout=0.0),
+        learning_rate=5e-3,
         standardize=True,
         max_steps=300,
         check_every=20,
         batch_size=5,
         ema_decay=0.9,
-        condition_dropout=0.0,
         sampler=SamplerConfig("ddpm", TEACHER_STEPS, "respaced", seed=3),
     )
     generator, _ = Toy().train(config)
@@ -300,7 +315,7 @@ def only_the_teachers(generator):
 
 
 def test_close_neurons_are_not_enough_while_fewer_queries_are_answered():
-    generator = with_config(trained(), max_steps=240)
+    generator = with_training(trained(), max_steps=240)
     _, report = distilled(generator, 1, answers=only_the_teachers(generator))
     assert (report.teacher.answered, report.student.answered) == (1.0, 0.0)
     assert report.steps == 240 and report.student.to_teacher <= CLOSE
@@ -324,13 +339,13 @@ def test_a_teacher_that_answers_little_does_not_ask_for_more():
     toy = Toy()
     _, report = distilled(trained(), 1, toy, answers=without_two)
     assert report.teacher.answered == report.student.answered == pytest.approx(3 / 5)
-    assert report.steps < TOY.max_steps
+    assert report.steps < TOY.training.max_steps
 
 
 def test_a_network_that_needs_no_steps_is_not_trained(monkeypatch, tmp_path):
     """As built, it predicts the mean neuron whatever it is asked."""
     monkeypatch.setattr(distilling, "fit", refuse)
-    generator = build_generator(dataclasses.replace(TOY, kind="dit"), LAYOUT, CONDITION_DIM)
+    generator = build_generator(TOY_DIT, LAYOUT, CONDITION_DIM)
     student, report = distilled(generator, 1, work_folder=tmp_path)
     assert (report.steps, report.history) == (0, ())
     assert report.student == report.undistilled and report.student.to_teacher == 0
@@ -342,7 +357,7 @@ def test_a_single_fact_can_be_distilled():
     """Its standardised neuron is zero: there is nothing to be relative to."""
     toy = Toy()
     toy.conditions, toy.neurons = toy.conditions[:1], toy.neurons[:1]
-    config = dataclasses.replace(TOY, kind="dit", sampler=SamplerConfig("ddim", 2))
+    config = dataclasses.replace(TOY_DIT, sampler=SamplerConfig("ddim", 2))
     generator = build_generator(config, LAYOUT, CONDITION_DIM)
     train_generator(generator, toy.conditions, toy.neurons, toy.answers)
     _, report = distilled(generator, 1, toy)
@@ -355,7 +370,7 @@ def test_a_single_fact_can_be_distilled():
 def test_an_interrupted_distillation_ends_with_the_weights_of_an_uninterrupted_one(
     tmp_path, monkeypatch
 ):
-    generator = with_config(trained(), max_steps=90)
+    generator = with_training(trained(), max_steps=90)
     answers, asked, most = only_the_teachers(generator), [], 1000
 
     def noted(neurons, rows):
@@ -387,7 +402,7 @@ def test_an_interrupted_distillation_ends_with_the_weights_of_an_uninterrupted_o
 
 def test_a_checkpoint_of_another_distillation_is_not_taken(tmp_path):
     brief = {"max_steps": 20, "check_every": 20}
-    generator, other = with_config(trained(), **brief), with_config(trained(), **brief)
+    generator, other = with_training(trained(), **brief), with_training(trained(), **brief)
     with torch.no_grad():
         other.network.outLinear.bias += 0.01  # nothing else tells them apart
     for number, (teacher, steps, more) in enumerate(
@@ -407,17 +422,20 @@ def test_a_checkpoint_of_another_distillation_is_not_taken(tmp_path):
 
 
 def test_the_seed_alone_decides_the_weights():
-    generator = with_config(trained(), max_steps=20)
+    generator = with_training(trained(), max_steps=20)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first, _ = distilled(generator)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    again, _ = distilled(generator, seed=generator.config.seed)
+    again, _ = distilled(generator, seed=generator.config.training.seed)
     other, _ = distilled(generator, seed=7)
     assert torch.equal(weights(first), weights(again))
     assert not torch.equal(weights(first), weights(other))
-    assert (first.config.seed, other.config.seed) == (generator.config.seed, 7)
+    assert (first.config.training.seed, other.config.training.seed) == (
+        generator.config.training.seed,
+        7,
+    )
 
 
 # Errors
@@ -425,7 +443,8 @@ def test_the_seed_alone_decides_the_weights():
 
 @pytest.mark.parametrize("kind", ["mlp", "bank"])
 def test_generators_of_one_step_are_refused(kind):
-    generator = build_generator(dataclasses.replace(TOY, kind=kind), LAYOUT, CONDITION_DIM)
+    config = {"mlp": TOY, "bank": GeneratorConfig.bank()}[kind]
+    generator = build_generator(config, LAYOUT, CONDITION_DIM)
     with pytest.raises(
         ValueError, match=f"of kind '{kind}'; only a dit .*: mlp and bank already take one step"
     ):
@@ -452,7 +471,7 @@ def test_steps_out_of_range_are_refused(steps, teacher_steps, message):
 
 @pytest.mark.parametrize("steps, expected", [(1, 50), (2, 50), (3, 51), (4, 48)])
 def test_the_teacher_takes_some_fifty_steps_unless_told(steps, expected):
-    generator = build_generator(dataclasses.replace(TOY, kind="dit"), LAYOUT, CONDITION_DIM)
+    generator = build_generator(TOY_DIT, LAYOUT, CONDITION_DIM)
     _, report = distilled(generator, steps, teacher_steps=None)
     assert report.teacher.num_steps == expected
 
@@ -462,7 +481,7 @@ def test_a_generator_that_was_distilled_teaches_in_its_own_steps_only():
     with pytest.raises(
         ValueError,
         match=r"in teacher_steps = 12 the generator answers \d+.0% of the edited queries, but "
-        r"100.0% with its own 2 steps of ddim; one that was distilled already can teach in its own",
+        r"100.0% with its own 2 steps of ddim; one that was distilled already can only teach",
     ):
         distilled(student, 1)
     further, report = distilled(student, 1, teacher_steps=2)
@@ -471,7 +490,7 @@ def test_a_generator_that_was_distilled_teaches_in_its_own_steps_only():
 
 def test_a_loss_that_becomes_nan_says_what_helps():
     with pytest.raises(FloatingPointError, match="after 20 steps; try a smaller learning_rate"):
-        distilled(with_config(trained(), learning_rate=1e30), 1)
+        distilled(with_training(trained(), learning_rate=1e30), 1)
 
 
 # In an edited model
@@ -479,25 +498,24 @@ def test_a_loss_that_becomes_nan_says_what_helps():
 
 @pytest.fixture(scope="module")
 def dit_folder(float32, tmp_path_factory):
-    config = dataclasses.replace(test_editor.CONFIG.generator, kind="dit")
-    config = dataclasses.replace(test_editor.CONFIG, generator=config)
-    return test_editor.saved_editor(tmp_path_factory, "dit", config)
+    config = dataclasses.replace(CONFIG, generator=GENERATORS["dit"])
+    return saved_editor(tmp_path_factory, "dit", config)
 
 
 @pytest.fixture
 def editor(dit_folder):
-    return test_editor.load(dit_folder)
+    return load(dit_folder)
 
 
 def test_a_distilled_editor_answers_as_before_and_goes_on_as_before(editor, tmp_path):
-    others = editor.generate(test_editor.UNRELATED, test_editor.MOST)
+    others = editor.generate(UNRELATED, MOST)
     config, teacher = editor.config, editor.edits.generator
-    wanted = sampled_neurons(teacher, editor.edits.queries, TEACHER_STEPS)
+    wanted = sampled_neurons(teacher, editor.edits.conditions, TEACHER_STEPS)
     report = editor.distill(1, teacher_steps=TEACHER_STEPS, work_folder=tmp_path / "work")
     assert list((tmp_path / "work").iterdir())
     assert report.student.answered == report.teacher.answered == 1.0
     student = editor.edits.generator
-    made = student.scaled_weights(student.generate(editor.edits.queries))
+    made = student.scaled_weights(student.generate(editor.edits.conditions))
     assert distance(made, wanted) == pytest.approx(report.student.to_teacher, abs=1e-4)
     assert report.student.to_teacher <= CLOSE
 
@@ -512,21 +530,21 @@ def test_a_distilled_editor_answers_as_before_and_goes_on_as_before(editor, tmp_
         "generator",
         "distill",
     }
-    assert editor.generate(test_editor.QUERIES, test_editor.MOST) == test_editor.ANSWERS
-    assert editor.generate(test_editor.UNRELATED, test_editor.MOST) == others
+    assert editor.generate(QUERIES, MOST) == ANSWERS
+    assert editor.generate(UNRELATED, MOST) == others
 
     editor.save_pretrained(tmp_path / "edited")
-    loaded = test_editor.load(tmp_path / "edited")
+    loaded = load(tmp_path / "edited")
     assert loaded.config == editor.config
-    assert test_editor.state(loaded) == test_editor.state(editor)
-    loaded.add(test_editor.FURTHER)
+    assert state(loaded) == state(editor)
+    loaded.add(FURTHER)
     distilled = loaded.edits.report.seconds["distill"]
     assert loaded.train().answered == 1.0 and loaded.edits.generated.all()
     assert loaded.edits.report.seconds["distill"] == distilled > 0
     assert loaded.config.generator.sampler.num_steps == 1
-    further = [fact.query for fact in test_editor.FURTHER]
-    answers = test_editor.ANSWERS + [fact.answer for fact in test_editor.FURTHER]
-    assert loaded.generate(test_editor.QUERIES + further, test_editor.MOST) == answers
+    further = [fact.query for fact in FURTHER]
+    answers = ANSWERS + [fact.answer for fact in FURTHER]
+    assert loaded.generate(QUERIES + further, MOST) == answers
 
 
 def test_seconds_of_a_distillation_are_with_those_before_an_interruption(editor, monkeypatch):
@@ -534,21 +552,21 @@ def test_seconds_of_a_distillation_are_with_those_before_an_interruption(editor,
         student, report = distill(*args, **more)
         return student, dataclasses.replace(report, seconds_before=1000.0)
 
-    monkeypatch.setattr(test_editor.editing, "distill", resumed)
+    monkeypatch.setattr(stages, "distill", resumed)
     editor.distill(1, teacher_steps=TEACHER_STEPS)
     assert editor.edits.report.seconds["distill"] > 1000
 
 
 def test_a_failed_distillation_leaves_the_editor_as_it_was(editor, monkeypatch):
-    before, config = test_editor.state(editor), editor.config
-    monkeypatch.setattr(distilling, "fit", test_editor.interrupt)
+    before, config = state(editor), editor.config
+    monkeypatch.setattr(distilling, "fit", interrupt)
     with pytest.raises(KeyboardInterrupt):
         editor.distill(1, teacher_steps=TEACHER_STEPS)
     with pytest.raises(ValueError, match="steps is 9; it must be 1 to 4"):
         editor.distill(9)
-    assert test_editor.state(editor) == before and editor.config == config
+    assert state(editor) == before and editor.config == config
 
 
 def test_nothing_edited_cannot_be_distilled():
     with pytest.raises(RuntimeError, match="nothing is edited yet"):
-        test_editor.make_editor().distill(1)
+        make_editor().distill(1)

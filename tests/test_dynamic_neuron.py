@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_checks import DTYPES, assert_same_bits, bits
 from torch import Tensor
 
 from meg_kernels.neuron import Neurons
-from meg_kernels.ops import dynamic_neuron, dynamic_neuron_
 from meg_kernels.ops.backend import VARIABLE
+from meg_kernels.ops.dynamic_neuron import dynamic_neuron, dynamic_neuron_
 
 ACTIVATIONS = {
     "identity": lambda a: a,
@@ -24,8 +25,6 @@ ACTIVATIONS = {
     "silu": lambda a: a / (1 + math.exp(-a)),
     "relu": lambda a: max(a, 0.0),
 }
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 OPS = {
     "out of place": dynamic_neuron,
     "in place": lambda y, *rest: dynamic_neuron_(y.clone(), *rest),
@@ -119,10 +118,6 @@ def assert_follows_the_oracle(actual: Tensor, call: Call) -> None:
     assert not len(excess.flatten()) or excess.max() <= 0, excess.max()
 
 
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(INT_OF_SIZE[tensor.element_size()])
-
-
 @st.composite
 def calls(draw):
     rows, count = draw(st.integers(0, 4)), draw(st.integers(1, 3))
@@ -194,7 +189,7 @@ def test_rows_without_a_neuron_keep_their_very_bits(tokens, dtype, op):
     call.x[2] = float("inf")
     result = call.of(OPS[op])
     for row in (0, 2):
-        assert torch.equal(bits(result[row]), bits(call.y[row]))
+        assert_same_bits(result[row], call.y[row])
     for row in (1, 3):
         assert result[row].isfinite().all() and not torch.equal(result[row], call.y[row])
 

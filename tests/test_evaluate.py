@@ -12,9 +12,9 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from meg_kernels.editing.evaluate import METRICS, Evaluation, Metrics, evaluate
-from meg_kernels.editing.facts import Fact, LocalityQuery
-from meg_kernels.editing.prompting import PromptTemplate
+from meg_kernels.editing.evaluate import METRICS, Evaluation, Metrics
+from meg_kernels.editing.prompting import PromptedModel, PromptTemplate
+from meg_kernels.facts import Fact, LocalityQuery
 
 VOCABULARY = 67  # of the tiny models
 EOS, LINE, STOP = 1, 2, 3
@@ -62,6 +62,10 @@ def model(tiny_model):
     with torch.no_grad():
         model.lm_head.weight *= weight
     return model
+
+
+def prompted(model, tokenizer) -> PromptedModel:
+    return PromptedModel.of(model, tokenizer, PromptTemplate())
 
 
 def question(i: int) -> str:
@@ -163,14 +167,14 @@ def test_metrics_equal_those_of_one_query_at_a_time(model, tokenizer, facts):
     assert all(0 < value < 1 for value in expected.values())  # the oracle has something to say
     base = slow_metrics(model, tokenizer, facts, lambda *_: contextlib.nullcontext())
     for batch_size in (1, 5, 64):
-        evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, batch_size)
+        evaluation = Evaluation(prompted(model, tokenizer), facts, MOST, batch_size)
         assert shares(evaluation.edited(edit)) == pytest.approx(expected, abs=SHARES)
         assert shares(evaluation.base()) == pytest.approx(base, abs=SHARES)
 
 
 def test_each_query_is_mounted_with_its_own_fact(model, tokenizer, facts):
     edit = Shift(model, 0.2)
-    Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, 5).edited(edit)
+    Evaluation(prompted(model, tokenizer), facts, MOST, 5).edited(edit)
     expected = [
         (query, i)
         for i, fact in enumerate(facts)
@@ -193,7 +197,7 @@ def test_an_edit_that_stands_in_the_prompt_is_asked_with_it_and_the_base_model_w
     expected = slow_metrics(model, tokenizer, facts, plain, prompting)
     assert 0 < expected["locality_ag"] < expected["locality_tf"] < 1
     for batch_size in (5, 64):
-        evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, batch_size)
+        evaluation = Evaluation(prompted(model, tokenizer), facts, MOST, batch_size)
         metrics = Metrics.of(evaluation.verdicts(plain, prompting=prompting))
         assert shares(metrics) == pytest.approx(expected, abs=SHARES)
 
@@ -202,11 +206,11 @@ def test_an_interrupted_evaluation_asks_only_what_was_not_answered(
     model, tokenizer, facts, tmp_path
 ):
     def evaluation(edits, asked=facts):
-        options = {"batch_size": 5, "work_folder": tmp_path, "edits": edits}
-        return Evaluation(model, tokenizer, asked, PromptTemplate(), MOST, **options)
+        options = {"batch_size": 5, "work_folder": tmp_path, "identity": edits}
+        return Evaluation(prompted(model, tokenizer), asked, MOST, **options)
 
     edit, other = Shift(model, 0.2), Shift(model, 0.3)
-    expected = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, 5).edited(edit)
+    expected = Evaluation(prompted(model, tokenizer), facts, MOST, 5).edited(edit)
     mounted, edit.mounted = edit.mounted, []
     evaluation([1]).edited(edit)
     files = sorted(tmp_path.glob("edited-*/*.json"))
@@ -237,7 +241,7 @@ def test_an_interrupted_evaluation_asks_only_what_was_not_answered(
 def test_edits_that_nothing_tells_from_others_are_asked_every_time(
     model, tokenizer, facts, tmp_path
 ):
-    evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, work_folder=tmp_path)
+    evaluation = Evaluation(prompted(model, tokenizer), facts, MOST, work_folder=tmp_path)
     edit = Shift(model, 0.2)
     first = evaluation.edited(edit)
     count, edit.mounted = len(edit.mounted), []
@@ -247,25 +251,25 @@ def test_edits_that_nothing_tells_from_others_are_asked_every_time(
 
 @pytest.mark.parametrize("batch_size", [5, 64])
 def test_the_base_models_locality_is_exactly_one(model, tokenizer, facts, batch_size):
-    evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, batch_size)
+    evaluation = Evaluation(prompted(model, tokenizer), facts, MOST, batch_size)
     for metrics in (evaluation.base(), evaluation.base()):
         assert metrics.locality_ag == metrics.locality_tf == 1
 
 
 def test_an_edit_of_size_zero_changes_no_metric(model, tokenizer, facts):
-    evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST)
+    evaluation = Evaluation(prompted(model, tokenizer), facts, MOST)
     assert evaluation.edited(Shift(model, 0.0)) == evaluation.base()
 
 
 def test_the_more_an_edit_changes_other_answers_the_lower_is_locality(model, tokenizer, facts):
-    evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST)
+    evaluation = Evaluation(prompted(model, tokenizer), facts, MOST)
     gentle, strong = (evaluation.edited(Shift(model, size)) for size in (0.1, 30.0))
     assert 1 > gentle.locality_ag > strong.locality_ag
     assert 1 > gentle.locality_tf > strong.locality_tf
 
 
 def test_locality_of_facts_without_locality_queries_is_none_and_so_is_the_score(model, tokenizer):
-    evaluation = Evaluation(model, tokenizer, [Fact("w1", "w2")], PromptTemplate(), MOST)
+    evaluation = Evaluation(prompted(model, tokenizer), [Fact("w1", "w2")], MOST)
     metrics = evaluation.edited(Shift(model, 0.2))
     assert metrics.reliability_ag is not None and metrics.reliability_tf is not None
     assert metrics.generality_ag is metrics.generality_tf is None
@@ -273,7 +277,7 @@ def test_locality_of_facts_without_locality_queries_is_none_and_so_is_the_score(
 
 
 def test_the_ceiling_asks_no_locality_query(model, tokenizer, facts):
-    evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST, 5)
+    evaluation = Evaluation(prompted(model, tokenizer), facts, MOST, 5)
     edit = Shift(model, 0.2)
     edited = shares(evaluation.edited(edit))
     edit.mounted.clear()
@@ -296,7 +300,7 @@ def test_answers_that_the_model_gives_anyway_are_all_hits(model, add_space):
         if said and "." not in said and len(said.split()) < MOST - 2:
             facts.append(Fact(question(i), said))
     assert len(facts) >= 5
-    base = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST).base()
+    base = Evaluation(prompted(model, tokenizer), facts, MOST).base()
     assert base.reliability_ag == base.reliability_tf == 1
 
 
@@ -305,7 +309,7 @@ def test_the_end_of_an_answer_counts_where_it_shares_its_token_with_the_full_sto
     target = tokenizer(f" {word}!.").input_ids
     assert tokenizer.convert_ids_to_tokens(target) == [f"▁{word}", "!."] and following != "!."
     fact = Fact(question(0), f"{word}!")
-    base = Evaluation(model, tokenizer, [fact], PromptTemplate(), MOST).base()
+    base = Evaluation(prompted(model, tokenizer), [fact], MOST).base()
     assert base.reliability_tf == 1 / 2
 
 
@@ -334,7 +338,7 @@ def test_the_score_is_zero_with_a_zero_and_none_with_nothing_to_measure(name):
 
 def test_the_protocol_says_what_is_needed_to_repeat_the_measurement(model, tokenizer, facts):
     template = PromptTemplate("Q: {}\nA:")
-    protocol = Evaluation(model, tokenizer, facts, template, MOST, 5).protocol()
+    protocol = Evaluation(PromptedModel.of(model, tokenizer, template), facts, MOST, 5).protocol()
     assert protocol["prompt_template"] == "Q: {}\nA:"
     assert protocol["decoding"].startswith(f"greedy, at most {MOST} tokens")
     assert protocol["queries"] == {
@@ -347,11 +351,9 @@ def test_the_protocol_says_what_is_needed_to_repeat_the_measurement(model, token
 
 
 def test_a_report_holds_edited_and_base_metrics_protocol_and_seconds(model, tokenizer, facts):
-    evaluation = Evaluation(model, tokenizer, facts, PromptTemplate(), MOST)
+    evaluation = Evaluation(prompted(model, tokenizer), facts, MOST)
     edit = Shift(model, 0.2)
-    report = evaluate(
-        evaluation, edit, edit, protocol={"gate": "none"}, seconds={"collect": 1.23456}
-    )
+    report = evaluation.report(edit, edit, protocol={"gate": "none"}, seconds={"collect": 1.23456})
     assert report.n == len(facts)
     assert report.metrics == evaluation.edited(edit)
     assert report.base == evaluation.base()
@@ -366,9 +368,7 @@ def test_a_report_holds_edited_and_base_metrics_protocol_and_seconds(model, toke
 
 
 def test_the_ceiling_is_left_out_unless_asked_for(model, tokenizer, facts):
-    report = evaluate(
-        Evaluation(model, tokenizer, facts, PromptTemplate(), MOST), Shift(model, 0.2)
-    )
+    report = Evaluation(prompted(model, tokenizer), facts, MOST).report(Shift(model, 0.2))
     assert report.collected is None
     assert report.to_dict()["collected"] is None
 
@@ -377,13 +377,13 @@ def test_the_ceiling_is_left_out_unless_asked_for(model, tokenizer, facts):
 def test_an_answer_that_does_not_fit_is_refused(model, add_space):
     tokenizer = make_tokenizer(add_space)
     fact = Fact("w1", " ".join(WORDS[:6]))  # and a full stop, and the end of text
-    Evaluation(model, tokenizer, [fact], PromptTemplate(), max_new_tokens=8)
+    Evaluation(prompted(model, tokenizer), [fact], max_new_tokens=8)
     with pytest.raises(
         ValueError, match=r"^max_new_tokens is 7, but the longest answer has 8 tokens$"
     ):
-        Evaluation(model, tokenizer, [fact], PromptTemplate(), max_new_tokens=7)
+        Evaluation(prompted(model, tokenizer), [fact], max_new_tokens=7)
 
 
 def test_an_evaluation_without_facts_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match=r"^there are no facts to evaluate$"):
-        Evaluation(model, tokenizer, [], PromptTemplate())
+        Evaluation(prompted(model, tokenizer), [])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -10,16 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meg_kernels.editing.facts import (
+from meg_kernels.facts import (
     Fact,
     FactsError,
     LocalityQuery,
+    as_facts,
     check_facts,
     read_facts,
     unrelated_to,
     write_facts,
 )
-from meg_kernels.editing.shipped import (
+from meg_kernels.shipped import (
     demo_facts,
     shipped_tuning_facts,
     shipped_unrelated_queries,
@@ -89,11 +92,208 @@ def test_a_fact_without_id_is_named_after_its_query_and_answer():
     assert Fact("Who?", "Me", id="f1").id == "f1"
 
 
-@pytest.mark.parametrize("name", ["query", "answer"])
-@pytest.mark.parametrize("value", ["", " \n", None, 3])
-def test_a_fact_needs_a_query_and_an_answer(name, value):
-    with pytest.raises(ValueError, match=rf"^{name} is .*; it must be text that is not blank$"):
+WRONG_FIELDS = {
+    "query": ["", " \n", None, 3, b"Who?", ["Who?"]],
+    "answer": ["", " \n", None, 3, ["Lyon"]],
+    "id": [" ", None, 3],
+    "subject": ["", " ", 3, ["France"]],
+    "relation": ["", 3],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG_FIELDS.items() for value in values]
+)
+def test_a_field_that_is_not_text_is_refused_by_name(name, value):
+    wanted = f"{name} is {value!r}; it must be text that is not blank"
+    with pytest.raises(FactsError, match=f"^{re.escape(wanted)}"):
         Fact(**{**CAPITAL, name: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"paraphrases": "abc"}, "paraphrases is 'abc'; it must be a list of texts: ['abc']"),
+        ({"locality": "abc"}, "locality is 'abc'; it must be a list of texts: ['abc']"),
+        ({"paraphrases": None}, "paraphrases is None; it must be a list"),
+        ({"paraphrases": 3}, "paraphrases is 3; it must be a list"),
+        ({"paraphrases": {"a"}}, "paraphrases is {'a'}; it must be a list"),
+        ({"paraphrases": {"a": 1}}, "paraphrases is {'a': 1}; it must be a list"),
+        ({"locality": {"query": "a"}}, "locality is {'query': 'a'}; it must be a list"),
+        ({"paraphrases": ["a", " "]}, "paraphrases[1] is ' '; it must be text that is not blank"),
+        ({"paraphrases": [["a"]]}, "paraphrases[0] is ['a']; it must be text that is not blank"),
+        ({"locality": ["a", ""]}, "locality[1] is ''; it must be text that is not blank"),
+        ({"locality": [None]}, "locality[0] is None; it must be text, a LocalityQuery or a dict"),
+        ({"locality": [("a", "b")]}, "locality[0] is ('a', 'b'); it must be text, a Loc"),
+        ({"locality": [{}]}, "locality[0].query is missing"),
+        ({"locality": [{"query": 3}]}, "locality[0].query is 3; it must be text"),
+        ({"locality": ["a", {"query": "a", "subject": ""}]}, "locality[1].subject is ''; it must"),
+        (
+            {"locality": [{"query": "a", "answer": "b"}]},
+            "locality[0].answer is unknown; the fields are query, subject",
+        ),
+    ],
+)
+def test_lists_that_hold_no_texts_are_refused_by_place(fields, message):
+    with pytest.raises(FactsError, match=f"^{re.escape(message)}"):
+        Fact(**CAPITAL, **fields)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter])
+def test_lists_become_tuples_and_texts_and_dicts_become_locality_queries(kind):
+    fact = Fact(
+        **CAPITAL,
+        paraphrases=kind(["a", "b"]),
+        locality=kind(["c", {"query": "d"}, {"query": "e", "subject": "s"}, LocalityQuery("f")]),
+    )
+    assert fact.paraphrases == ("a", "b")
+    queries = LocalityQuery("c"), LocalityQuery("d"), LocalityQuery("e", "s"), LocalityQuery("f")
+    assert fact.locality == queries
+    assert {fact: 1}[dataclasses.replace(fact)] == 1  # hashable
+
+
+@pytest.mark.parametrize(("query", "subject"), [("", None), (3, None), ("a", ""), ("a", 3)])
+def test_a_locality_query_is_checked_where_it_is_made(query, subject):
+    with pytest.raises(FactsError, match=r"^(query|subject) is .*; it must be text that is not b"):
+        LocalityQuery(query, subject)
+
+
+# Facts as dicts
+
+
+@pytest.mark.parametrize("gap", [None, float("nan")])
+def test_gaps_of_tables_have_the_defaults(gap):
+    record = {name.name: gap for name in dataclasses.fields(Fact)} | CAPITAL
+    assert Fact.from_dict(record) == Fact(**CAPITAL)
+    record |= {"locality": [{"query": "Who?", "subject": gap}]}
+    assert Fact.from_dict(record).locality == (LocalityQuery("Who?"),)
+
+
+def test_an_integer_id_becomes_text():
+    assert Fact.from_dict({**CAPITAL, "id": 0}).id == "0"
+
+
+def test_the_dict_that_a_fact_is_made_from_stays_as_it_was():
+    record = {**CAPITAL, "id": 3, "subject": None}
+    Fact.from_dict(record)
+    assert record == {**CAPITAL, "id": 3, "subject": None}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({}, "query is missing"),
+        ({"query": "a", "answer": None}, "answer is missing"),
+        (
+            {**CAPITAL, "anwser": "Lyon"},
+            "anwser is unknown; the fields are query, answer, id, subject, relation, paraphrases, "
+            "locality",
+        ),
+        ({**CAPITAL, 3: "Lyon"}, "3 is unknown; the fields are"),
+        ({**CAPITAL, "paraphrases": "a"}, "paraphrases is 'a'; it must be a list of texts: ['a']"),
+    ],
+)
+def test_a_dict_that_holds_no_fact_is_refused_by_field(record, message):
+    with pytest.raises(FactsError, match=f"^{re.escape(message)}"):
+        Fact.from_dict(record)
+
+
+# Facts in whatever they are kept in
+
+
+class Table:
+    """Stands in for a `datasets.Dataset`: it iterates over dicts, whose gaps are None."""
+
+    def __init__(self, records):
+        self.column_names = list(dict.fromkeys(name for record in records for name in record))
+        self.records = records
+
+    def __iter__(self):
+        return ({name: r.get(name) for name in self.column_names} for r in self.records)
+
+
+FULL = {
+    **MOON,
+    "id": 7,
+    "subject": "Mond",
+    "paraphrases": ["Größer als der Mond ist nicht"],
+    "locality": [{"query": "Wer?", "subject": None}],
+}
+EVERY_FORMAT = [CAPITAL, COUNTERFACT, FULL, ZSRE]
+ALIKE = {
+    "list of dicts": lambda records, _: list(records),
+    "tuple of dicts": lambda records, _: tuple(records),
+    "generator": lambda records, _: (record for record in records),
+    "facts": lambda records, facts: facts,
+    "facts and dicts": lambda records, facts: [facts[0], *records[1:]],
+    "table": lambda records, _: Table(records),
+}
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+def test_facts_are_the_same_whatever_they_are_kept_in(kind, file):
+    facts = read_facts(file(EVERY_FORMAT))
+    assert as_facts(ALIKE[kind](EVERY_FORMAT, facts)) == facts
+    assert [f.answer for f in facts] == ["Lyon", "English", "ein Käse", "Aspidoceratidae"]
+
+
+def test_a_path_is_read(file):
+    path = file([CAPITAL, RIVER])
+    assert as_facts(path) == as_facts(str(path)) == read_facts(path)
+    with pytest.raises(FileNotFoundError, match="there is no file of facts at What is this"):
+        as_facts("What is this?")
+
+
+@pytest.mark.parametrize("record", EVERY_FORMAT)
+def test_one_fact_may_stand_alone(record, file):
+    (fact,) = read_facts(file([record]))
+    assert as_facts(record) == as_facts(fact) == [fact]
+
+
+@pytest.mark.parametrize("nothing", [[], (), iter([])])
+def test_no_facts_are_no_facts(nothing):
+    assert as_facts(nothing) == []
+
+
+def test_every_bad_row_is_named_with_its_field():
+    rows = [CAPITAL, {"query": "a"}, "text", {**ZSRE, "answers": []}, {**RIVER, "id": " "}, None]
+    with pytest.raises(FactsError) as error:
+        as_facts(rows)
+    assert str(error.value).splitlines() == [
+        "facts that cannot be used (5):",
+        "  facts[1]: answer is missing",
+        "  facts[2]: it is 'text'; it must be a Fact or a dict",
+        "  facts[3]: answers is empty; it must hold the new answer",
+        "  facts[4]: id is ' '; it must be text that is not blank",
+        "  facts[5]: it is None; it must be a Fact or a dict",
+    ]
+
+
+@pytest.mark.parametrize("nothing", [None, 3, object])
+def test_what_holds_no_facts_is_refused(nothing):
+    with pytest.raises(TypeError, match=r"^facts is .*; it must be a path, a Fact, a dict, or an"):
+        as_facts(nothing)
+
+
+def test_of_several_splits_one_must_be_chosen():
+    splits = {"train": Table([CAPITAL]), "test": Table([RIVER])}
+    with pytest.raises(FactsError, match=r"with the splits train, test; choose one: facts\['trai"):
+        as_facts(splits)
+
+
+def test_a_dataset_of_every_format_is_read(file, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for records in ([CAPITAL, {**FULL, "id": "7"}], [COUNTERFACT], [ZSRE]):
+        dataset = datasets.Dataset.from_json(str(file(records)), cache_dir=str(tmp_path))
+        assert as_facts(dataset) == as_facts(records)
+    with pytest.raises(FactsError, match="DatasetDict with the splits train; choose one"):
+        as_facts(datasets.DatasetDict({"train": dataset}))
+
+
+def test_a_dataframe_is_read_row_by_row():
+    pandas = pytest.importorskip("pandas")
+    records = [CAPITAL, {**FULL, "id": "7"}]
+    assert as_facts(pandas.DataFrame(records)) == as_facts(records)
 
 
 # CounterFact
@@ -222,7 +422,7 @@ def test_blank_alternatives_of_real_zsre_are_reported_by_line():
     with pytest.raises(FactsError, match=f"has {len(blank)} bad records") as error:
         read_facts(path, zsre_target="alt")
     for number in blank:
-        assert f"(record {number}): field 'alt' is ''; it must be a text" in str(error.value)
+        assert f"(record {number}): alt is ''; it must be text" in str(error.value)
 
 
 # Our own JSON lines
@@ -252,6 +452,7 @@ def test_written_facts_are_read_back(tmp_path_factory, facts):
     path = tmp_path_factory.mktemp("facts") / "facts.jsonl"
     write_facts(path, facts)
     assert read_facts(path) == facts
+    assert [Fact.from_dict(fact.to_dict()) for fact in facts] == facts
 
 
 def test_written_facts_are_one_readable_json_object_a_line(tmp_path):
@@ -384,44 +585,54 @@ def rewrite(**changes):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({}, "field 'query' is missing"),
-        ({"query": "Who?"}, "field 'answer' is missing"),
-        ({**CAPITAL, "answer": " "}, "field 'answer' is ' '; it must be a text that is not blank"),
-        ({**CAPITAL, "answer": ["Lyon"]}, "field 'answer' is ['Lyon']; it must be a text"),
-        ({**CAPITAL, "id": 3}, "field 'id' is 3; it must be a text"),
-        ({**CAPITAL, "subject": 3}, "field 'subject' is 3; it must be a text"),
-        ({**CAPITAL, "relation": ""}, "field 'relation' is ''; it must be a text"),
-        ({**CAPITAL, "paraphrases": 3}, "field 'paraphrases' is 3; it must be a list"),
-        ({**CAPITAL, "paraphrases": ["ok", ""]}, "field 'paraphrases[1]' is ''; it must be a text"),
-        ({**CAPITAL, "paraphrases": ""}, "field 'paraphrases' is ''; it must be a text"),
-        ({**CAPITAL, "locality": "Who?"}, "field 'locality' is 'Who?'; it must be a list"),
-        ({**CAPITAL, "locality": ["Who?", 3]}, "field 'locality[1]' is 3; it must be {'query'"),
-        ({**CAPITAL, "locality": [" "]}, "field 'locality[0]' is {'query': ' '}; it must be"),
-        ({**CAPITAL, "locality": [{"subject": "x"}]}, "field 'locality[0]' is {'subject'"),
-        ({**CAPITAL, "locality": [{"query": "x", "subject": 3}]}, "field 'locality[0]' is {"),
-        ({**CAPITAL, "locality": [{"query": "x", "to": 3}]}, "field 'locality[0].to' is unknown"),
-        ({**CAPITAL, "anwser": "Lyon"}, "field 'anwser' is unknown; known: answer, id, locality"),
-        ({"requested_rewrite": "text"}, "field 'requested_rewrite.prompt' is missing"),
+        ({}, "query is missing"),
+        ({"query": "Who?"}, "answer is missing"),
+        ({**CAPITAL, "answer": " "}, "answer is ' '; it must be text that is not blank"),
+        ({**CAPITAL, "answer": ["Lyon"]}, "answer is ['Lyon']; it must be text"),
+        ({**CAPITAL, "id": 3.5}, "id is 3.5; it must be text"),
+        ({**CAPITAL, "id": True}, "id is True; it must be text"),
+        ({**CAPITAL, "subject": 3}, "subject is 3; it must be text"),
+        ({**CAPITAL, "relation": ""}, "relation is ''; it must be text"),
+        ({**CAPITAL, "paraphrases": 3}, "paraphrases is 3; it must be a list"),
+        ({**CAPITAL, "paraphrases": ["ok", ""]}, "paraphrases[1] is ''; it must be text"),
+        ({**CAPITAL, "paraphrases": ""}, "paraphrases is ''; it must be a list of texts: ['']"),
+        (
+            {**CAPITAL, "locality": "Who?"},
+            "locality is 'Who?'; it must be a list of texts: ['Who?']",
+        ),
+        (
+            {**CAPITAL, "locality": ["Who?", 3]},
+            "locality[1] is 3; it must be text, a LocalityQuery or",
+        ),
+        ({**CAPITAL, "locality": [" "]}, "locality[0] is ' '; it must be text that is not"),
+        ({**CAPITAL, "locality": [{"subject": "x"}]}, "locality[0].query is missing"),
+        (
+            {**CAPITAL, "locality": [{"query": "x", "subject": 3}]},
+            "locality[0].subject is 3; it must",
+        ),
+        ({**CAPITAL, "locality": [{"query": "x", "to": 3}]}, "locality[0].to is unknown"),
+        ({**CAPITAL, "anwser": "Lyon"}, "anwser is unknown; the fields are query, answer, id"),
+        ({"requested_rewrite": "text"}, "requested_rewrite.prompt is missing"),
         (
             rewrite(prompt="no place"),
-            "field 'requested_rewrite.prompt' is 'no place'; it must hold",
+            "requested_rewrite.prompt is 'no place'; it must hold",
         ),
-        (rewrite(prompt="{} and {}"), "field 'requested_rewrite.prompt' is '{} and {}'; it must"),
-        (rewrite(subject=None), "field 'requested_rewrite.subject' is missing"),
-        (rewrite(target_new={}), "field 'requested_rewrite.target_new.str' is missing"),
-        (rewrite(target_new="Lyon"), "field 'requested_rewrite.target_new.str' is missing"),
-        (rewrite(relation_id=3), "field 'requested_rewrite.relation_id' is 3"),
-        ({**ZSRE, "src": 3}, "field 'src' is 3; it must be a text"),
-        ({**ZSRE, "answers": []}, "field 'answers' is empty; it must hold the new answer"),
-        ({**ZSRE, "answers": [3]}, "field 'answers[0]' is 3; it must be a text"),
-        ({**ZSRE, "rephrase": [None]}, "field 'rephrase[0]' is None; it must be a text"),
+        (rewrite(prompt="{} and {}"), "requested_rewrite.prompt is '{} and {}'; it must"),
+        (rewrite(subject=None), "requested_rewrite.subject is missing"),
+        (rewrite(target_new={}), "requested_rewrite.target_new.str is missing"),
+        (rewrite(target_new="Lyon"), "requested_rewrite.target_new.str is missing"),
+        (rewrite(relation_id=3), "requested_rewrite.relation_id is 3"),
+        ({**ZSRE, "src": 3}, "src is 3; it must be text"),
+        ({**ZSRE, "answers": []}, "answers is empty; it must hold the new answer"),
+        ({**ZSRE, "answers": [3]}, "answers[0] is 3; it must be text"),
+        ({**ZSRE, "rephrase": [None]}, "rephrase[0] is None; it must be text"),
     ],
 )
 @pytest.mark.parametrize("array", [False, True], ids=["lines", "array"])
 def test_a_bad_record_is_reported_by_line_and_field(file, record, message, array):
     with pytest.raises(FactsError) as error:
         read_facts(file([RIVER, record], array))
-    assert f"has 1 bad records:\n  line 2 (record 2): {message}" in str(error.value)
+    assert f"has 1 bad record:\n  line 2 (record 2): {message}" in str(error.value)
 
 
 def test_all_bad_records_are_reported_at_once(file):
@@ -429,9 +640,9 @@ def test_all_bad_records_are_reported_at_once(file):
     with pytest.raises(FactsError) as error:
         read_facts(file(records))
     assert str(error.value).splitlines()[1:] == [
-        "  line 2 (record 2): field 'answer' is missing",
-        "  line 4 (record 4): field 'query' is missing",
-        "  line 5 (record 5): field 'answers' is empty; it must hold the new answer",
+        "  line 2 (record 2): answer is missing",
+        "  line 4 (record 4): query is missing",
+        "  line 5 (record 5): answers is empty; it must hold the new answer",
     ]
 
 
@@ -439,7 +650,7 @@ def test_a_long_list_of_bad_records_is_cut_short(file):
     with pytest.raises(FactsError, match="has 25 bad records") as error:
         read_facts(file([{}] * 25))
     lines = str(error.value).splitlines()
-    assert lines[20:] == ["  line 20 (record 20): field 'query' is missing", "  … and 5 more"]
+    assert lines[20:] == ["  line 20 (record 20): query is missing", "  … and 5 more"]
 
 
 # Facts that do not fit together
@@ -451,7 +662,7 @@ def test_repeated_facts_are_kept_once_with_a_warning_that_names_the_lines(file):
         facts = read_facts(file([CAPITAL, RIVER, again]))
     assert facts == [Fact(**CAPITAL), Fact(**RIVER)]
     (warning,) = caught
-    assert "has 1 repeated facts, each kept once:\n  line 1 (record 1) and line 3" in str(
+    assert "repeats facts (1), each kept once:\n  line 1 (record 1) and line 3" in str(
         warning.message
     )
     assert warning.filename == __file__
@@ -498,15 +709,25 @@ def test_clean_files_give_no_warning(file):
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({**CAPITAL, "answer": "Nice"}, "fact 1 and fact 3: .* both 'Lyon' and 'Nice'"),
-        (CAPITAL, "fact 1 and fact 3: 'What is the capital of France\\?'"),
-        ({**MOON, "id": Fact(**CAPITAL).id}, "fact 1 and fact 3 share the id"),
+        ({**CAPITAL, "answer": "Nice"}, r"facts\[0\] and facts\[2\]: .* both 'Lyon' and 'Nice'"),
+        (CAPITAL, r"facts\[0\] and facts\[2\]: 'What is the capital of France\?'"),
+        ({**MOON, "id": Fact(**CAPITAL).id}, r"facts\[0\] and facts\[2\] share the id"),
     ],
 )
 def test_facts_made_in_python_are_checked_as_well(second, message):
     check_facts([Fact(**CAPITAL), Fact(**RIVER)])
     with pytest.raises(FactsError, match=f"the facts do not fit together:\n  {message}"):
         check_facts([Fact(**CAPITAL), Fact(**RIVER), Fact(**second)])
+
+
+def test_new_facts_are_checked_against_the_edited_ones():
+    edited = [Fact(**CAPITAL), Fact(**MOON)]
+    check_facts([Fact(**RIVER)], edited)
+    other = Fact(**{**CAPITAL, "answer": "Nice"})
+    with pytest.raises(
+        FactsError, match=r"an edited fact and facts\[1\]: .* both 'Lyon' and 'Nice'"
+    ):
+        check_facts([Fact(**RIVER), other], edited)
 
 
 def test_unrelated_facts_share_neither_query_nor_subject_with_the_edited_ones():

@@ -16,6 +16,7 @@ from meg_kernels.familiarity import (
     Rewording,
     SimilarityGate,
     calibrate,
+    nearest,
     transplant,
 )
 
@@ -37,7 +38,7 @@ def unit(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @given(scores, scores)
 def test_the_threshold_is_the_best_of_all(positive, negative):
-    found = calibrate(torch.tensor(positive), torch.tensor(negative))
+    found = calibrate(torch.tensor(positive), torch.tensor(negative), 4)
 
     def decided(threshold):
         accepted = sum(score > threshold for score in positive) / len(positive)
@@ -60,12 +61,12 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order(positive, negative):
     wins = [
         1.0 if p > n else 0.5 if p == n else 0.0 for p, n in itertools.product(positive, negative)
     ]
-    found = calibrate(torch.tensor(positive), torch.tensor(negative))
+    found = calibrate(torch.tensor(positive), torch.tensor(negative), 4)
     assert found.auroc == pytest.approx(sum(wins) / len(wins))
 
 
 def test_the_threshold_lies_in_the_middle_of_the_gap():
-    found = calibrate(torch.tensor([0.75, 1.0]), torch.tensor([-0.5, 0.25]))
+    found = calibrate(torch.tensor([0.75, 1.0]), torch.tensor([-0.5, 0.25]), 4)
     assert (found.threshold, found.auroc) == (0.5, 1)
     assert (found.acceptance, found.rejection) == (1, 1)
 
@@ -76,6 +77,7 @@ def test_the_threshold_lies_in_the_middle_of_the_gap():
 )
 def test_scores_that_are_empty_or_not_finite_are_refused(name, bad):
     arguments = {"positive": torch.ones(2), "negative": torch.zeros(2), name: bad}
+    arguments["num_edited"] = 4
     with pytest.raises(ValueError, match=f"^{name} must be finite scores, at least one; got"):
         calibrate(**arguments)
 
@@ -125,28 +127,28 @@ def test_transplanting_back_restores():
 @given(st.integers(1, 9), st.integers(0, 5), st.integers(0, 99))
 def test_the_nearest_query_is_found(queries, rows, seed):
     known, z = unit(queries, 4, seed=seed), unit(rows, 4, seed=seed + 1)
-    gate = SimilarityGate(known)
-    similarity, nearest = gate.nearest(z)
-    assert similarity.shape == nearest.shape == (rows,)
+    similarity, row = nearest(z, known)
+    assert similarity.shape == row.shape == (rows,)
     for i in range(rows):
         cosines = [float(F.cosine_similarity(z[i], query, dim=0)) for query in known]
         assert float(similarity[i]) == pytest.approx(max(cosines))
-        assert int(nearest[i]) == cosines.index(max(cosines))
-    assert torch.equal(gate.score(z), similarity)
+        assert int(row[i]) == cosines.index(max(cosines))
+    assert torch.equal(SimilarityGate(known).score(z), similarity)
+    assert torch.equal(SimilarityGate(known[:1], 0.5).over(known).score(z), similarity)
 
 
 def test_a_known_query_is_its_own_nearest_with_cosine_one():
     known = unit(6, 4)
-    similarity, nearest = SimilarityGate(known).nearest(known)
-    assert nearest.tolist() == list(range(6))
+    similarity, row = nearest(known, known)
+    assert row.tolist() == list(range(6))
     torch.testing.assert_close(similarity, torch.ones(6, dtype=torch.float64))
 
 
 def test_nothing_is_near_where_nothing_was_edited():
-    similarity, nearest = SimilarityGate(torch.empty(0, 4)).nearest(torch.randn(3, 4))
+    similarity, row = nearest(torch.randn(3, 4), torch.empty(0, 4))
     assert similarity.tolist() == [-1.0] * 3
-    assert nearest.tolist() == [-1] * 3
-    assert nearest.dtype == torch.int64
+    assert row.tolist() == [-1] * 3
+    assert row.dtype == torch.int64
 
 
 # The familiarity network
@@ -173,9 +175,9 @@ def test_the_network_learns_which_queries_it_has_seen(network, with_outliers):
     _, others = clusters(200, 1, seed=10)
     _, outliers = clusters(200, 1, seed=20)
     network.eval()
-    before = calibrate(network.score(near), network.score(others)).auroc
+    before = calibrate(network.score(near), network.score(others), 4).auroc
     network.fit(edited, outliers if with_outliers else None, steps=150, learning_rate=3e-3)
-    after = calibrate(network.score(near), network.score(others)).auroc
+    after = calibrate(network.score(near), network.score(others), 4).auroc
     assert before < 0.7
     assert after > (0.99 if with_outliers else 0.9)
     assert network.score(edited).min() > -0.5

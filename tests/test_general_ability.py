@@ -9,13 +9,22 @@ import re
 
 import pytest
 import torch
-from test_cli import run
-from test_collect import LAYER, UNRELATED, widened
-from test_editor import BANK, EDITED, edit, make_editor, make_language_model, own_neuron
+from tiny import (
+    BANK,
+    EDITED,
+    LAYER,
+    UNRELATED,
+    edit,
+    make_editor,
+    make_language_model,
+    own_neuron,
+    run,
+    widened,
+)
 
 from meg_kernels import MeGEditor, cli
 from meg_kernels.editing.general_ability import first_sentence
-from meg_kernels.editing.shipped import shipped_passages
+from meg_kernels.shipped import shipped_passages
 
 # A mean of float32 losses against a mean of float32 losses.
 CLOSE = 1e-5
@@ -51,7 +60,7 @@ def by_transformers(models, tokenizer, texts) -> float:
 def test_perplexities_are_those_of_the_base_model_and_of_physically_wider_ones(editor):
     texts = [text for pair in zip(ABOUT_AN_EDIT, ON_OTHER_THINGS, strict=False) for text in pair]
     base, tokenizer = make_language_model(editor.tokenizer), editor.tokenizer
-    accepted = [editor.route([re.split(r"[.\n]", text)[0]]).edited.item() for text in texts]
+    accepted = [editor.route([re.split(r"[.\n]", text)[0]]).accepted.item() for text in texts]
     assert accepted == [True, False] * len(ON_OTHER_THINGS)
     models = [
         widened(base, LAYER, own_neuron(editor, first_sentence(text))) if taken else base
@@ -116,7 +125,7 @@ def test_texts_that_cannot_be_read_are_refused(editor):
         editor.perplexity([])
     with pytest.raises(ValueError, match=r"^the text 'red' has 1 tokens; two are needed at least$"):
         editor.perplexity(["red blue", "red"])
-    with pytest.raises(TypeError, match=r"^texts is a str; pass a list of texts$"):
+    with pytest.raises(TypeError, match=r"^texts is the text 'red blue'; it must be"):
         editor.perplexity("red blue")
 
 
@@ -130,10 +139,10 @@ def test_the_shipped_passages_are_prose_on_many_topics():
 
 
 def test_evaluate_shows_and_writes_the_perplexity(editor, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda *given: editor)
-    monkeypatch.setattr(cli.console, "width", 300, raising=False)
+    monkeypatch.setattr(cli.commands, "_load", lambda *given: editor)
+    monkeypatch.setattr(cli.tables.console, "width", 300, raising=False)
     texts = [*ABOUT_AN_EDIT[:2], *ON_OTHER_THINGS]
-    monkeypatch.setattr("meg_kernels.editing.editor.shipped_passages", lambda: texts)
+    monkeypatch.setattr("meg_kernels.editing.edited_model.shipped_passages", lambda: texts)
     shown = run("evaluate", tmp_path, "--limit", 1, "--json", tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["perplexity"]
     assert content == dataclasses.asdict(editor.perplexity(texts))

@@ -5,21 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from meg_kernels.diffusion import DiTConfig, NoiseSchedule, SamplerConfig
-from meg_kernels.editing.generators import Generator, GeneratorConfig, build_generator
+from meg_kernels.diffusion import DiTConfig, Execution, NoiseSchedule, SamplerConfig
 from meg_kernels.neuron import NeuronLayout, Neurons
+from meg_kernels.routing.generators import (
+    BankConfig,
+    DiTGeneratorConfig,
+    Generator,
+    GeneratorConfig,
+    MLPGeneratorConfig,
+    TrainingConfig,
+    build_generator,
+)
 
 LINEAR = NeuronLayout(6, 5, False, "identity")
 BIASED = NeuronLayout(6, 5, True, "gelu_tanh")
 CONDITION_DIM = 4
-SMALL = {"width": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "mlp_width": 24}
-KINDS = ("dit", "mlp", "bank")
-EPS = torch.finfo(torch.float32).eps
+SMALL = DiTConfig(width=16, depth=2, num_heads=2, patch_size=4)
+NETWORKS = ("dit", "mlp")
+KINDS = (*NETWORKS, "bank")
 
 
 def random_pairs(layout: NeuronLayout, n: int = 9) -> tuple[torch.Tensor, Neurons]:
@@ -34,76 +43,183 @@ def random_pairs(layout: NeuronLayout, n: int = 9) -> tuple[torch.Tensor, Neuron
     )
 
 
+def config_of(kind: str, shape: DiTConfig = SMALL, **training) -> GeneratorConfig:
+    if kind == "bank":
+        return GeneratorConfig.bank()
+    if kind == "mlp":
+        return GeneratorConfig.mlp(width=24, **training)
+    return GeneratorConfig.dit(network=shape, sampler=SamplerConfig(num_steps=1), **training)
+
+
 def filled(kind: str, layout: NeuronLayout, **changes) -> tuple[Generator, torch.Tensor, Neurons]:
     """A generator that is fitted to nothing but has the scales, and for a bank the neurons."""
     z, neurons = random_pairs(layout)
-    generator = build_generator(
-        GeneratorConfig(kind=kind, **(SMALL | changes)), layout, CONDITION_DIM
-    )
+    generator = build_generator(config_of(kind, **changes), layout, CONDITION_DIM)
     with torch.no_grad():  # a fresh DiT answers zero whatever it is asked
         noise = torch.Generator().manual_seed(8)
         for parameter in generator.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=noise))
-    generator.standardize(z, neurons)
     if kind == "bank":
         generator.store(z, neurons)
+    else:
+        generator.standardize(z, neurons)
     return generator, z, neurons
 
 
+INTEGER, NUMBER = "it must be an integer of at least 1", "it must be a number, "
+
+
 @pytest.mark.parametrize(
-    "change, message",
+    "field, values, message",
     [
-        ({"kind": "gan"}, "kind is 'gan'; it must be one of dit, mlp, bank"),
-        ({"enough": 0.0}, "enough is 0.0; it must be above 0 and at most 1"),
-        ({"enough": 1.1}, "enough is 1.1; it must be above 0 and at most 1"),
-        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
-        ({"max_steps": 0}, "max_steps is 0; it must be at least 1"),
-        ({"check_every": -1}, "check_every is -1; it must be at least 1"),
-        ({"warmup_steps": 0}, "warmup_steps is 0; it must be at least 1"),
+        ("batch_size", [0, -1, 1.5, True, None], INTEGER),
+        ("warmup_steps", [0, 2.0], INTEGER),
+        ("max_steps", [0, 1.0], INTEGER),
+        ("check_every", [-1, "50"], INTEGER),
+        ("learning_rate", [0.0, -1.0, math.inf, math.nan, "1e-3"], NUMBER + "positive and finite"),
+        ("ema_decay", [-0.1, 1.1, math.nan], NUMBER + "0 to 1"),
+        ("condition_noise", [-0.1, math.inf, math.nan], NUMBER + "at least 0 and finite"),
+        ("enough", [0.0, 1.1, math.nan, True], NUMBER + "above 0 and at most 1"),
+        ("close", [-0.1, math.nan, None], NUMBER + "at least 0"),
+        ("seed", [-1, 2**63, 0.0, None], "it must be an integer in 0 to 2**63 - 1"),
+        ("standardize", [None, 1], "it must be True or False"),
+        ("reword", [1, "no"], "it must be True, False or None"),
     ],
 )
-def test_a_configuration_out_of_range_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        GeneratorConfig(**change)
+def test_a_training_out_of_range_is_refused_when_it_is_configured(field, values, message):
+    for value in values:
+        for make in (
+            TrainingConfig,
+            GeneratorConfig.dit,
+            GeneratorConfig.paper,
+            GeneratorConfig.mlp,
+        ):
+            with pytest.raises(ValueError, match=re.escape(f"{field} is {value!r}; {message}")):
+                make(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (GeneratorConfig, TypeError, r"says no kind; use GeneratorConfig.dit\(\), .dit_b\(\)"),
+        (lambda: DiTConfig(width=30, num_heads=7), ValueError, "width is 30; .* num_heads, 7"),
+        (lambda: GeneratorConfig.mlp(width=0), ValueError, "width is 0; it must be an integer"),
+        (lambda: GeneratorConfig.mlp(depth=99), TypeError, "a training has no 'depth'; it has sta"),
+        (lambda: GeneratorConfig.dit(width=32), TypeError, r"no 'width'.*network=DiTConfig\("),
+        (lambda: GeneratorConfig.dit().with_training(widht=3), TypeError, "no 'widht'"),
+        (lambda: GeneratorConfig.bank(seed=3), TypeError, "seed"),
+        (lambda: GeneratorConfig.dit(network={"width": 8}), TypeError, "it must be a DiTConfig"),
+        (lambda: GeneratorConfig.paper(network={}), TypeError, "network is {}; it must be a DiTC"),
+        (lambda: GeneratorConfig.dit(sampler=("ddim", 2)), TypeError, "it must be a SamplerConfig"),
+        (lambda: MLPGeneratorConfig(training={}), TypeError, "it must be a TrainingConfig"),
+        (
+            lambda: GeneratorConfig.dit(sampler=SamplerConfig(num_steps=1001)),
+            ValueError,
+            "num_steps is 1001; .* needs 1 to 1000",
+        ),
+        (
+            lambda: GeneratorConfig.dit(sampler=SamplerConfig("ddpm", 1, "respaced")),
+            ValueError,
+            "num_steps is 1; spacing 'respaced' over 1000 timesteps needs 2 to 1000",
+        ),
+    ],
+)
+def test_a_generator_that_cannot_be_is_refused_when_it_is_configured(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        GeneratorConfig(),
-        GeneratorConfig(kind="mlp", mlp_width=3, sampler=SamplerConfig("dpmsolver++", 7, seed=4)),
+        GeneratorConfig.dit(),
+        GeneratorConfig.dit(
+            network=DiTConfig(width=24, num_heads=3, prediction="v"),
+            sampler=SamplerConfig("dpmsolver++", 7, "linspace", seed=4),
+            close=math.inf,
+            max_steps=7,
+        ),
+        GeneratorConfig.dit_b(reword=True),
+        GeneratorConfig.mlp(width=3, seed=2**63 - 1),
+        GeneratorConfig.bank(),
         GeneratorConfig.paper(seed=3),
     ],
 )
 def test_a_configuration_survives_json(config):
     values = json.loads(json.dumps(config.to_dict()))
-    assert GeneratorConfig.from_dict(values) == config
-    del values["reword"]  # of a generator that was trained before there was such a choice
-    assert GeneratorConfig.from_dict(values) == dataclasses.replace(config, reword=False)
+    read = GeneratorConfig.from_dict(values)
+    assert read == config and type(read) is type(config) and read.kind == values["kind"]
+    assert GeneratorConfig.from_dict({"kind": config.kind}).kind == config.kind
 
 
-def test_the_default_network_is_the_same_everywhere():
-    assert GeneratorConfig().dit(1153, 384) == DiTConfig(1153, 384)
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({}, "kind is None; it must be one of dit, mlp, bank"),
+        ({"kind": "gan"}, "kind is 'gan'; it must be one of dit, mlp, bank"),
+        ({"kind": "bank", "training": {}}, "of kind 'bank' has no field 'training'"),
+        (
+            {"kind": "mlp", "network": {}},
+            "kind 'mlp' has no field 'network'; its .* training, width",
+        ),
+        ({"kind": "dit", "network": {"widht": 3}}, "network of a generator .* no field 'widht'"),
+        ({"kind": "dit", "sampler": {"steps": 3}}, "sampler of a generator .* no field 'steps'"),
+        ({"kind": "mlp", "training": {"lr": 1}}, "training of a generator .* no field 'lr'"),
+        ({"kind": "mlp", "training": {"enough": 2}}, "enough is 2; it must be"),
+    ],
+)
+def test_what_was_not_saved_by_a_configuration_is_refused_by_name(values, message):
+    with pytest.raises(ValueError, match=message):
+        GeneratorConfig.from_dict(values)
 
 
-def test_an_unknown_setting_is_refused():
-    with pytest.raises(TypeError, match="widht"):
-        GeneratorConfig.from_dict(GeneratorConfig().to_dict() | {"widht": 3})
+def test_the_default_generator():
+    config = GeneratorConfig.dit()
+    assert config == DiTGeneratorConfig() and BankConfig() == GeneratorConfig.bank()
+    network = config.network
+    assert (network.width, network.depth, network.num_heads) == (512, 2, 8)
+    assert (network.patch_size, network.prediction, network.token_condition) == (512, "x0", True)
+    assert config.sampler == SamplerConfig("ddim", 1, "trailing", seed=0)
+    training = config.training
+    assert (training.batch_size, training.learning_rate, training.ema_decay) == (128, 1e-3, 0.98)
+    assert (training.warmup_steps, training.condition_noise, training.close) == (20, 0.1, 0.1)
+    assert GeneratorConfig.mlp().training == training
 
 
 def test_the_papers_preset_is_the_published_generator():
     config = GeneratorConfig.paper()
-    network = config.dit(neuron_dim=8193, condition_dim=1024)
+    network = config.network
     assert (network.width, network.depth, network.patch_size) == (768, 12, 100)
     assert network.prediction == "v" and network.learns_variance
     assert not network.token_condition
     sampler = config.sampler
     assert (sampler.solver, sampler.num_steps, sampler.spacing) == ("ddpm", 50, "respaced")
-    assert not config.standardize
-    assert GeneratorConfig.paper(depth=3, seed=5) == dataclasses.replace(config, depth=3, seed=5)
+    assert not config.training.standardize and config.training.learning_rate == 1e-4
+    assert GeneratorConfig.paper(seed=5) == config.with_training(seed=5)
+    ours = GeneratorConfig.dit_b()
+    assert ours.network == dataclasses.replace(network, condition_dropout=0.0)
+    assert ours.sampler == SamplerConfig("ddim", 2) and ours.training.learning_rate == 3e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("snap", [True, False])
+def test_other_wordings_are_wanted_by_networks_that_are_asked_about_them(snap):
+    assert GeneratorConfig.dit().rewords(snap) is not snap
+    assert GeneratorConfig.mlp(reword=True).rewords(snap) is True
+    assert GeneratorConfig.paper().rewords(snap) is False
+    assert GeneratorConfig.bank().rewords(snap) is False
+
+
+def test_how_a_dit_runs_is_chosen_on_the_generator():
+    generator, z, _ = filled("dit", LINEAR)
+    generator.execution = Execution(precision="float32")
+    exact = LINEAR.pack(generator.generate(z))
+    generator.execution = Execution(precision="bfloat16")
+    rounded = LINEAR.pack(generator.generate(z))
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.1 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("standardize", [True, False])
 def test_scaled_weights_and_what_generate_undoes_are_the_same_scaling(kind, standardize):
     generator, z, neurons = filled(kind, BIASED, standardize=standardize)
@@ -115,21 +231,15 @@ def test_scaled_weights_and_what_generate_undoes_are_the_same_scaling(kind, stan
 
 
 @pytest.mark.parametrize("layout", [LINEAR, BIASED])
-@pytest.mark.parametrize("standardize", [True, False])
-def test_a_bank_gives_each_condition_its_own_neuron_back(layout, standardize):
-    bank, z, neurons = filled("bank", layout, standardize=standardize)
+def test_a_bank_gives_each_condition_its_own_neuron_back(layout):
+    bank, z, neurons = filled("bank", layout)
     order = torch.tensor([4, 0, 8, 4])
-    for given in (z[order], 3 * z[order]) if not standardize else (z[order],):
-        restored = bank.generate(given)
-        # There and back: a difference and a quotient, a product and a sum.
-        expected = layout.pack(neurons[order])
-        torch.testing.assert_close(
-            layout.pack(restored), expected, rtol=4 * EPS, atol=16 * EPS * float(expected.max())
-        )
+    for given in (z[order], 3 * z[order]):
+        assert torch.equal(layout.pack(bank.generate(given)), layout.pack(neurons[order]))
 
 
 def test_a_bank_gives_the_neuron_of_the_nearest_condition():
-    bank, z, neurons = filled("bank", LINEAR, standardize=False)
+    bank, z, neurons = filled("bank", LINEAR)
     between = torch.nn.functional.normalize(0.8 * z[2] + 0.2 * z[5], dim=0)
     cosines = [float(torch.dot(between, row)) for row in z]
     nearest = max(range(len(z)), key=cosines.__getitem__)
@@ -204,10 +314,10 @@ def test_nothing_is_generated_for_nobody(kind):
     assert len(generator.generate(z[:0])) == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_the_seed_alone_decides_the_initial_weights(kind):
     def state(seed):
-        config = GeneratorConfig(kind=kind, seed=seed, **SMALL)
+        config = config_of(kind, seed=seed)
         return build_generator(config, LINEAR, CONDITION_DIM).state_dict()
 
     torch.manual_seed(1)
@@ -217,8 +327,7 @@ def test_the_seed_alone_decides_the_initial_weights(kind):
     torch.manual_seed(2)
     again, other = state(0), state(1)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    if kind != "bank":
-        assert any(not torch.equal(first[name], other[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -238,7 +347,9 @@ def test_neurons_of_another_layout_are_refused():
 @pytest.mark.parametrize("prediction", ["x0", "v", "noise"])
 def test_the_loss_of_a_perfect_denoiser_is_zero(prediction):
     """Whatever is predicted, it is predicted from the noised weights that the loss made."""
-    generator, z, neurons = filled("dit", LINEAR, prediction=prediction)
+    generator, z, neurons = filled(
+        "dit", LINEAR, shape=dataclasses.replace(SMALL, prediction=prediction)
+    )
     weights, schedule = generator.scaled_weights(neurons), NoiseSchedule()
 
     class Perfect(torch.nn.Module):
@@ -310,7 +421,9 @@ def test_the_variational_bound_stays_finite_at_the_first_timestep():
 
 def test_the_bound_trains_the_variance_alone():
     """The prediction's gradient is that of its squared error: nothing comes through the bound."""
-    generator, z, neurons = filled("dit", LINEAR, learns_variance=True, prediction="x0")
+    generator, z, neurons = filled(
+        "dit", LINEAR, shape=dataclasses.replace(SMALL, learns_variance=True, prediction="x0")
+    )
     weights = generator.scaled_weights(neurons)
     forward, noted = generator.network.forward_with_variance, []
 

@@ -8,17 +8,16 @@ import sys
 
 import pytest
 import torch
-from test_cli import fails, run
-from test_collect import FACTS, make_model, make_tokenizer, widened
-from test_editor import greedy
+from tiny import FACTS, fails, greedy, make_model, make_tokenizer, run, widened
 
 from meg_kernels import CollectionConfig, cli, write_facts
+from meg_kernels.cli.plots import plot_layers
 from meg_kernels.editing import layers as comparing
 from meg_kernels.editing.collect import collect
-from meg_kernels.editing.layers import LayerComparison, LayerQuality, compare_layers, plot_layers
-from meg_kernels.editing.prompting import answer_text, answers_match
-from meg_kernels.integrations.transformers import decoder_layers
+from meg_kernels.editing.layers import LayerComparison, LayerQuality, compare_layers
+from meg_kernels.editing.prompting import PromptedModel, answer_text, answers_match
 from meg_kernels.nn import attach
+from meg_kernels.nn.families import decoder_layers
 
 CONFIG = CollectionConfig(learning_rate=0.1, max_steps=25)
 DEPTH, DEFAULT = 3, 2
@@ -31,7 +30,7 @@ def settings():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
         patch.setattr(comparing, "CollectionConfig", lambda: CONFIG)
-        patch.setattr(cli.console, "width", 200, raising=False)
+        patch.setattr(cli.tables.console, "width", 200, raising=False)
         yield
 
 
@@ -68,11 +67,11 @@ def share(values) -> float:
 
 
 def test_each_layer_is_worth_what_the_physically_wider_model_answers(model, tokenizer):
-    comparison = compare_layers(model, tokenizer, ASKED, range(DEPTH))
+    comparison = compare_layers(PromptedModel.of(model, tokenizer), ASKED, range(DEPTH))
     assert [quality.layer for quality in comparison.layers] == [0, 1, 2]
     for quality in comparison.layers:
         attached = attach(model, quality.layer)
-        collection = collect(attached, tokenizer, ASKED, CONFIG)
+        collection = collect(PromptedModel.of(model, tokenizer), attached, ASKED, CONFIG)
         attached.detach()
         neurons = collection.neurons
         wider = [widened(model, quality.layer, neurons[i : i + 1]) for i in range(len(ASKED))]
@@ -110,7 +109,7 @@ def test_the_seconds_are_those_of_one_fact_and_of_its_collection_alone(
         return made(*args, **more)
 
     monkeypatch.setattr(comparing, "collect", slow)
-    comparison = compare_layers(model, tokenizer, ASKED, [1])
+    comparison = compare_layers(PromptedModel.of(model, tokenizer), ASKED, [1])
     assert [quality.seconds for quality in comparison.layers] == [6.0, 6.0]
 
 
@@ -123,17 +122,17 @@ def test_by_default_every_second_layer_is_compared_and_the_default_always(
         comparing, "_measure", lambda *given: (measured.append(given[1]), nothing)[1]
     )
     model = tiny_model("llama", vocab_size=len(tokenizer), num_hidden_layers=5)
-    assert compare_layers(model, tokenizer, ASKED).default == 3
+    assert compare_layers(PromptedModel.of(model, tokenizer), ASKED).default == 3
     assert measured == [0, 2, 3, 4]
     measured.clear()
-    compare_layers(model, tokenizer, ASKED, [4, 1, 4])
+    compare_layers(PromptedModel.of(model, tokenizer), ASKED, [4, 1, 4])
     assert measured == [1, 3, 4]
 
 
 def test_the_model_stays_as_it_was(model, tokenizer):
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     kinds = [type(module) for module in model.modules()]
-    compare_layers(model, tokenizer, ASKED[:1], [1])
+    compare_layers(PromptedModel.of(model, tokenizer), ASKED[:1], [1])
     assert [type(module) for module in model.modules()] == kinds
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
@@ -161,23 +160,25 @@ def test_the_best_layer_generalises_best_and_of_equals_it_is_the_highest(qualiti
 
 
 def test_an_interrupted_comparison_goes_on_where_it_was(model, tokenizer, tmp_path, monkeypatch):
-    expected = compare_layers(model, tokenizer, ASKED, [0, 1])
+    expected = compare_layers(PromptedModel.of(model, tokenizer), ASKED, [0, 1])
     measure = comparing._measure
     with monkeypatch.context() as patch:
         patch.setattr(
             comparing, "_measure", lambda *given: interrupt() if given[1] else measure(*given)
         )
         with pytest.raises(KeyboardInterrupt):
-            compare_layers(model, tokenizer, ASKED, [0, 1], work_folder=tmp_path)
+            compare_layers(PromptedModel.of(model, tokenizer), ASKED, [0, 1], work_folder=tmp_path)
     measured = measured_layers(monkeypatch)
-    resumed = compare_layers(model, tokenizer, ASKED, [0, 1], work_folder=tmp_path)
+    resumed = compare_layers(
+        PromptedModel.of(model, tokenizer), ASKED, [0, 1], work_folder=tmp_path
+    )
     assert measured == [1, 2]
 
     def without_seconds(comparison):
         return [dataclasses.replace(one, seconds=0.0) for one in comparison.layers]
 
     assert without_seconds(resumed) == without_seconds(expected)
-    again = compare_layers(model, tokenizer, ASKED, [0, 1], work_folder=tmp_path)
+    again = compare_layers(PromptedModel.of(model, tokenizer), ASKED, [0, 1], work_folder=tmp_path)
     assert measured == [1, 2] and again.layers == resumed.layers
 
 
@@ -185,7 +186,7 @@ def test_nothing_is_taken_over_from_other_facts_settings_or_weights(
     model, tokenizer, tmp_path, monkeypatch
 ):
     def compare(facts=ASKED[:2], config=CONFIG):
-        compare_layers(model, tokenizer, facts, [2], config, work_folder=tmp_path)
+        compare_layers(PromptedModel.of(model, tokenizer), facts, [2], config, work_folder=tmp_path)
 
     compare()
     measured = measured_layers(monkeypatch)
@@ -201,12 +202,12 @@ def test_nothing_is_taken_over_from_other_facts_settings_or_weights(
 
 
 def test_a_damaged_file_is_made_again(model, tokenizer, tmp_path, monkeypatch):
-    compare_layers(model, tokenizer, ASKED[:1], [2], work_folder=tmp_path)
+    compare_layers(PromptedModel.of(model, tokenizer), ASKED[:1], [2], work_folder=tmp_path)
     (path,) = tmp_path.iterdir()
     whole = json.loads(path.read_text())
     path.write_text(path.read_text()[:20])
     measured = measured_layers(monkeypatch)
-    compare_layers(model, tokenizer, ASKED[:1], [2], work_folder=tmp_path)
+    compare_layers(PromptedModel.of(model, tokenizer), ASKED[:1], [2], work_folder=tmp_path)
     assert measured == [2]
     assert json.loads(path.read_text()) == whole | {"seconds": pytest.approx(0, abs=100)}
 
@@ -218,12 +219,12 @@ def test_a_damaged_file_is_made_again(model, tokenizer, tmp_path, monkeypatch):
 def test_a_layer_that_is_not_there_is_refused_before_any_work(model, tokenizer, monkeypatch, layer):
     monkeypatch.setattr(comparing, "_measure", forbidden)
     with pytest.raises(ValueError, match=rf"^layer is {layer}; the model has layers 0 to 2$"):
-        compare_layers(model, tokenizer, ASKED, [1, layer])
+        compare_layers(PromptedModel.of(model, tokenizer), ASKED, [1, layer])
 
 
 def test_a_comparison_without_facts_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="there are no facts"):
-        compare_layers(model, tokenizer, [], [1])
+        compare_layers(PromptedModel.of(model, tokenizer), [], [1])
 
 
 # The command
@@ -342,4 +343,4 @@ def test_layers_that_are_no_numbers_are_refused(command):
 
     result = CliRunner().invoke(cli.app, [*map(str, command), "--layers", "4;8"])
     assert result.exit_code == 2
-    assert "'4;8' is no list of layers like 4,8,12" in " ".join(result.output.split())
+    assert "'4;8' is not a list of layers such as 4,8,12" in " ".join(result.output.split())

@@ -13,16 +13,19 @@ import sys
 
 import pytest
 import torch
-from test_cli import fails, run
-from test_collect import LAYER, UNRELATED, widened
-from test_editor import (
+from tiny import (
     BANK,
     CONFIG,
     EDITED,
+    LAYER,
+    UNRELATED,
     edit,
+    fails,
     make_editor,
     make_language_model,
     own_neuron,
+    run,
+    widened,
 )
 
 from meg_kernels import PromptTemplate, cli
@@ -320,9 +323,9 @@ def test_the_model_is_as_before_when_the_tasks_are_done(editor, tasks):
 
 @needs_lm_eval
 def test_evaluate_shows_base_and_edited_model_side_by_side(editor, tasks, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_load", lambda *given: editor)
-    monkeypatch.setattr(cli.console, "width", 200, raising=False)
-    monkeypatch.setattr("meg_kernels.editing.editor.shipped_passages", lambda: UNRELATED)
+    monkeypatch.setattr(cli.commands, "_load", lambda *given: editor)
+    monkeypatch.setattr(cli.tables.console, "width", 200, raising=False)
+    monkeypatch.setattr("meg_kernels.editing.edited_model.shipped_passages", lambda: UNRELATED)
     report = tmp_path / "report.json"
     more = ["--tasks", "edited_choice, other_words", "--task-path", tasks, "--task-limit", 3]
     shown = run("evaluate", tmp_path, "--limit", 1, *more, "--json", report)
@@ -360,7 +363,7 @@ def test_what_is_no_task_is_refused(editor, tasks, monkeypatch):
 def test_without_the_harness_tasks_are_refused_before_any_work(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "meg_kernels.integrations.lm_eval", raising=False)
-    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.setattr(cli.commands, "_load", None)
     said = fails(monkeypatch, capsys, "evaluate", tmp_path, "--tasks", "arc_easy")
     assert said.endswith("run: pip install 'meg-kernels[lm-eval]'") and "\n" not in said
 

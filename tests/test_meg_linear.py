@@ -1,4 +1,4 @@
-"""MeGLinear and MeGConv1D: the plain projection, plus each sample's own neuron."""
+"""MeGLinear: the plain projection, plus each sample's own neuron."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from meg_kernels.neuron import Neurons
-from meg_kernels.nn import MeGConv1D, MeGLinear
+from meg_kernels.nn import MeGLinear
 
 IN, OUT, WIDE = 6, 5, 9
 EPS = torch.finfo(torch.float32).eps
@@ -18,20 +18,16 @@ EPS = torch.finfo(torch.float32).eps
 ATOL = 3 * (WIDE + 10) * 3 * EPS
 
 
-def projections(bias=True):
-    """Each kind's carrier beside the plain projection that it was made from."""
+def carrier(bias=True):
+    """A carrier beside the plain projection that it was made from."""
     torch.manual_seed(0)
-    linear, conv = nn.Linear(IN, OUT, bias=bias), Conv1D(OUT, IN)
-    nn.init.normal_(conv.bias)
-    return {
-        "linear": (MeGLinear.from_linear(linear), linear),
-        "conv1d": (MeGConv1D.from_conv1d(conv), conv),
-    }
+    linear = nn.Linear(IN, OUT, bias=bias)
+    return MeGLinear.from_linear(linear), linear
 
 
-@pytest.fixture(params=["linear", "conv1d"])
-def pair(request):
-    return projections()[request.param]
+@pytest.fixture
+def pair():
+    return carrier()
 
 
 def random_neurons(count, d_in=IN, has_bias=True, activation="gelu"):
@@ -45,7 +41,7 @@ def one_by_one(plain, x, neurons, index, source=None):
     """The plain projection in float64, and each sample's neuron on top of it."""
     source = x if source is None else source
     with torch.no_grad():
-        y = (x.double() @ plain_matrix(plain).double()).clone()
+        y = (x.double() @ plain.weight.T.double()).clone()
         if plain.bias is not None:
             y += plain.bias.double()
     for b, i in enumerate(index.tolist()):
@@ -55,10 +51,6 @@ def one_by_one(plain, x, neurons, index, source=None):
                 before = before + neurons.bias[i].double()
             y[b] += torch.outer(nn.functional.gelu(before), neurons.value[i].double())
     return y
-
-
-def plain_matrix(plain):
-    return plain.weight if isinstance(plain, Conv1D) else plain.weight.T
 
 
 def assert_close(actual, expected):
@@ -94,19 +86,25 @@ def test_state_dicts_load_both_ways_also_while_neurons_are_mounted():
     layer.load_state_dict(nn.Linear(IN, OUT).state_dict())
 
 
-@pytest.mark.parametrize("kind, bias", [("linear", True), ("linear", False), ("conv1d", True)])
-def test_the_carrier_shares_the_projections_parameters(kind, bias):
-    layer, plain = projections(bias)[kind]
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_carrier_shares_the_projections_parameters(bias):
+    layer, plain = carrier(bias)
     assert layer.weight is plain.weight and layer.bias is plain.bias
     assert layer.weight.data_ptr() == plain.weight.data_ptr() and not layer.weight.is_meta
     assert list(layer.state_dict()) == list(plain.state_dict())
     assert layer.extra_repr() == plain.extra_repr()
 
 
+def test_repr_shows_how_many_neurons_are_mounted(pair):
+    layer, plain = pair
+    with layer.mounted(random_neurons(2)):
+        assert repr(layer) == f"MeGLinear({plain.extra_repr()}, neurons=2)"
+    assert repr(layer) == f"MeGLinear({plain.extra_repr()})"
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_carrier_is_in_the_projections_mode(training):
     assert MeGLinear.from_linear(nn.Linear(IN, OUT).train(training)).training is training
-    assert MeGConv1D.from_conv1d(Conv1D(OUT, IN).train(training)).training is training
 
 
 @pytest.mark.parametrize("shape", [(IN,), (7, IN), (2, 3, IN), (2, 3, 4, IN), (0, IN)])
@@ -136,16 +134,13 @@ def test_each_sample_gets_its_own_neuron(pair, grad, has_bias):
 
 
 @given(
-    kind=st.sampled_from(["linear", "conv1d"]),
     tokens=st.integers(0, 3),
     index=st.lists(st.integers(-1, 2), min_size=1, max_size=4),
     flattened=st.booleans(),
     sourced=st.booleans(),
 )
-def test_any_batch_flattened_or_not_gets_each_samples_neuron(
-    kind, tokens, index, flattened, sourced
-):
-    layer, plain = projections()[kind]
+def test_any_batch_flattened_or_not_gets_each_samples_neuron(tokens, index, flattened, sourced):
+    layer, plain = carrier()
     samples, index = len(index), torch.tensor(index)
     x = torch.randn(samples, tokens, IN)
     source = torch.randn(samples, tokens, WIDE) if sourced else None
@@ -222,21 +217,23 @@ def refuses(message, x, source=None, index=(0, 1)):
 
 MISFITS = {
     "more rows than samples": refuses(
-        r"2 samples have neurons mounted, but the batch has 4; give each sample",
+        r"the batch has 4 rows, but 2 neuron indices are mounted; give each row one index",
         torch.ones(4, 3, IN),
     ),
-    "one row": refuses(r"2 samples .* but the batch has 1", torch.ones(1, 2, IN)),
-    "more axes": refuses(r"2 samples .* but the batch has 3", torch.ones(3, 2, 4, IN)),
-    "tokens that do not divide": refuses(r"2 samples .* x \(5, 6\)", torch.ones(5, IN)),
+    "one row": refuses(r"the batch has 1 rows, but 2 neuron indices", torch.ones(1, 2, IN)),
+    "more axes": refuses(r"the batch has 3 rows, but 2 neuron", torch.ones(3, 2, 4, IN)),
+    "tokens that do not divide": refuses(r"2 rows .* read \(5, 6\) and gave", torch.ones(5, IN)),
     "source of other tokens": refuses(
-        r"x \(2, 3, 6\) and source \(2, 4, 6\)", torch.ones(2, 3, IN), torch.ones(2, 4, IN)
+        r"x is \(2, 3, 6\) and source \(2, 4, 6\)", torch.ones(2, 3, IN), torch.ones(2, 4, IN)
     ),
     "source of other axes": refuses(
-        r"x \(6, 6\) and source \(2, 3, 6\)", torch.ones(6, IN), torch.ones(2, 3, IN)
+        r"x is \(6, 6\) and source \(2, 3, 6\)", torch.ones(6, IN), torch.ones(2, 3, IN)
     ),
-    "no samples": refuses(r"0 samples have neurons mounted", torch.ones(2, 3, IN), index=()),
+    "no samples": refuses(r"but 0 neuron indices are mounted", torch.ones(2, 3, IN), index=()),
     "source of other width": refuses(
-        r"x is \(2, 3, 5\); it must be \[B, T, 6\]", torch.ones(2, 3, IN), torch.ones(2, 3, 5)
+        r"neurons read inputs of width 6, but the layer was given \(2, 3, 5\)",
+        torch.ones(2, 3, IN),
+        torch.ones(2, 3, 5),
     ),
 }
 
@@ -265,28 +262,30 @@ def test_a_bad_index_is_refused_when_it_is_mounted_and_nothing_is_mounted(pair, 
     assert torch.equal(layer(torch.ones(2, IN)), plain(torch.ones(2, IN)))
 
 
+def test_an_index_may_be_a_list(pair):
+    layer, _ = pair
+    x, neurons = torch.randn(2, 3, IN), random_neurons(2)
+    with layer.mounted(neurons, torch.tensor([1, -1])):
+        expected = layer(x)
+    with layer.mounted(neurons, [1, -1]):
+        assert torch.equal(layer(x), expected)
+
+
+def test_neurons_that_write_another_width_are_refused_and_nothing_is_mounted(pair):
+    layer, plain = pair
+    neurons = Neurons(torch.ones(1, IN), None, torch.ones(1, OUT + 1))
+    with pytest.raises(ValueError, match="write outputs of width 6, but this layer's are 5 wide"):
+        layer.mount(neurons)
+    assert torch.equal(layer(torch.ones(1, IN)), plain(torch.ones(1, IN)))
+
+
 class SpecialLinear(nn.Linear):
     pass
 
 
-class SpecialConv1D(Conv1D):
-    pass
-
-
 @pytest.mark.parametrize(
-    "make, other",
-    [
-        (MeGLinear.from_linear, SpecialLinear(IN, OUT)),
-        (MeGLinear.from_linear, MeGLinear(IN, OUT)),
-        (MeGLinear.from_linear, Conv1D(OUT, IN)),
-        (MeGConv1D.from_conv1d, SpecialConv1D(OUT, IN)),
-        (MeGConv1D.from_conv1d, nn.Linear(IN, OUT)),
-        (MeGConv1D.from_conv1d, nn.Identity()),
-    ],
+    "other", [SpecialLinear(IN, OUT), MeGLinear(IN, OUT), Conv1D(OUT, IN), nn.Identity()]
 )
-def test_only_plain_projections_can_become_carriers(make, other):
-    name = type(other).__name__
-    with pytest.raises(
-        TypeError, match=f"got {name}; quantised or adapter-wrapped projections are"
-    ):
-        make(other)
+def test_only_plain_projections_can_become_carriers(other):
+    with pytest.raises(TypeError, match=f"got {type(other).__name__}; .* use meg_kernels.attach"):
+        MeGLinear.from_linear(other)

@@ -5,19 +5,29 @@ Triton's kernel runs in its interpreter, or on the GPU where there is one.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import itertools
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from kernel_checks import (
+    DEVICE,
+    DTYPES,
+    EPSILON,
+    LAST_DIGIT,
+    NAN,
+    ONLY_BACKENDS,
+    captured,
+    laid_out,
+    on_gpu,
+    recorded,
+    triton_marks,
+)
 from properties import given, st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from meg_kernels import kernels
-from meg_kernels.ops import backend
+from meg_kernels.ops.backend import backend
 from meg_kernels.ops.modulated_norm import (
     MAX_WIDTH,
     gated_residual_layer_norm,
@@ -30,32 +40,9 @@ pytest.importorskip("triton")
 
 from meg_kernels.kernels import modulated_norm as triton_kernel
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-_REASON = kernels.unavailable_reason(DEVICE)
-pytestmark = [
-    pytest.mark.skipif(_REASON is not None, reason=str(_REASON)),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's remarks on infinities
-    pytest.mark.usefixtures("faster_interpreter", "poisoned_memory"),
-]
-if DEVICE.type == "cuda":
-    pytestmark.append(pytest.mark.gpu)
-
+pytestmark = triton_marks()
 LIBRARY = torch.ops.meg_kernels
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-BACKENDS = ["triton", "reference"] + ["cpu"] * (DEVICE.type == "cpu")
 OPS = {"modulated": False, "gated": True}
-EPSILON = torch.finfo(torch.float32).eps
-# How far rounding may be off, relatively. Triton's interpreter cuts bfloat16 off.
-LAST_DIGIT = {dtype: torch.finfo(dtype).eps / 2 for dtype in DTYPES}
-LAST_DIGIT[torch.bfloat16] *= 2 if DEVICE.type == "cpu" else 1
-NAN = float("nan")
-
-
-@pytest.fixture(params=BACKENDS)
-def forced(request):
-    """Every backend in turn, forced."""
-    with backend(request.param):
-        yield request.param
 
 
 @pytest.fixture(params=OPS.values(), ids=OPS)
@@ -149,18 +136,6 @@ def random_call(
     x, update = normal(batch, tokens, width), normal(batch, tokens, width)
     shift, scale, gate, _ = normal(batch, 4 * width).chunk(4, dim=-1)
     return Call(x, update if gated else None, gate if gated else None, shift, scale, eps)
-
-
-def laid_out(tensor: Tensor, front=0, row_gap=0, sample_gap=0, tokens_first=False) -> Tensor:
-    """A tensor with the same elements; what lies in memory before and between its rows is NaN."""
-    if tokens_first:
-        return laid_out(tensor.transpose(0, 1), front, row_gap, sample_gap).transpose(0, 1)
-    width = tensor.shape[-1]
-    strides = [width + row_gap, 1]
-    if tensor.dim() == 3:
-        strides.insert(0, tensor.shape[1] * strides[0] + sample_gap)
-    memory = tensor.new_full((front + tensor.shape[0] * max(strides[0], 1) + 1,), NAN)
-    return memory.as_strided(tensor.shape, strides, front).copy_(tensor)
 
 
 @st.composite
@@ -323,44 +298,15 @@ def test_the_reference_takes_float64_and_has_gradients():
 # ---- launches ----------------------------------------------------------------------------------
 
 
-@dataclass
-class Launch:
-    """What the kernel was launched with."""
-
-    grid: tuple[int, ...]
-    arguments: tuple
-    options: dict
-
-
-@contextlib.contextmanager
-def recorded(run: bool = True):
-    """The launches made in this block; with run=False they are only noted."""
-    launches: list[Launch] = []
-    kernel = triton_kernel._modulated_norm_kernel
-
-    class Recorder:
-        def __getitem__(self, grid):
-            def launch(*arguments, **options):
-                launches.append(Launch(grid, arguments, options))
-                return kernel[grid](*arguments, **options) if run else None
-
-            return launch
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_kernel, "_modulated_norm_kernel", Recorder())
-        yield launches
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [256, 768])
 def test_columns_of_one_matrix_are_read_as_they_are_in_one_launch(width, dtype, gated):
     call = random_call(2, 3, width, dtype=dtype, gated=gated)
     call.x = laid_out(call.x, row_gap=16, tokens_first=True)
-    with backend("triton"), recorded() as launches:
+    with backend("triton"), recorded(triton_kernel) as launches:
         call.check(call.run())
     (launch,) = launches
-    read = [part.data_ptr() for part in launch.arguments if isinstance(part, Tensor)]
-    assert {part.data_ptr() for part in call.arguments()[:-1]} <= set(read)
+    assert {part.data_ptr() for part in call.arguments()[:-1]} <= set(launch.addresses)
     assert launch.options["ALIGNED"]
 
 
@@ -375,7 +321,7 @@ def test_columns_of_one_matrix_are_read_as_they_are_in_one_launch(width, dtype, 
 def test_one_misaligned_argument_is_enough_for_narrow_loads(name, layout):
     call = random_call(dtype=torch.bfloat16)
     setattr(call, name, laid_out(getattr(call, name), *layout))
-    with recorded() as launches:
+    with recorded(triton_kernel) as launches:
         call.check(call.launch())
     assert not launches[0].options["ALIGNED"]
 
@@ -385,52 +331,38 @@ def test_rows_are_aligned_if_they_end_at_16_bytes(width, aligned):
     call = random_call(1, 1, width)
     for name in ("x", "update", "gate", "shift", "scale"):
         setattr(call, name, laid_out(getattr(call, name), row_gap=-width % 4))
-    with recorded() as launches:
+    with recorded(triton_kernel) as launches:
         call.check(call.launch())
     assert launches[0].options["ALIGNED"] is aligned
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_launch_is_one_of_the_configurations(dtype, gated):
-    listed = [(one.constants, one.warps, one.stages) for one in triton_kernel.configurations()]
-    launched = []
-    with recorded(run=False) as launches:
+    with recorded(triton_kernel, run=False) as launches:
         for width in (1, 8, 256, 264, 768, 1024, 1032, MAX_WIDTH):
             random_call(2, 3, width, dtype=dtype, gated=gated).launch()
     for launch in launches:
-        constants = {name: value for name, value in launch.options.items() if name.isupper()}
-        launched.append((constants, launch.options["num_warps"], launch.options["num_stages"]))
-        assert launched[-1] in listed
-        assert constants["CHUNKS"] * constants["BLOCK"] >= launch.arguments[9]
-    assert len(launched) == 8 and len(listed) == 4 * len(DTYPES)
+        assert launch.is_listed_in(triton_kernel)
+        assert launch.constants["CHUNKS"] * launch.constants["BLOCK"] >= launch.arguments[9]
+    assert len(launches) == 8 and len([*triton_kernel.configurations()]) == 4 * len(DTYPES)
 
 
 def test_more_tokens_than_small_grid_dimensions_hold():
     call = random_call(1, 1, 768, gated=False)
     many = 300_000
     x = call.x.expand(many, 1, -1)
-    with recorded(run=False) as launches:
+    with recorded(triton_kernel, run=False) as launches:
         triton_kernel.forward(x, x, call.shift.expand(many, -1), call.scale.expand(many, -1), 1e-6)
     assert launches[0].grid == (many // 4,)
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU would really need the memory")
 @pytest.mark.parametrize(
     "name, dim",
     [("x", 0), ("x", 1), ("update", 0), ("update", 1), ("gate", 0), ("shift", 0), ("scale", 0)],
 )
-def test_offsets_beyond_32_bits(name, dim, monkeypatch):
-    # The interpreter would copy all arguments back to where they are: 4 GiB that nobody touches.
-    executor = importlib.import_module("triton.runtime.interpreter").GridExecutor
-    monkeypatch.setattr(executor, "_restore_args_dev", lambda *_: None)
+def test_offsets_beyond_32_bits(far, name, dim):
     call = random_call(3, 3, 8, dtype=torch.float16)
-    part = getattr(call, name)
-    distance = 2**30 + 8  # fits in 32 bits; twice as far does not
-    memory = torch.UntypedStorage(2 * (2 * distance + 8 * 9))
-    strides = [24, 8, 1] if part.dim() == 3 else [8, 1]
-    strides[dim] = distance
-    far = torch.tensor([], dtype=torch.float16).set_(memory, 0, part.shape, strides)
-    setattr(call, name, far.copy_(part))
+    setattr(call, name, far(getattr(call, name), dim))
     call.check(call.launch())
 
 
@@ -528,14 +460,14 @@ def test_gradients_are_refused_where_they_would_be_lost(name):
 
 
 def test_the_cuda_backend_is_refused(gated):
-    with backend("cuda"), pytest.raises(RuntimeError, match="none but triton, cpu, reference"):
+    with backend("cuda"), pytest.raises(RuntimeError, match=ONLY_BACKENDS):
         random_call(gated=gated).run()
 
 
 def test_float64_is_computed_in_float64_but_not_by_triton(forced, gated):
     call = random_call(dtype=torch.float64, gated=gated)
     if forced == "triton":
-        with pytest.raises(RuntimeError, match=r"float64, and its Triton kernel takes .*bfloat16"):
+        with pytest.raises(RuntimeError, match=r"'triton' is forced, but .*float64; .*bfloat16"):
             call.run()
         return
     call.x = call.x + 10_000
@@ -547,11 +479,6 @@ def test_float64_is_computed_in_float64_but_not_by_triton(forced, gated):
 
 
 # ---- on a GPU only -----------------------------------------------------------------------------
-
-
-def on_gpu(test):
-    """Mark a test that means nothing in the interpreter."""
-    return pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")(test)
 
 
 @on_gpu
@@ -585,18 +512,14 @@ def test_a_graph_of_both_ops_replays_with_other_samples(width):
         again = replace(call, x=out, update=None, gate=None)
         return [(call, (stream, out)), (again, again.run())]
 
-    both()  # compiles the kernel, which a capture must not
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = both()
+    taken, graph = captured(both)
     for seed in range(1, 4):
         other = random_call(64, 52, width, dtype=torch.bfloat16, seed=seed)
         for name in ("x", "update", "gate", "shift", "scale"):
             getattr(call, name).copy_(getattr(other, name))
-        for _, results in captured:
+        for _, results in taken:
             for result in results:
                 result.fill_(NAN)
         graph.replay()
-        for made, results in captured:
+        for made, results in taken:
             made.check(results)

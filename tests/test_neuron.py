@@ -201,3 +201,24 @@ def test_pack_and_cat_refuse_neurons_of_another_layout(change):
 def test_cat_of_nothing_is_refused():
     with pytest.raises(ValueError, match="no neurons to concatenate"):
         Neurons.cat([])
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "expected"),
+    [
+        (
+            NeuronLayout(3, 4, True, "gelu_tanh"),
+            torch.float32,
+            "Neurons(n=2, d_in=3, d_out=4, bias, gelu_tanh, float32, cpu)",
+        ),
+        (
+            NeuronLayout(5, 1, False, "identity"),
+            torch.bfloat16,
+            "Neurons(n=2, d_in=5, d_out=1, no bias, identity, bfloat16, cpu)",
+        ),
+    ],
+)
+def test_neurons_print_themselves_in_a_line_without_their_numbers(layout, dtype, expected):
+    neurons = numbered(layout, 2, dtype)
+    assert repr(neurons) == str(neurons) == expected
+    assert repr(neurons.to("meta")) == expected.replace("cpu", "meta")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from meg_kernels.editing.neuron_cache import NeuronCache, Served
 from meg_kernels.neuron import NeuronLayout, Neurons
+from meg_kernels.routing.edits import condition_keys
+from meg_kernels.routing.neuron_cache import NeuronCache, Served
 
 LAYOUT = NeuronLayout(3, 3, True, "gelu")
 
@@ -39,7 +40,8 @@ def asked(generator: Recording) -> list[list[float]]:
 
 
 def check(cache: NeuronCache, generator: Recording, *numbers: float) -> None:
-    neurons = cache.generate(generator, conditions(*numbers))
+    z = conditions(*numbers)
+    neurons = cache.generate(generator, z, condition_keys(z))
     expected = generator.scale * conditions(*numbers).repeat(1, LAYOUT.dim)
     assert torch.equal(LAYOUT.pack(neurons), expected)
 
@@ -88,7 +90,7 @@ def test_conditions_that_differ_in_a_bit_are_others(cache):
 
 
 def test_no_conditions_give_no_neurons(cache):
-    assert len(cache.generate(Recording(), conditions())) == 0
+    assert len(cache.generate(Recording(), conditions(), [])) == 0
 
 
 def test_what_was_served_since_is_a_difference():

@@ -16,7 +16,7 @@ from meg_kernels.diffusion import (
     neuron_sampler,
     sample,
 )
-from meg_kernels.ops import backend
+from meg_kernels.ops.backend import backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCHEDULE = NoiseSchedule()
@@ -35,22 +35,16 @@ CONFIGS = {
     "dpmsolver++": SamplerConfig("dpmsolver++", 4, "linspace", seed=3),
     "ddpm": SamplerConfig("ddpm", 4, "respaced"),
 }
+FOUR_STEPS = SamplerConfig(num_steps=4)
 # Sums over at most 64 products, through two blocks and four steps, in another order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def network(seed=0, **changes) -> NeuronDiT:
     """A small DiT whose every weight matters."""
-    shape = {
-        "neuron_dim": 75,
-        "condition_dim": 24,
-        "patch_size": 16,
-        "width": 32,
-        "depth": 2,
-        "num_heads": 2,
-        **changes,
-    }
-    dit = NeuronDiT(DiTConfig(**shape))
+    sizes = [changes.pop("neuron_dim", 75), changes.pop("condition_dim", 24)]
+    shape = {"patch_size": 16, "width": 32, "depth": 2, "num_heads": 2, **changes}
+    dit = NeuronDiT(DiTConfig(**shape), *sizes)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in dit.parameters():
@@ -61,11 +55,11 @@ def network(seed=0, **changes) -> NeuronDiT:
 
 def conditions(batch: int, dit: NeuronDiT) -> Tensor:
     generator = torch.Generator().manual_seed(batch)
-    return torch.randn(batch, dit.config.condition_dim, generator=generator).to(DEVICE)
+    return torch.randn(batch, dit.condition_dim, generator=generator).to(DEVICE)
 
 
 def plainly(dit: NeuronDiT, condition: Tensor, config: SamplerConfig) -> Tensor:
-    return sample(dit, condition, dit.config.neuron_dim, SCHEDULE, config)
+    return sample(dit, condition, dit.neuron_dim, SCHEDULE, config)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -116,14 +110,14 @@ def test_many_conditions_go_through_in_chunks(monkeypatch):
 
 def test_no_conditions_give_no_neurons():
     dit = network()
-    result = NeuronSampler(dit, SCHEDULE, SamplerConfig())(conditions(0, dit))
+    result = NeuronSampler(dit, SCHEDULE, FOUR_STEPS)(conditions(0, dit))
     assert result.shape == (0, 75) and result.dtype == torch.float32
 
 
 def test_a_query_gets_the_same_bits_whatever_its_neighbours_are():
     """In a batch of one size; the order of a product's sums may depend on that."""
     dit = network()
-    sampler, condition = NeuronSampler(dit, SCHEDULE, SamplerConfig(), EXACT), conditions(4, dit)
+    sampler, condition = NeuronSampler(dit, SCHEDULE, FOUR_STEPS, EXACT), conditions(4, dit)
     expected = sampler(condition)
     others = torch.cat([condition[2:3], 100 * condition[:3]])
     assert torch.equal(sampler(others)[0], expected[2])
@@ -133,8 +127,8 @@ def test_a_query_gets_the_same_bits_whatever_its_neighbours_are():
 def test_conditions_may_be_of_any_floating_dtype(dtype):
     dit = network()
     condition = conditions(2, dit).to(dtype)
-    expected = plainly(dit, condition.float(), SamplerConfig())
-    result = NeuronSampler(dit, SCHEDULE, SamplerConfig(), EXACT)(condition)
+    expected = plainly(dit, condition.float(), FOUR_STEPS)
+    result = NeuronSampler(dit, SCHEDULE, FOUR_STEPS, EXACT)(condition)
     torch.testing.assert_close(result, expected, **CLOSE)
 
 
@@ -153,15 +147,15 @@ def test_automatic_precision_follows_the_device(monkeypatch):
         monkeypatch.setattr(
             "meg_kernels.precision.multiplies_bfloat16", lambda device, native=native: native
         )
-        assert NeuronSampler(network(), SCHEDULE, SamplerConfig()).dtype == dtype
+        assert NeuronSampler(network(), SCHEDULE, FOUR_STEPS).dtype == dtype
 
 
 def test_pytorchs_attention_gives_the_same():
     dit = network()
     condition = conditions(3, dit)
-    ours = NeuronSampler(dit, SCHEDULE, SamplerConfig(), EXACT)(condition)
+    ours = NeuronSampler(dit, SCHEDULE, FOUR_STEPS, EXACT)(condition)
     sdpa = Execution(precision="float32", attention="sdpa")
-    theirs = NeuronSampler(dit, SCHEDULE, SamplerConfig(), sdpa)(condition)
+    theirs = NeuronSampler(dit, SCHEDULE, FOUR_STEPS, sdpa)(condition)
     torch.testing.assert_close(theirs, ours, **CLOSE)
 
 
@@ -169,9 +163,9 @@ def test_more_tokens_than_our_attention_takes():
     dit = network(neuron_dim=16 * 129)
     condition = conditions(2, dit)
     with pytest.raises(ValueError, match="129 tokens; attention='ours' takes up to 128"):
-        NeuronSampler(dit, SCHEDULE, SamplerConfig(), Execution(attention="ours"))
-    result = NeuronSampler(dit, SCHEDULE, SamplerConfig(), EXACT)(condition)
-    torch.testing.assert_close(result, plainly(dit, condition, SamplerConfig()), **CLOSE)
+        NeuronSampler(dit, SCHEDULE, FOUR_STEPS, Execution(attention="ours"))
+    result = NeuronSampler(dit, SCHEDULE, FOUR_STEPS, EXACT)(condition)
+    torch.testing.assert_close(result, plainly(dit, condition, FOUR_STEPS), **CLOSE)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there it may run")
@@ -179,10 +173,10 @@ def test_flash_attention_says_what_it_needs(monkeypatch):
     wanted = Execution(attention="flash-attn")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="pip install flash-attn"):
-        NeuronSampler(network(), SCHEDULE, SamplerConfig(), wanted)
+        NeuronSampler(network(), SCHEDULE, FOUR_STEPS, wanted)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     with pytest.raises(RuntimeError, match="on a GPU in bfloat16 or float16, not on cpu"):
-        NeuronSampler(network(), SCHEDULE, SamplerConfig(), wanted)
+        NeuronSampler(network(), SCHEDULE, FOUR_STEPS, wanted)
 
 
 @pytest.mark.parametrize("changes", [{"precision": "int8"}, {"attention": "flash"}])
@@ -194,7 +188,7 @@ def test_unknown_choices_are_refused(changes):
 
 def test_wrong_conditions_and_a_training_network_are_refused():
     dit = network()
-    sampler = NeuronSampler(dit, SCHEDULE, SamplerConfig())
+    sampler = NeuronSampler(dit, SCHEDULE, FOUR_STEPS)
     for condition, error, message in (
         (torch.zeros(24), ValueError, r"condition has shape \(24,\); it must be \[B, c\]"),
         (torch.zeros(2, 23), ValueError, r"it must be \[B, 24\] on"),
@@ -204,7 +198,7 @@ def test_wrong_conditions_and_a_training_network_are_refused():
         with pytest.raises(error, match=message):
             sampler(condition if condition.device.type == "meta" else condition.to(DEVICE))
     with pytest.raises(ValueError, match=r"training mode: call network.eval\(\)"):
-        NeuronSampler(dit.train(), SCHEDULE, SamplerConfig())
+        NeuronSampler(dit.train(), SCHEDULE, FOUR_STEPS)
 
 
 def change_in_place(dit: nn.Module) -> None:
@@ -222,7 +216,7 @@ def replace_a_parameter(dit: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [change_in_place, load_other_weights, replace_a_parameter])
 def test_a_changed_network_makes_the_sampler_stale(change):
-    dit, config = network(), SamplerConfig()
+    dit, config = network(), FOUR_STEPS
     sampler = NeuronSampler(dit, SCHEDULE, config, EXACT)
     assert sampler.is_current(config, EXACT)
     assert not sampler.is_current(SamplerConfig(num_steps=9), EXACT)
@@ -250,7 +244,7 @@ def test_every_backend_of_its_ops_gives_the_same(name, shape):
 
 def test_autocast_around_it_changes_nothing():
     dit = network()
-    sampler, condition = NeuronSampler(dit, SCHEDULE, SamplerConfig(), EXACT), conditions(2, dit)
+    sampler, condition = NeuronSampler(dit, SCHEDULE, FOUR_STEPS, EXACT), conditions(2, dit)
     expected = sampler(condition)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         assert torch.equal(sampler(condition), expected)
@@ -286,7 +280,7 @@ def test_a_graph_replays_with_other_conditions(config, precision):
 def test_the_oldest_graph_makes_room(monkeypatch):
     monkeypatch.setattr(neuron_sampler, "GRAPHS", 2)
     dit = network()
-    sampler = NeuronSampler(dit, SCHEDULE, SamplerConfig(), EXACT)
+    sampler = NeuronSampler(dit, SCHEDULE, FOUR_STEPS, EXACT)
     expected = {batch: sampler(conditions(batch, dit)) for batch in (1, 2, 4)}
     assert sorted(sampler._graphs._graphs) == [2, 4]
     for batch in (4, 1, 2):
@@ -296,7 +290,7 @@ def test_the_oldest_graph_makes_room(monkeypatch):
 @on_gpu
 def test_results_survive_the_next_replay():
     dit = network()
-    sampler, condition = NeuronSampler(dit, SCHEDULE, SamplerConfig(), EXACT), conditions(4, dit)
+    sampler, condition = NeuronSampler(dit, SCHEDULE, FOUR_STEPS, EXACT), conditions(4, dit)
     first = sampler(condition)
     kept = first.clone()
     sampler(condition + 1)

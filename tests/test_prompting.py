@@ -14,17 +14,16 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 from meg_kernels.editing.prompting import (
     IGNORED,
+    PromptedModel,
     PromptTemplate,
     TargetBatch,
     answer_text,
     answers_match,
-    greedy_answers,
     score_targets,
     stop_tokens,
-    target_batch,
     target_tokens,
 )
-from meg_kernels.integrations.pretrained import load_language_model, smollm2_folder
+from meg_kernels.pretrained import load_language_model, smollm2_folder
 
 VOCABULARY = 67  # of the tiny models
 PAD, BOS, EOS, LINE, BLANK_LINE, STOP = range(6)
@@ -167,7 +166,7 @@ def test_a_real_tokenizers_target_spells_the_answer(smollm2_tokenizer, answer):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_a_batch_ends_all_prompts_and_targets_at_one_column(tiny_model, tokenizer, family):
     pairs = random_pairs()
-    batch = target_batch(tiny_model(family), tokenizer, pairs)
+    batch = PromptedModel.of(tiny_model(family), tokenizer).batch(pairs)
     length = max(len(prompt) + len(target) - 1 for prompt, target in pairs)
     longest = max(len(target) for _, target in pairs)
     assert len(batch) == len(pairs)
@@ -188,7 +187,9 @@ def test_position_ids_are_left_out_where_the_model_does_not_take_them(tiny_model
         def forward(self, input_ids, attention_mask):
             raise NotImplementedError
 
-    assert set(target_batch(Plain(), tokenizer, random_pairs()).inputs) == {
+    assert set(
+        PromptedModel.of(Plain(), tokenizer, PromptTemplate()).batch(random_pairs()).inputs
+    ) == {
         "input_ids",
         "attention_mask",
     }
@@ -199,7 +200,7 @@ def test_scores_equal_those_of_the_full_logits_of_one_row_at_a_time(tiny_model, 
     model, pairs = tiny_model(family), random_pairs(9)
     # Some targets that the model hits: its own continuations.
     pairs += [(prompt, said) for prompt, _ in pairs[:3] for said in [argmax_tokens(model, prompt)]]
-    scores = score_targets(model, target_batch(model, tokenizer, pairs))
+    scores = score_targets(model, PromptedModel.of(model, tokenizer).batch(pairs))
     right = []
     for (prompt, target), loss, hits in zip(pairs, scores.losses, scores.hits, strict=True):
         expected_loss, expected_hits = plain_scores(model, prompt, target)
@@ -221,7 +222,7 @@ def argmax_tokens(model, prompt, count=3):
 def test_losses_have_the_gradient_of_the_full_computation(tiny_model, tokenizer):
     model, pairs = tiny_model("llama"), random_pairs()
     weight = model.model.layers[1].mlp.down_proj.weight.requires_grad_()
-    batch = target_batch(model, tokenizer, pairs)
+    batch = PromptedModel.of(model, tokenizer).batch(pairs)
     (gradient,) = torch.autograd.grad(score_targets(model, batch).losses.sum(), weight)
     losses = [plain_scores(model, prompt, target)[0] for prompt, target in pairs]
     (expected,) = torch.autograd.grad(sum(losses), weight)
@@ -230,7 +231,7 @@ def test_losses_have_the_gradient_of_the_full_computation(tiny_model, tokenizer)
 
 def test_the_output_layer_sees_only_the_targets_and_is_left_as_it_was(tiny_model, tokenizer):
     model, pairs = tiny_model("llama"), random_pairs()
-    batch = target_batch(model, tokenizer, pairs)
+    batch = PromptedModel.of(model, tokenizer).batch(pairs)
     seen = []
     hook = model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape))
     score_targets(model, batch)
@@ -241,7 +242,7 @@ def test_the_output_layer_sees_only_the_targets_and_is_left_as_it_was(tiny_model
 
 def test_the_output_layer_is_left_as_it_was_after_an_error(tiny_model, tokenizer):
     model = tiny_model("llama")
-    batch = target_batch(model, tokenizer, random_pairs())
+    batch = PromptedModel.of(model, tokenizer).batch(random_pairs())
     unknown = {**batch.inputs, "input_ids": batch.inputs["input_ids"] + VOCABULARY}
     with pytest.raises(IndexError):
         score_targets(model, TargetBatch(unknown, batch.labels))
@@ -255,7 +256,7 @@ def test_rows_of_a_batch_lose_unused_columns_and_keep_their_scores(
 ):
     model = tiny_model("llama")
     pairs = random_pairs()
-    batch = target_batch(model, tokenizer, pairs)
+    batch = PromptedModel.of(model, tokenizer).batch(pairs)
     index = torch.tensor(rows)
     if as_mask:
         rows = sorted(set(rows))
@@ -306,7 +307,7 @@ def test_greedy_answers_equal_an_argmax_loop_over_one_prompt_at_a_time(
 ):
     model = eager_to_end(tiny_model(family))
     prompts = [" ".join(f"w{(i * k) % 59}" for k in range(1, 2 + i % 6)) for i in range(1, 25)]
-    answers = greedy_answers(model, tokenizer, prompts, 6)
+    answers = PromptedModel.of(model, tokenizer).answers(prompts, 6)
     assert answers == [greedy_one_by_one(model, tokenizer, prompt, 6) for prompt in prompts]
     ends = {answer[-1] for answer in answers}
     assert {EOS, LINE} < ends  # both ways to end
@@ -317,15 +318,15 @@ def test_greedy_answers_equal_an_argmax_loop_over_one_prompt_at_a_time(
 
 def test_generation_options_reach_the_model(tiny_model, tokenizer):
     model, prompts = tiny_model("llama"), ["w1 w2", "w3"]
-    (first, *_), _ = greedy_answers(model, tokenizer, prompts, 3)
-    said = greedy_answers(model, tokenizer, prompts, 3, suppress_tokens=[first])
+    (first, *_), _ = PromptedModel.of(model, tokenizer).answers(prompts, 3)
+    said = PromptedModel.of(model, tokenizer).answers(prompts, 3, suppress_tokens=[first])
     assert all(first not in answer for answer in said)
 
 
 def test_a_real_model_knows_the_capital_of_france(smollm2_tokenizer):
     model, tokenizer = smollm2()
     prompts = ["Q: What is the capital of France?\nA:", "The capital of Japan is the city of"]
-    answers = greedy_answers(model, tokenizer, prompts, 12)
+    answers = PromptedModel.of(model, tokenizer).answers(prompts, 12)
     first, second = (answer_text(tokenizer, tokens) for tokens in answers)
     assert "Paris" in first
     assert "Tokyo" in second
@@ -377,6 +378,6 @@ def test_losses_are_in_nats(tiny_model, tokenizer):
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    scores = score_targets(model, target_batch(model, tokenizer, random_pairs()))
+    scores = score_targets(model, PromptedModel.of(model, tokenizer).batch(random_pairs()))
     expected = torch.full((7,), math.log(VOCABULARY))
     torch.testing.assert_close(scores.losses, expected)

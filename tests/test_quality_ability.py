@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_editor import BANK, UNRELATED, edit, make_editor
+from tiny import BANK, UNRELATED, edit, make_editor
 
 from benchmarks.quality.ability import CHOICES, TASK, with_choices, write_task
 

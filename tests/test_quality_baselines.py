@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_collect import FACTS, LAYER, make_model, make_tokenizer
+from tiny import FACTS, LAYER, make_model, make_tokenizer
 
 from benchmarks.quality import baselines, memit
 from benchmarks.quality.baselines import (
@@ -23,8 +23,8 @@ from benchmarks.quality.baselines import (
 from benchmarks.quality.memit import MemitConfig, least_squares_update
 from meg_kernels.editing.collect import CollectionConfig
 from meg_kernels.editing.evaluate import Evaluation
-from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import PromptTemplate, target_tokens
+from meg_kernels.facts import Fact
 
 TUNING = TrainingConfig(learning_rate=5e-3, max_epochs=60)
 LORA = LoraConfig(learning_rate=5e-2, max_epochs=200)
@@ -436,7 +436,7 @@ def test_a_study_writes_every_row_once_and_refuses_to_mix_facts(request_for, tmp
     content = json.loads(path.read_text())
     assert content["rows"] == rows and rows[:1] == first["rows"]
     assert [row["baseline"] for row in rows] == ["in_context", "fine_tuning"]
-    evaluation = Evaluation(request.model, request.tokenizer, FACTS[:3], TEMPLATE)
+    evaluation = Evaluation(request.prompted, FACTS[:3])
     assert content["base"] == evaluation.base().to_dict()
     assert content["protocol"] == evaluation.protocol()
     with baselines.fine_tuning(request, TUNING):

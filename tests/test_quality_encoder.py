@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_editor import CONFIG, EDITED, OTHER_FACTS, UNRELATED, make_editor, make_encoder
+from tiny import CONFIG, EDITED, GENERATORS, OTHER_FACTS, UNRELATED, make_editor, make_encoder
 
 from benchmarks.quality import encoder as study
 from meg_kernels import EditorConfig
@@ -25,7 +25,7 @@ def test_a_row_counts_what_an_edited_model_finds_and_rejects(monkeypatch):
     choice = {"pooling": "mean", "encoder_tuning": CONFIG.encoder_tuning}
     row = study.measure(make_editor(), EDITED, OTHER_FACTS, choice)
 
-    bank = dataclasses.replace(CONFIG.generator, kind="bank")
+    bank = GENERATORS["bank"]
     config = EditorConfig(
         layer=CONFIG.layer,
         collection=dataclasses.replace(CONFIG.collection, max_steps=1),
@@ -33,13 +33,13 @@ def test_a_row_counts_what_an_edited_model_finds_and_rejects(monkeypatch):
         encoder_tuning=CONFIG.encoder_tuning,
     )
     editor = make_editor(config)
-    editor.edit(EDITED, tuning=OTHER_FACTS, unrelated=UNRELATED)
+    editor.edit(EDITED, tuning_facts=OTHER_FACTS, unrelated_queries=UNRELATED)
     owners = [i for i, fact in enumerate(EDITED) for _ in fact.paraphrases]
     routing = editor.route([query for fact in EDITED for query in fact.paraphrases])
     right = routing.fact == torch.tensor(owners)
-    away = editor.route([other.query for fact in EDITED for other in fact.locality]).edited
+    away = editor.route([other.query for fact in EDITED for other in fact.locality]).accepted
     assert row["retrieved"] == pytest.approx(float(right.float().mean()))
-    assert row["accepted"] == pytest.approx(float((right & routing.edited).float().mean()))
+    assert row["accepted"] == pytest.approx(float((right & routing.accepted).float().mean()))
     assert row["rejected"] == pytest.approx(float((~away).float().mean()))
     assert row["rejected"] > 0 and row["accepted"] > 0 and row["seconds"] > 0
     assert poolings == ["mean"] and choice["pooling"] == "mean"

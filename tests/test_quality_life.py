@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from test_editor import BANK, EDITED, FACTS, edit, make_editor
+from tiny import BANK, EDITED, FACTS, edit, make_editor
 
 from benchmarks.quality.life import Life, right
 

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_editor import CONFIG, EDITED, UNRELATED, edit, make_editor
+from tiny import CONFIG, EDITED, GENERATORS, UNRELATED, edit, make_editor
 
 from benchmarks.quality import study
 from benchmarks.quality.study import (
@@ -22,7 +22,7 @@ from benchmarks.quality.study import (
     train_with_zero_pairs,
 )
 from meg_kernels.editing.evaluate import Evaluation, Question, has_own_neuron
-from meg_kernels.editing.facts import Fact
+from meg_kernels.facts import Fact
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,7 +36,7 @@ def float32():
 def edited(request):
     editor = make_editor(dataclasses.replace(CONFIG, snap=request.param))
     edit(editor)
-    return Edited(editor, Evaluation(editor.model, editor.tokenizer, EDITED, editor.template))
+    return Edited(editor, Evaluation(editor.prompted, EDITED))
 
 
 @pytest.mark.parametrize("quantile", [0.0, 0.4, 0.8, 1.0])
@@ -96,7 +96,7 @@ def test_questions_of_facts_that_are_not_edited_are_not_asked(edited):
     editor, some = edited.editor, EDITED[1:]
     evaluation = edited.evaluation
     whole = edited.base()
-    before = editor._edits
+    before = editor.router.edits
     try:
         editor.remove([EDITED[0].id])
         fewer = Edited(editor, evaluation)
@@ -106,8 +106,8 @@ def test_questions_of_facts_that_are_not_edited_are_not_asked(edited):
             assert asked.keys() == fewer.base().keys()
         ceiling = fewer.ceiling()
     finally:
-        editor._edits = before
-    own = Evaluation(editor.model, editor.tokenizer, some, editor.template)
+        editor.router.edits = before
+    own = Evaluation(editor.prompted, some)
     assert ceiling == Edited(editor, own).ceiling()
 
 
@@ -138,7 +138,7 @@ def test_a_question_that_does_not_name_the_subject_is_rejected_by_every_threshol
     editor.set_gate(require_subject=True)
     try:
         expected = editor.evaluate().metrics
-        accepted = edited.routing(questions).edited
+        accepted = edited.routing(questions).accepted
     finally:
         editor.set_gate(require_subject=False)
     only = decisions.only(named)
@@ -161,29 +161,29 @@ def test_what_paraphrases_are_taken_for_is_counted(edited):
     questions.append(Question("locality", 0, UNRELATED[0], ""))
     routing = edited.routing(questions)
     nearest = torch.tensor([edited.rows[question.fact] for question in questions])
-    right = dataclasses.replace(routing, fact=nearest, edited=torch.ones_like(routing.edited))
+    right = dataclasses.replace(routing, fact=nearest, accepted=torch.ones_like(routing.accepted))
     expected = {"asked": count, "own": count, "same_subject": 0, "another": 0, "none": 0}
     assert taken_for(edited, questions, right) == expected
 
     # Of the first four one is taken for a fact about its subject, two for others, one for none.
     whole, other = editor.edits, dataclasses.replace(EDITED[0], id="x", query="Abo is made of")
-    wrong = dataclasses.replace(right, fact=nearest.clone(), edited=right.edited.clone())
-    wrong.fact[0], wrong.fact[1], wrong.edited[2], wrong.fact[3] = len(EDITED), 4, False, 4
-    editor._edits = dataclasses.replace(whole, facts=[*EDITED, other])
+    wrong = dataclasses.replace(right, fact=nearest.clone(), accepted=right.accepted.clone())
+    wrong.fact[0], wrong.fact[1], wrong.accepted[2], wrong.fact[3] = len(EDITED), 4, False, 4
+    editor.router.edits = dataclasses.replace(whole, facts=[*EDITED, other])
     try:
         expected = {"own": count - 4, "same_subject": 1, "another": 2, "none": 1}
         assert taken_for(edited, questions, wrong) == expected | {"asked": count}
     finally:
-        editor._edits = whole
+        editor.router.edits = whole
 
 
 def test_generators_are_measured_one_after_the_other(tmp_path, monkeypatch):
     """A distilled one is distilled, and the next is trained anew."""
-    config = dataclasses.replace(CONFIG.generator, kind="dit")
+    config = GENERATORS["dit"]
     generators = {"dit": config, study.DISTILLED: config, "dit again": config}
     monkeypatch.setattr(study, "GENERATORS", generators)
     monkeypatch.setattr(study, "RESULTS", tmp_path)
-    monkeypatch.setattr("meg_kernels.editing.editor.shipped_passages", lambda: UNRELATED)
+    monkeypatch.setattr("meg_kernels.editing.edited_model.shipped_passages", lambda: UNRELATED)
     editor = make_editor(dataclasses.replace(CONFIG, generator=config))
     edit(editor)
     distilled = []
@@ -222,13 +222,14 @@ def test_generators_are_measured_one_after_the_other(tmp_path, monkeypatch):
 def test_with_zero_pairs_what_the_gate_should_reject_gets_almost_no_neuron():
     editor = make_editor(dataclasses.replace(CONFIG, snap=False))
     edit(editor)
-    config = dataclasses.replace(editor.config.generator, max_steps=600, close=0.05)
+    config = editor.config.generator.with_training(max_steps=600, close=0.05)
     train_with_zero_pairs(editor, config)
     edits = editor.edits
-    away = edits.held_out.negative(edits.queries, torch.Generator().manual_seed(config.seed))
+    rng = torch.Generator().manual_seed(config.training.seed)
+    away = edits.held_out.negative(edits.conditions, rng)
     sizes = [
         editor.attached.layout.pack(edits.generator.generate(z)).norm(dim=1).mean()
-        for z in (away, edits.queries)
+        for z in (away, edits.conditions)
     ]
     assert sizes[0] < 0.5 * sizes[1]
     said = editor.generate([fact.query for fact in EDITED], 16)

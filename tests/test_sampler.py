@@ -225,7 +225,7 @@ def test_the_state_is_float32_without_autograd_whatever_the_denoiser_computes_in
             assert x_t.dtype == torch.float32
             return super().forward(x_t, t, condition).double()
 
-    result = sample(Double("v"), conditions(2).double(), DIM, SCHEDULE, SamplerConfig())
+    result = sample(Double("v"), conditions(2).double(), DIM, SCHEDULE, SamplerConfig(num_steps=4))
     assert result.dtype == torch.float32
     assert not result.requires_grad
 
@@ -280,17 +280,17 @@ def test_more_steps_than_timesteps_are_refused():
 )
 def test_inputs_that_do_not_fit_are_refused(condition, dim, error, message):
     with pytest.raises(error, match=message):
-        sample(ToyDenoiser("v"), condition, dim, SCHEDULE, SamplerConfig())
+        sample(ToyDenoiser("v"), condition, dim, SCHEDULE, SamplerConfig(num_steps=4))
 
 
 def test_a_denoiser_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"call denoiser.eval\(\)"):
-        sample(ToyDenoiser("v").train(), conditions(1), DIM, SCHEDULE, SamplerConfig())
+        sample(ToyDenoiser("v").train(), conditions(1), DIM, SCHEDULE, SamplerConfig(num_steps=4))
 
 
 def test_an_unknown_prediction_is_refused():
     with pytest.raises(ValueError, match="prediction is 'eps'"):
-        sample(ToyDenoiser("eps"), conditions(1), DIM, SCHEDULE, SamplerConfig())
+        sample(ToyDenoiser("eps"), conditions(1), DIM, SCHEDULE, SamplerConfig(num_steps=4))
 
 
 @pytest.mark.parametrize("output", ["prediction", "variance"])

@@ -5,20 +5,32 @@ Triton's kernel runs in its interpreter, or on the GPU where there is one.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
+from kernel_checks import (
+    BACKENDS,
+    DEVICE,
+    DTYPES,
+    EPSILON,
+    INFINITY,
+    LAST_DIGIT,
+    NAN,
+    ONLY_BACKENDS,
+    assert_same_bits,
+    captured,
+    laid_out,
+    on_gpu,
+    recorded,
+    triton_marks,
+)
 from properties import given, st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from meg_kernels import kernels
 from meg_kernels.diffusion.dit import Attention
-from meg_kernels.ops import backend
+from meg_kernels.ops.backend import backend
 from meg_kernels.ops.short_attention import (
     MAX_HEAD_DIM,
     MAX_TOKENS,
@@ -31,30 +43,7 @@ pytest.importorskip("triton")
 
 from meg_kernels.kernels import short_attention as triton_kernel
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-_REASON = kernels.unavailable_reason(DEVICE)
-pytestmark = [
-    pytest.mark.skipif(_REASON is not None, reason=str(_REASON)),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's remarks on infinities
-    pytest.mark.usefixtures("faster_interpreter", "poisoned_memory", "bfloat16_products"),
-]
-if DEVICE.type == "cuda":
-    pytestmark.append(pytest.mark.gpu)
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-BACKENDS = ["triton", "reference"] + ["cpu"] * (DEVICE.type == "cpu")
-EPSILON = torch.finfo(torch.float32).eps
-# How far rounding may be off, relatively. Triton's interpreter cuts bfloat16 off.
-LAST_DIGIT = {dtype: torch.finfo(dtype).eps / 2 for dtype in DTYPES}
-LAST_DIGIT[torch.bfloat16] *= 2 if DEVICE.type == "cpu" else 1
-NAN, INFINITY = float("nan"), float("inf")
-
-
-@pytest.fixture(params=BACKENDS)
-def forced(request):
-    """Every backend in turn, forced."""
-    with backend(request.param):
-        yield request.param
+pytestmark = triton_marks("bfloat16_products")
 
 
 # ---- calls and their oracle --------------------------------------------------------------------
@@ -105,20 +94,6 @@ def check(out: Tensor, qkv: Tensor, heads: int) -> None:
     found = torch.stack(out.double().split(head_dim, dim=-1), dim=1)
     excess = (found - expected).abs() - allowed
     assert not excess.numel() or excess.max() <= 0, excess.max()
-
-
-def laid_out(qkv: Tensor, front=0, token_gap=0, sample_gap=0, tokens_first=False) -> Tensor:
-    """The same elements; what lies in memory before and between the tokens is NaN."""
-    if tokens_first:
-        return laid_out(qkv.transpose(0, 1), front, token_gap, sample_gap).transpose(0, 1)
-    samples, tokens, packed = qkv.shape
-    strides = [tokens * (packed + token_gap) + sample_gap, packed + token_gap, 1]
-    memory = qkv.new_full((front + samples * strides[0] + 1,), NAN)
-    return memory.as_strided(qkv.shape, strides, front).copy_(qkv)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
 
 
 # ---- results -----------------------------------------------------------------------------------
@@ -236,12 +211,12 @@ def test_a_sample_gets_the_same_bits_whatever_else_is_in_the_batch(tokens, head_
     with backend("triton"):
         whole = short_attention(qkv, 2)
         for samples in ([2], [4, 0, 3], slice(1, 2)):
-            assert torch.equal(bits(short_attention(qkv[samples], 2)), bits(whole[samples]))
+            assert_same_bits(short_attention(qkv[samples], 2), whole[samples])
 
 
 def test_an_empty_batch_needs_no_launch(forced):
     qkv = random_qkv(0, 12, 4, 64)
-    with recorded() as launches:
+    with recorded(triton_kernel) as launches:
         check(short_attention(qkv, 4), qkv, 4)
     assert not launches
 
@@ -281,45 +256,16 @@ def test_the_reference_takes_float64_and_has_gradients():
 # ---- launches ----------------------------------------------------------------------------------
 
 
-@dataclass
-class Launch:
-    """What the kernel was launched with."""
-
-    grid: tuple[int, ...]
-    arguments: tuple
-    options: dict
-
-
-@contextlib.contextmanager
-def recorded(run: bool = True):
-    """The launches made in this block; with run=False they are only noted."""
-    launches: list[Launch] = []
-    kernel = triton_kernel._short_attention_kernel
-
-    class Recorder:
-        def __getitem__(self, grid):
-            def launch(*arguments, **options):
-                launches.append(Launch(grid, arguments, options))
-                return kernel[grid](*arguments, **options) if run else None
-
-            return launch
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_kernel, "_short_attention_kernel", Recorder())
-        yield launches
-
-
 @pytest.mark.parametrize("tokens, heads, tile", [(12, 4, 16), (52, 12, 64), (82, 12, 128)])
 def test_one_program_serves_a_head_where_it_lies(tokens, heads, tile):
     qkv = random_qkv(3, tokens, heads, 64, dtype=torch.bfloat16)
     qkv = laid_out(qkv, 8, 8, 16, tokens_first=True)
-    with backend("triton"), recorded() as launches:
+    with backend("triton"), recorded(triton_kernel) as launches:
         out = short_attention(qkv, heads)
     check(out, qkv, heads)
     (launch,) = launches
     assert launch.grid == (3 * heads, 1)
-    tensors = [part.data_ptr() for part in launch.arguments if isinstance(part, Tensor)]
-    assert tensors == [out.data_ptr(), qkv.data_ptr()]
+    assert launch.addresses == [out.data_ptr(), qkv.data_ptr()]
     assert launch.options["TOKENS"] == launch.options["QUERIES"] == tile
     assert launch.options["ALIGNED"] and not launch.options["CHUNKED"]
 
@@ -330,50 +276,40 @@ def test_one_program_serves_a_head_where_it_lies(tokens, heads, tile):
     [
         (16, {}, True),
         (16, {"front": 1}, False),
-        (16, {"token_gap": 1}, False),
+        (16, {"row_gap": 1}, False),
         (16, {"sample_gap": 1}, False),
-        (16, {"front": 8, "token_gap": 8, "sample_gap": 8}, True),
-        (17, {"token_gap": 8 - 3 * 2 * 17 % 8}, False),  # rows start at 16 bytes, heads do not
+        (16, {"front": 8, "row_gap": 8, "sample_gap": 8}, True),
+        (17, {"row_gap": 8 - 3 * 2 * 17 % 8}, False),  # rows start at 16 bytes, heads do not
     ],
     ids=str,
 )
 def test_accesses_are_wide_where_every_head_lies_at_16_bytes(head_dim, layout, aligned, dtype):
     qkv = laid_out(random_qkv(2, 5, 2, head_dim, dtype=dtype), **layout)
-    with backend("triton"), recorded() as launches:
+    with backend("triton"), recorded(triton_kernel) as launches:
         check(short_attention(qkv, 2), qkv, 2)
     assert launches[0].options["ALIGNED"] is aligned
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_launch_is_one_of_the_configurations(dtype):
-    listed = [(one.constants, one.warps, one.stages) for one in triton_kernel.configurations()]
-    assert len(listed) == 14
-    with recorded(run=False) as launches:
+    assert len([*triton_kernel.configurations()]) == 14
+    with recorded(triton_kernel, run=False) as launches:
         for tokens in range(1, MAX_TOKENS + 1):
             for head_dim in (8, 9, 64, 72, 128):
                 triton_kernel.forward(random_qkv(1, tokens, 1, head_dim, dtype=dtype), 1)
     for launch in launches:
-        constants = {name: value for name, value in launch.options.items() if name.isupper()}
-        assert (constants, launch.options["num_warps"], launch.options["num_stages"]) in listed
+        constants = launch.constants
+        assert launch.is_listed_in(triton_kernel)
         _, _, tokens, _, head_dim, *_ = launch.arguments
         assert launch.grid[1] * constants["QUERIES"] >= tokens <= constants["TOKENS"]
         assert constants["CHUNKED"] or head_dim <= constants["COLUMNS"]
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU would really need the memory")
 @pytest.mark.parametrize("head_dim", [8, 9])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_offsets_beyond_32_bits(dim, head_dim, monkeypatch):
-    # The interpreter would copy all arguments back to where they are: 4 GiB that nobody touches.
-    executor = importlib.import_module("triton.runtime.interpreter").GridExecutor
-    monkeypatch.setattr(executor, "_restore_args_dev", lambda *_: None)
+def test_offsets_beyond_32_bits(far, dim, head_dim):
     qkv = random_qkv(3, 3, 1, head_dim, dtype=torch.float16)
-    distance = 2**30 + 8  # fits in 32 bits; twice as far does not
-    memory = torch.UntypedStorage(2 * (2 * distance + qkv.numel()))
-    strides = list(qkv.stride())
-    strides[dim] = distance
-    far = torch.tensor([], dtype=torch.float16).set_(memory, 0, qkv.shape, strides)
-    check(triton_kernel.forward(far.copy_(qkv), 1), qkv, 1)
+    check(triton_kernel.forward(far(qkv, dim), 1), qkv, 1)
 
 
 # ---- torch.library and torch.compile -----------------------------------------------------------
@@ -432,14 +368,14 @@ def test_gradients_are_refused_where_they_would_be_lost():
 
 
 def test_the_cuda_backend_is_refused():
-    with backend("cuda"), pytest.raises(RuntimeError, match="none but triton, cpu, reference"):
+    with backend("cuda"), pytest.raises(RuntimeError, match=ONLY_BACKENDS):
         short_attention(random_qkv(), 3)
 
 
 def test_float64_is_computed_in_float64_but_not_by_triton(forced):
     qkv = random_qkv(dtype=torch.float64)
     if forced == "triton":
-        with pytest.raises(RuntimeError, match=r"float64, and its Triton kernel takes .*bfloat16"):
+        with pytest.raises(RuntimeError, match=r"'triton' is forced, but .*float64; .*bfloat16"):
             short_attention(qkv, 3)
         return
     query, key, value = split(qkv, 3)
@@ -451,11 +387,6 @@ def test_float64_is_computed_in_float64_but_not_by_triton(forced):
 # ---- on a GPU only -----------------------------------------------------------------------------
 
 
-def on_gpu(test):
-    """Mark a test that means nothing in the interpreter."""
-    return pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")(test)
-
-
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens, heads", [(12, 4), (52, 12), (82, 12)])
@@ -464,18 +395,14 @@ def test_full_batches_on_the_gpu(tokens, heads, dtype):
     out = short_attention(qkv, heads)
     check(out, qkv, heads)
     few = [0, 1, 300, 511]
-    assert torch.equal(bits(short_attention(qkv[few], heads)), bits(out[few]))
+    assert_same_bits(short_attention(qkv[few], heads), out[few])
 
 
 @on_gpu
 @pytest.mark.parametrize("tokens, heads", [(12, 4), (52, 12), (82, 12)])
 def test_a_graph_replays_with_other_queries_keys_and_values(tokens, heads):
     qkv = random_qkv(64, tokens, heads, 64, dtype=torch.bfloat16)
-    short_attention(qkv, heads)  # compiles the kernel, which a capture must not
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = short_attention(qkv, heads)
+    out, graph = captured(lambda: short_attention(qkv, heads))
     for seed in range(1, 4):
         qkv.copy_(random_qkv(64, tokens, heads, 64, seed=seed))
         out.fill_(NAN)

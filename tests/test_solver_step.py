@@ -5,12 +5,22 @@ Triton's kernel runs in its interpreter, or on the GPU where there is one.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from kernel_checks import (
+    DEVICE,
+    DTYPES,
+    EPSILON,
+    NAN,
+    ONLY_BACKENDS,
+    captured,
+    laid_out,
+    on_gpu,
+    recorded,
+    triton_marks,
+)
 from properties import given, st
 from test_sampler import (
     BETAS,
@@ -25,35 +35,15 @@ from test_sampler import (
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from meg_kernels import kernels
 from meg_kernels.diffusion import SamplerConfig, coefficient_table, plan_steps
-from meg_kernels.ops import backend
+from meg_kernels.ops.backend import backend
 from meg_kernels.ops.solver_step import COLUMNS, solver_step, solver_step_reference
 
 pytest.importorskip("triton")
 
 from meg_kernels.kernels import solver_step as triton_kernel
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-_REASON = kernels.unavailable_reason(DEVICE)
-pytestmark = [
-    pytest.mark.skipif(_REASON is not None, reason=str(_REASON)),
-    pytest.mark.usefixtures("faster_interpreter", "poisoned_memory"),
-]
-if DEVICE.type == "cuda":
-    pytestmark.append(pytest.mark.gpu)
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-BACKENDS = ["triton", "reference"] + ["cpu"] * (DEVICE.type == "cpu")
-EPSILON = torch.finfo(torch.float32).eps
-NAN = float("nan")
-
-
-@pytest.fixture(params=BACKENDS)
-def forced(request):
-    """Every backend in turn, forced."""
-    with backend(request.param):
-        yield request.param
+pytestmark = triton_marks()
 
 
 # ---- calls and their oracle --------------------------------------------------------------------
@@ -137,14 +127,6 @@ def random_call(
         noise=normal(dim) if noise else None,
         variance=normal(batch, dim).tanh().to(dtype) if variance else None,
     )
-
-
-def laid_out(tensor: Tensor, front: int, gap: int) -> Tensor:
-    """A tensor with the same rows, and NaN in front of them, between them and behind them."""
-    rows, width = tensor.shape
-    memory = tensor.new_full((front + rows * (width + gap) + 1024,), NAN)
-    view = memory.as_strided((rows, width), (width + gap, 1), front)
-    return view.copy_(tensor)
 
 
 gaps = st.sampled_from([0, 1, 4, 7])
@@ -262,7 +244,7 @@ def test_a_row_gets_the_same_bits_whatever_else_is_in_the_batch(forced, dim, dty
 @pytest.mark.parametrize("batch, dim", [(0, 5), (2, 0), (0, 0)])
 def test_no_rows_or_no_elements(forced, batch, dim):
     call = random_call(batch, dim)
-    with recorded() as launches:
+    with recorded(triton_kernel) as launches:
         for result in call.run():
             assert result.shape == (batch, dim)
     assert launches == []
@@ -371,45 +353,16 @@ def test_the_last_step_returns_x0_itself(forced):
 # ---- launches ----------------------------------------------------------------------------------
 
 
-@dataclass
-class Launch:
-    """What the kernel was launched with."""
-
-    grid: tuple[int, ...]
-    arguments: tuple
-    options: dict
-
-
-@contextlib.contextmanager
-def recorded(run: bool = True):
-    """The launches made in this block; with run=False they are only noted."""
-    launches: list[Launch] = []
-    kernel = triton_kernel._solver_step_kernel
-
-    class Recorder:
-        def __getitem__(self, grid):
-            def launch(*arguments, **options):
-                launches.append(Launch(grid, arguments, options))
-                return kernel[grid](*arguments, **options) if run else None
-
-            return launch
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_kernel, "_solver_step_kernel", Recorder())
-        yield launches
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_slices_of_the_networks_output_are_read_as_they_are(dtype):
     call = random_call(4, 24, dtype=dtype)
     channels = torch.full((4, 2, 28), NAN, dtype=dtype, device=DEVICE)  # [B, C, T * patch]
     channels[:, 0, :24], channels[:, 1, :24] = call.prediction, call.variance
     call.prediction, call.variance = channels[..., :24].unbind(1)
-    with backend("triton"), recorded() as launches:
+    with backend("triton"), recorded(triton_kernel) as launches:
         call.check(call.run())
     (launch,) = launches
-    read = [part.data_ptr() for part in launch.arguments if isinstance(part, Tensor)]
-    assert call.prediction.data_ptr() in read and call.variance.data_ptr() in read
+    assert {call.prediction.data_ptr(), call.variance.data_ptr()} <= set(launch.addresses)
     assert launch.options["ALIGNED"]
 
 
@@ -418,7 +371,7 @@ def test_slices_of_the_networks_output_are_read_as_they_are(dtype):
 def test_one_misaligned_argument_is_enough_for_narrow_loads(name, front, gap):
     call = random_call(3, 24, dtype=torch.bfloat16)
     setattr(call, name, laid_out(getattr(call, name), front, gap))
-    with recorded() as launches:
+    with recorded(triton_kernel) as launches:
         call.check(call.launch())
     assert not launches[0].options["ALIGNED"]
 
@@ -428,7 +381,7 @@ def test_rows_are_aligned_if_they_end_at_a_vector(dim, aligned):
     call = random_call(1, dim)
     for name in ("x_t", "prediction", "previous_x0", "variance"):
         setattr(call, name, laid_out(getattr(call, name), 0, -dim % 4))
-    with recorded() as launches:
+    with recorded(triton_kernel) as launches:
         call.check(call.launch(0, -dim % 4))
     assert launches[0].options["ALIGNED"] is aligned
 
@@ -436,22 +389,18 @@ def test_rows_are_aligned_if_they_end_at_a_vector(dim, aligned):
 def test_noise_that_is_not_aligned_is_read_narrowly():
     call = random_call(2, 24)
     call.noise = laid_out(call.noise[None], 3, 0)[0]
-    with recorded() as launches:
+    with recorded(triton_kernel) as launches:
         call.check(call.launch())
     assert not launches[0].options["ALIGNED"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_launch_is_one_of_the_configurations(dtype):
-    listed = [(one.constants, one.warps, one.stages) for one in triton_kernel.configurations()]
-    with recorded(run=False) as launches:
+    with recorded(triton_kernel, run=False) as launches:
         for dim in (1, 24, 1500, 5121):
             random_call(2, dim, dtype=dtype).launch()
-    for launch in launches:
-        constants = {name: value for name, value in launch.options.items() if name.isupper()}
-        launched = (constants, launch.options["num_warps"], launch.options["num_stages"])
-        assert launched in listed
-    assert len(launches) == 4 and len(listed) == 2 * len(DTYPES)
+    assert all(launch.is_listed_in(triton_kernel) for launch in launches)
+    assert len(launches) == 4 and len([*triton_kernel.configurations()]) == 2 * len(DTYPES)
 
 
 def test_more_rows_than_small_grid_dimensions_hold():
@@ -460,28 +409,17 @@ def test_more_rows_than_small_grid_dimensions_hold():
     for name in ("x_t", "prediction", "previous_x0", "variance"):
         setattr(call, name, getattr(call, name).expand(many, -1))
     out = call.x_t  # nothing is written
-    with recorded(run=False) as launches:
+    with recorded(triton_kernel, run=False) as launches:
         triton_kernel.forward(out, out, **vars(call))
     assert launches[0].grid == (2 * many,)
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU would really need the memory")
 @pytest.mark.parametrize("name", ["results", "x_t", "prediction", "previous_x0", "variance"])
-def test_offsets_beyond_32_bits(name, monkeypatch):
-    # The interpreter would copy all arguments back to where they are: 4 GiB that nobody touches.
-    executor = importlib.import_module("triton.runtime.interpreter").GridExecutor
-    monkeypatch.setattr(executor, "_restore_args_dev", lambda *_: None)
-    distance = 2**30 + 8  # fits in 32 bits; twice as far does not
-    memory = torch.UntypedStorage(4 * (2 * distance + 16))
-
-    def far(tensor: Tensor, offset: int = 0) -> Tensor:
-        view = torch.tensor([]).set_(memory, offset, (3, 8), (distance, 1))
-        return view.copy_(tensor)
-
+def test_offsets_beyond_32_bits(far, name):
     call = random_call(3, 8)
     x_next, x0 = torch.full((2, 3, 8), NAN)
     if name == "results":
-        x_next, x0 = far(x_next), far(x0, offset=8)
+        x_next, x0 = far(x_next), far(x0)
     else:
         setattr(call, name, far(getattr(call, name)))
     triton_kernel.forward(x_next, x0, **vars(call))
@@ -571,15 +509,14 @@ def test_gradients_are_refused_where_they_would_be_lost(name):
 
 
 def test_the_cuda_backend_is_refused():
-    with backend("cuda"), pytest.raises(RuntimeError, match="none but triton, cpu, reference"):
+    with backend("cuda"), pytest.raises(RuntimeError, match=ONLY_BACKENDS):
         random_call().run()
 
 
 # ---- on a GPU only -----------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+@on_gpu
 @pytest.mark.parametrize("dim", [1536, 5121])
 def test_a_graph_of_three_steps_replays_with_other_samples_and_coefficients(dim):
     call = random_call(64, dim, dtype=torch.bfloat16)
@@ -593,18 +530,14 @@ def test_a_graph_of_three_steps_replays_with_other_samples_and_coefficients(dim)
             now = replace(now, x_t=results[0], previous_x0=results[1])
         return done
 
-    steps()  # compiles the kernel, which a capture must not
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # which forbids to wait for the device
-        captured = steps()
+    done, graph = captured(steps)
     for seed in range(1, 4):
         other = random_call(64, dim, dtype=torch.bfloat16, seed=seed)
         for name in ("x_t", "prediction", "previous_x0", "table", "noise", "variance"):
             getattr(call, name).copy_(getattr(other, name))
-        for _, results in captured:
+        for _, results in done:
             for result in results:
                 result.fill_(NAN)
         graph.replay()
-        for taken, results in captured:
+        for taken, results in done:
             taken.check(results)

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 
 from meg_kernels.storage import (
     CorruptFileError,
-    file_digest,
+    WorkFolder,
     fingerprint,
-    once,
     read_json,
     read_tensors,
     write_json,
@@ -275,27 +274,21 @@ def test_every_bit_dtype_and_shape_of_a_tensor_count():
     assert fingerprint(tensor, changed) != fingerprint(changed, tensor)
 
 
-def test_a_file_digest_depends_on_every_byte(tmp_path):
-    path = tmp_path / "file"
-    content = bytearray(os.urandom((1 << 20) + 5))  # more than is read at once
-    path.write_bytes(content)
-    assert file_digest(path) == hashlib.sha256(content).hexdigest()[:16]
-    content[-1] ^= 1
-    path.write_bytes(content)
-    assert file_digest(path) == hashlib.sha256(content).hexdigest()[:16]
-
-
 def test_what_was_made_once_is_read_and_made_again_only_if_damaged(tmp_path, caplog):
-    path, made = tmp_path / "kept.json", []
+    work, made = WorkFolder.of(tmp_path) / "inner", []
+    path = tmp_path / "inner" / "kept.json"
 
     def make() -> dict:
         made.append(1)
         return {"number": len(made)}
 
-    assert once(None, make, write_json, read_json) == ({"number": 1}, False)
-    assert once(path, make, write_json, read_json) == ({"number": 2}, False)
-    assert once(path, make, write_json, read_json) == ({"number": 2}, True)
+    assert WorkFolder.of(None).once("kept.json", make, write_json, read_json) == (
+        {"number": 1},
+        False,
+    )
+    assert work.once("kept.json", make, write_json, read_json) == ({"number": 2}, False)
+    assert work.once("kept.json", make, write_json, read_json) == ({"number": 2}, True)
     path.write_text('{"number"')
-    assert once(path, make, write_json, read_json) == ({"number": 3}, False)
+    assert work.once("kept.json", make, write_json, read_json) == ({"number": 3}, False)
     assert str(path) in caplog.text and "it is made again" in caplog.text
     assert read_json(path) == {"number": 3}

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from meg_kernels import text_encoder
+from meg_kernels import pretrained, text_encoder
 from meg_kernels.text_encoder import MAX_TOKENS, EncoderTuningConfig, TextEncoder, Wordings
 
 WORDS = 80
@@ -103,6 +103,29 @@ def test_no_texts_give_no_vectors(encoder):
     assert encoder.encode([]).shape == (0, 32)
 
 
+@pytest.mark.parametrize("kind", [tuple, iter])
+def test_texts_may_come_in_any_ordered_iterable(encoder, kind):
+    assert torch.equal(encoder.encode(kind(TEXTS)), encoder.encode(TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("w1 w2", r"^texts is the text 'w1 w2'; it must be a list of texts: \['w1 w2'\]$"),
+        (["w1", 2], r"^texts\[1\] is 2; it must be text$"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_refused(encoder, texts, message):
+    with pytest.raises(TypeError, match=message):
+        encoder.encode(texts)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_nothing_is_refused(encoder, batch_size):
+    with pytest.raises(ValueError, match=f"^batch_size is {batch_size}; it must be at least 1$"):
+        encoder.encode(TEXTS, batch_size)
+
+
 def test_texts_beyond_the_longest_are_cut(encoder):
     long = text(3 * MAX_TOKENS)
     cut = " ".join(long.split()[: MAX_TOKENS - 2])
@@ -129,6 +152,23 @@ def test_a_saved_tokenizer_has_a_class_name_that_transformers_4_and_5_know(encod
     encoder.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_an_encoder_is_loaded_to_the_default_device(encoder, tmp_path, monkeypatch):
+    encoder.save_pretrained(tmp_path)
+    monkeypatch.setattr(pretrained, "default_device", lambda: torch.device("meta"))
+    assert TextEncoder.from_pretrained(tmp_path).model.device.type == "meta"
+    assert TextEncoder.from_pretrained(tmp_path, device="cpu").model.device.type == "cpu"
+
+
+def test_keywords_reach_the_model(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path)
+    loaded = TextEncoder.from_pretrained(tmp_path, attn_implementation="eager")
+    assert loaded.model.config._attn_implementation == "eager"
+
+
+def test_an_encoder_prints_itself_in_a_line(encoder):
+    assert repr(encoder) == f"TextEncoder(BertModel, dim=32, pooling={encoder.pooling}, cpu)"
 
 
 def test_an_unknown_pooling_is_refused(encoder):
@@ -277,6 +317,35 @@ def test_every_epoch_sees_every_fact_once_in_batches_of_almost_one_size(
     everything = sorted(query for things in THINGS[:facts] for query in things.same)
     for epoch in (asked[:batches], asked[batches:]):
         assert sorted(query for texts in epoch for query in texts) == everything
+
+
+NAN, INFINITE = float("nan"), float("inf")
+WRONG = {
+    "epochs": [0, -1, 1.5, True, None, "4"],
+    "batch_size": [0, 1, -1, 2.0, True, None],
+    "learning_rate": [0, -1e-4, NAN, INFINITE, True, None, "1e-4"],
+    "temperature": [0, 0.0, -0.05, NAN, INFINITE, True, None],
+    "hard_negatives": [None, 1, "yes"],
+    "alike_batches": [None, 0, "no"],
+    "seed": [-1, 0.5, None, False],
+}
+
+
+def test_every_field_of_the_configuration_is_checked():
+    assert set(WRONG) == {field.name for field in dataclasses.fields(EncoderTuningConfig)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
+)
+def test_a_configuration_that_cannot_tune_is_refused_when_it_is_made(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is {value!r}; it must be "):
+        EncoderTuningConfig(**{name: value})
+
+
+def test_the_least_configuration_tunes():
+    config = EncoderTuningConfig(epochs=1, batch_size=2, learning_rate=1, temperature=1, seed=0)
+    assert len(make_encoder().tune(THINGS[:2], config)) == 1
 
 
 @pytest.mark.parametrize("facts", [[], THINGS[:1]])

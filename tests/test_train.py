@@ -11,30 +11,30 @@ import logging
 import pytest
 import torch
 
-from meg_kernels.editing import train
-from meg_kernels.editing.generators import GeneratorConfig, build_generator
-from meg_kernels.editing.train import Conditions, Trial, train_generator
+from meg_kernels.diffusion import DiTConfig
+from meg_kernels.editing import trial
+from meg_kernels.editing.train import ConditionBatches, train_generator
+from meg_kernels.editing.trial import Trial, sample_rows
 from meg_kernels.familiarity import Rewording
 from meg_kernels.neuron import NeuronLayout
+from meg_kernels.routing.generators import GeneratorConfig, build_generator
 
 LAYOUT = NeuronLayout(6, 6, False, "identity")
 CONDITION_DIM = 8
 N = 5
-TOY = GeneratorConfig(
-    kind="mlp",
-    width=32,
-    depth=2,
-    num_heads=2,
-    patch_size=4,
-    mlp_width=32,
-    learning_rate=5e-3,
-    max_steps=400,
-    warmup_steps=5,
-    batch_size=4,
-    check_every=20,
-    condition_noise=0.02,
-    ema_decay=0.9,
-)
+TRAINING = {
+    "learning_rate": 5e-3,
+    "max_steps": 400,
+    "warmup_steps": 5,
+    "batch_size": 4,
+    "check_every": 20,
+    "condition_noise": 0.02,
+    "ema_decay": 0.9,
+}
+SHAPE = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
+TOY = GeneratorConfig.mlp(width=32, **TRAINING)
+TOY_DIT = GeneratorConfig.dit(network=DiTConfig(**SHAPE), **TRAINING)
+TOYS = {"dit": TOY_DIT, "mlp": TOY}
 
 
 @pytest.fixture(autouse=True)
@@ -50,16 +50,16 @@ class Toy:
     """N conditions with their neurons; a generated one is right when it is nearly theirs."""
 
     def __init__(self, n=N):
-        generator = torch.Generator().manual_seed(2)
-        self.conditions = normalized(torch.randn(n, CONDITION_DIM, generator=generator))
-        self.neurons = LAYOUT.unpack(torch.randn(n, LAYOUT.dim, generator=generator))
-        self.looks = []
+        rng = torch.Generator().manual_seed(2)
+        self.conditions = normalized(torch.randn(n, CONDITION_DIM, generator=rng))
+        self.neurons = LAYOUT.unpack(torch.randn(n, LAYOUT.dim, generator=rng))
+        self.tried = []
 
     def distances(self, neurons, rows=slice(None)):
         return (LAYOUT.pack(neurons) - LAYOUT.pack(self.neurons)[rows]).square().mean(1).sqrt()
 
     def answers(self, neurons, rows):
-        self.looks.append(LAYOUT.pack(neurons))
+        self.tried.append(LAYOUT.pack(neurons))
         return self.distances(neurons, rows) < 0.3
 
     def only_the_collected(self, neurons, rows):
@@ -84,14 +84,14 @@ def weights(generator):
 
 @pytest.mark.parametrize("kind", ["dit", "mlp"])
 def test_a_network_learns_until_all_queries_are_answered(toy, kind):
-    generator, training = toy.train(dataclasses.replace(TOY, kind=kind))
+    generator, training = toy.train(TOYS[kind])
     assert training.answered == 1.0
-    assert training.steps < TOY.max_steps
+    assert training.steps < TOY.training.max_steps
     assert [step for step, *_ in training.history] == list(
-        range(TOY.check_every, training.steps + 1, TOY.check_every)
+        range(TOY.training.check_every, training.steps + 1, TOY.training.check_every)
     )
     *earlier, (_, _, _, off) = training.history
-    assert not any(answered == 1 and off <= TOY.close for _, _, answered, off in earlier)
+    assert not any(answered == 1 and off <= TOY.training.close for _, _, answered, off in earlier)
     wanted = generator.scaled_weights(toy.neurons)
     made = generator.scaled_weights(generator.generate(toy.conditions))
     assert off == pytest.approx(float((made - wanted).norm() / wanted.norm()), rel=1e-3)
@@ -124,13 +124,13 @@ def test_once_too_few_queries_are_answered_the_rest_is_not_tried(right, enough, 
 
 
 def test_what_was_reached_in_the_end_is_the_share_of_all_queries():
-    """Looks that end early see a part of them."""
+    """Trials that end early see a part of them."""
     toy = Toy(100)
 
     def answers(neurons, rows):
         return toy.only_the_collected(neurons, rows) | (rows < 40)
 
-    _, training = toy.train(dataclasses.replace(TOY, max_steps=20), answers=answers)
+    _, training = toy.train(TOY.with_training(max_steps=20), answers=answers)
     assert training.answered == 0.4 != training.history[-1][2]
 
 
@@ -140,21 +140,21 @@ def test_a_training_that_need_not_answer_all_ends_when_it_answers_enough():
     def answers(neurons, rows):
         return toy.only_the_collected(neurons, rows) | (rows % 20 > 0)
 
-    config = dataclasses.replace(TOY, enough=0.94, close=float("inf"))
+    config = TOY.with_training(enough=0.94, close=float("inf"))
     _, training = toy.train(config, answers=answers)
-    assert training.answered == 0.95 and training.steps == TOY.check_every
+    assert training.answered == 0.95 and training.steps == TOY.training.check_every
 
 
 def test_a_bank_answers_one_of_the_queries_that_share_a_condition():
     toy = Toy(100)
     toy.conditions[98:] = toy.conditions[0]
-    _, training = toy.train(dataclasses.replace(TOY, kind="bank"))
+    _, training = toy.train(GeneratorConfig.bank())
     assert training.answered == 0.98
 
 
-def test_looks_become_rarer_as_a_training_goes_on(toy):
+def test_trials_become_rarer_as_a_training_goes_on(toy):
     """Each costs as much as many steps do; a tenth more steps are worth another."""
-    config = dataclasses.replace(TOY, check_every=2, max_steps=70)
+    config = TOY.with_training(check_every=2, max_steps=70)
     _, training = toy.train(config, answers=toy.only_the_collected)
     steps = [step for step, *_ in training.history]
     assert steps == [*range(2, 41, 2), *range(44, 61, 4), 66, 70]
@@ -163,20 +163,20 @@ def test_looks_become_rarer_as_a_training_goes_on(toy):
 def test_neurons_that_answer_are_brought_closer_for_as_many_steps_again(toy):
     """Whichever comes first: that they are close, or twice the steps that the answers took."""
 
-    def looks(close: float) -> list[tuple[int, float]]:
-        _, training = toy.train(dataclasses.replace(TOY, close=close))
+    def trials(close: float) -> list[tuple[int, float]]:
+        _, training = toy.train(TOY.with_training(close=close))
         return [(step, off) for step, _, answered, off in training.history if answered == 1]
 
-    far = looks(close=1e-9)
+    far = trials(close=1e-9)
     first, _ = far[0]
-    assert [step for step, _ in far] == list(range(first, 2 * first + 1, TOY.check_every))
+    assert [step for step, _ in far] == list(range(first, 2 * first + 1, TOY.training.check_every))
     (step, off), (_, after) = far[0], far[1]
-    assert looks(close=off) == [(step, off)]
-    assert looks(close=(off + after) / 2) == far[:2]
+    assert trials(close=off) == [(step, off)]
+    assert trials(close=(off + after) / 2) == far[:2]
 
 
 def test_a_bank_answers_at_once(toy):
-    bank, training = toy.train(dataclasses.replace(TOY, kind="bank"))
+    bank, training = toy.train(GeneratorConfig.bank())
     assert (training.steps, training.answered, training.history) == (0, 1.0, ())
     assert toy.distances(bank.generate(toy.conditions)).max() < 1e-5
 
@@ -187,13 +187,13 @@ def test_training_ends_when_what_can_be_reached_is_reached(toy):
 
     _, training = toy.train(answers=without_two)
     assert training.answered == pytest.approx(3 / 5)
-    assert training.steps < TOY.max_steps
+    assert training.steps < TOY.training.max_steps
 
 
 def rewording(seed=0, scale=0.3):
     """Of a hundred queries, with paraphrases close to them."""
-    random = torch.Generator().manual_seed(seed)
-    queries, off = torch.randn(2, 100, CONDITION_DIM, generator=random)
+    rng = torch.Generator().manual_seed(seed)
+    queries, off = torch.randn(2, 100, CONDITION_DIM, generator=rng)
     return Rewording(*(normalized(z) for z in (queries, queries + scale * off)))
 
 
@@ -206,12 +206,12 @@ def back(generator, inputs):
 def test_half_of_the_conditions_are_of_other_wordings_or_noisy(toy, reword):
     generator = build_generator(TOY, LAYOUT, CONDITION_DIM)
     generator.standardize(toy.conditions, toy.neurons)
-    conditions = Conditions(generator, toy.conditions, rewording() if reword else None)
+    conditions = ConditionBatches(generator, toy.conditions, rewording() if reword else None)
     exact = generator.scaled_conditions(toy.conditions)
-    random = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     for _ in range(10):
-        rows, inputs = conditions.draw(random)
-        assert len(rows.unique()) == TOY.batch_size
+        rows, inputs = conditions.draw(rng)
+        assert len(rows.unique()) == TOY.training.batch_size
         off = (inputs - exact[rows]).norm(dim=1)
         assert bool((off[::2] == 0).all()) and bool((off[1::2] > 0).all())
         cosines = torch.cosine_similarity(toy.conditions[rows], back(generator, inputs), dim=1)
@@ -221,7 +221,7 @@ def test_half_of_the_conditions_are_of_other_wordings_or_noisy(toy, reword):
 
 
 def test_a_generator_that_saw_other_wordings_makes_closer_neurons_of_more_of_them(toy):
-    exact = dataclasses.replace(TOY, condition_noise=0.0, max_steps=300)
+    exact = TOY.with_training(condition_noise=0.0, max_steps=300)
     moved = rewording(seed=1)(toy.conditions, torch.Generator().manual_seed(0))
     off = []
     for seen in (rewording(), None):
@@ -235,21 +235,21 @@ def test_enough_is_a_share_of_what_can_be_reached(toy):
         return toy.answers(neurons, rows) & (rows >= 1)
 
     # 0.7 of the four that can be reached are 2.8: three answers of five are enough.
-    _, training = toy.train(dataclasses.replace(TOY, enough=0.7), answers=without_one)
+    _, training = toy.train(TOY.with_training(enough=0.7), answers=without_one)
     assert training.answered >= 3 / 5 - 1e-6
     assert any(answered < 3 / 5 for _, _, answered, _ in training.history)
-    assert training.steps < TOY.max_steps
+    assert training.steps < TOY.training.max_steps
 
 
 def test_training_ends_with_the_steps_it_may_take(toy):
-    config = dataclasses.replace(TOY, max_steps=50)
+    config = TOY.with_training(max_steps=50)
     _, training = toy.train(config, answers=toy.only_the_collected)
     assert training.answered == 0
     assert training.steps == 50 and [step for step, *_ in training.history] == [20, 40, 50]
 
 
-def test_the_loss_of_a_look_is_the_mean_since_the_look_before(toy):
-    config = dataclasses.replace(TOY, max_steps=50)
+def test_the_loss_of_a_trial_is_the_mean_since_the_trial_before(toy):
+    config = TOY.with_training(max_steps=50)
     generator, losses = build_generator(config, LAYOUT, CONDITION_DIM), []
     loss = generator.loss
 
@@ -275,7 +275,7 @@ def test_the_averaged_weights_are_those_that_generate(toy, monkeypatch):
         return result
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noting)
-    config = dataclasses.replace(TOY, max_steps=40, ema_decay=0.8)
+    config = TOY.with_training(max_steps=40, ema_decay=0.8)
     start = build_generator(config, LAYOUT, CONDITION_DIM)
     generator, training = toy.train(config)
     average = [parameter.detach().double() for parameter in start.parameters()]
@@ -288,20 +288,20 @@ def test_the_averaged_weights_are_those_that_generate(toy, monkeypatch):
     for parameter, mean, last in zip(generator.parameters(), average, steps[-1], strict=True):
         torch.testing.assert_close(parameter.double(), mean, rtol=1e-5, atol=1e-6)
         assert (parameter - last).abs().max() > 1e-4
-    assert torch.equal(toy.looks[-1], LAYOUT.pack(generator.generate(toy.conditions[order(N)])))
+    assert torch.equal(toy.tried[-1], LAYOUT.pack(generator.generate(toy.conditions[order(N)])))
 
 
 def order(n):
-    return train._sample_rows(n, TOY.seed)
+    return sample_rows(n, TOY.training.seed)
 
 
-def interrupt_after_two_looks(toy, config, work_folder):
-    """Train until two looks are saved."""
-    looks = []
+def interrupt_after_two_trials(toy, config, work_folder):
+    """Train until two trials are saved."""
+    trials = []
 
     def interrupted(neurons, rows):
-        looks.append(rows)
-        if len(looks) == 4:  # one on the collected neurons, two that were saved
+        trials.append(rows)
+        if len(trials) == 4:  # one on the collected neurons, two that were saved
             raise KeyboardInterrupt
         return toy.only_the_collected(neurons, rows)
 
@@ -311,24 +311,24 @@ def interrupt_after_two_looks(toy, config, work_folder):
 
 @pytest.mark.parametrize("kind", ["dit", "mlp"])
 def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(toy, tmp_path, kind):
-    config = dataclasses.replace(TOY, kind=kind, max_steps=90, enough=1.0)
+    config = TOYS[kind].with_training(max_steps=90, enough=1.0)
 
     whole, expected = toy.train(config, answers=toy.only_the_collected)
 
-    interrupt_after_two_looks(toy, config, tmp_path)
-    toy.looks.clear()
+    interrupt_after_two_trials(toy, config, tmp_path)
+    toy.tried.clear()
     resumed, training = toy.train(config, answers=toy.only_the_collected, work_folder=tmp_path)
-    assert len(toy.looks) == 1 + 3  # at 60, 80 and 90 steps
+    assert len(toy.tried) == 1 + 3  # at 60, 80 and 90 steps
     assert training == expected
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=1e-5, atol=1e-6)
 
 
 def test_seconds_go_on_where_an_interruption_ended_them(toy, tmp_path, monkeypatch):
-    config, clock = dataclasses.replace(TOY, max_steps=90, enough=1.0), itertools.count()
-    monkeypatch.setattr("meg_kernels.editing.train.time.perf_counter", lambda: next(clock))
-    interrupt_after_two_looks(toy, config, tmp_path)
+    config, clock = TOY.with_training(max_steps=90, enough=1.0), itertools.count()
+    monkeypatch.setattr("meg_kernels.editing.fit.time.perf_counter", lambda: next(clock))
+    interrupt_after_two_trials(toy, config, tmp_path)
     _, training = toy.train(config, answers=toy.only_the_collected, work_folder=tmp_path)
-    # The clock moves on by one whenever it is read: at the start, and at each look.
+    # The clock moves on by one whenever it is read: at the start, and at each trial.
     assert [step for step, *_ in training.history] == [20, 40, 60, 80, 90]
     assert training.seconds == (1, 2, 3, 4, 5) and training.seconds_before == 2
 
@@ -362,7 +362,7 @@ def test_a_checkpoint_of_other_data_or_settings_is_not_taken(toy, tmp_path):
     others += [{"rewording": rewording(seed=1)}, {}]
     for number, change in enumerate(others):
         wordings = change.pop("rewording", None)
-        config = dataclasses.replace(TOY, max_steps=20, **change)
+        config = TOY.with_training(max_steps=20, **change)
         if number == len(others) - 1:
             toy.conditions = -toy.conditions
         clean, expected = toy.train(config, rewording=wordings)
@@ -389,9 +389,12 @@ def test_further_training_keeps_the_scales_if_asked(toy):
 
 
 def test_the_papers_preset_trains_on_a_small_network(toy):
-    small = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
     config = GeneratorConfig.paper(
-        **small, learning_rate=1e-3, max_steps=60, check_every=20, batch_size=5
+        network=dataclasses.replace(DiTConfig.paper(), **SHAPE),
+        learning_rate=1e-3,
+        max_steps=60,
+        check_every=20,
+        batch_size=5,
     )
     # Weights of a few hundredths, as the preset's scale wants them.
     toy.neurons = LAYOUT.unpack(0.01 * LAYOUT.pack(toy.neurons))
@@ -402,10 +405,10 @@ def test_the_papers_preset_trains_on_a_small_network(toy):
     assert bool(generator.generate(toy.conditions).is_finite().all())
 
 
-def test_looks_are_taken_at_no_more_queries_than_needed(toy, monkeypatch):
-    monkeypatch.setattr(train, "MOST_LOOKED_AT", 3)
+def test_no_more_queries_are_tried_than_needed(toy, monkeypatch):
+    monkeypatch.setattr(trial, "MOST_TRIED", 3)
     _, training = toy.train()
-    assert {len(look) for look in toy.looks} == {3}
+    assert {len(tried) for tried in toy.tried} == {3}
     assert training.answered == 1.0
 
 
@@ -428,7 +431,7 @@ def test_data_that_is_not_finite_is_refused(toy, where, value):
 
 
 def test_a_loss_that_becomes_nan_says_what_helps(toy):
-    config = dataclasses.replace(TOY, learning_rate=1e30)
+    config = TOY.with_training(learning_rate=1e30)
     with pytest.raises(FloatingPointError, match="after 20 steps; try a smaller learning_rate"):
         toy.train(config)
 
@@ -437,8 +440,8 @@ def test_a_loss_that_becomes_nan_says_what_helps(toy):
 def test_training_leaves_torchs_own_random_numbers_alone(toy, kind):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first, _ = toy.train(dataclasses.replace(TOY, kind=kind, max_steps=20))
+    first, _ = toy.train(TOYS[kind].with_training(max_steps=20))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    again, _ = toy.train(dataclasses.replace(TOY, kind=kind, max_steps=20))
+    again, _ = toy.train(TOYS[kind].with_training(max_steps=20))
     assert torch.equal(weights(first), weights(again))

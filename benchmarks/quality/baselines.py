@@ -36,23 +36,21 @@ from tqdm.auto import tqdm, trange
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.conftest import version_of
-from benchmarks.quality.memit import MemitConfig, apply_memit, seeded
+from benchmarks.quality.memit import MemitConfig, apply_memit, output_projection, seeded
 from meg_kernels.editing.collect import CollectionConfig
 from meg_kernels.editing.evaluate import Evaluation, Metrics, Prompting, unknown_facts
-from meg_kernels.editing.facts import Fact, read_facts
 from meg_kernels.editing.layers import default_layer
 from meg_kernels.editing.prompting import (
+    PromptedModel,
     PromptTemplate,
     TargetBatch,
-    score_targets,
-    target_batch,
-    target_tokens,
 )
-from meg_kernels.integrations.pretrained import SMOLLM2, load_language_model
-from meg_kernels.integrations.transformers import decoder_layers, family_of, feed_forward
+from meg_kernels.facts import Fact, read_facts
 from meg_kernels.nn import LowerLayers
-from meg_kernels.nn.linear import projections
-from meg_kernels.precision import fast_dtype, frozen_products
+from meg_kernels.nn.families import decoder_layers, feed_forward
+from meg_kernels.nn.packing import frozen_products, projections
+from meg_kernels.precision import fast_dtype
+from meg_kernels.pretrained import SMOLLM2, load_language_model
 from meg_kernels.storage import fingerprint, write_json
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -77,6 +75,11 @@ class Request:
     layer: int
     seed: int = 0
     progress: bool = False
+
+    @property
+    def prompted(self) -> PromptedModel:
+        """The model with its tokenizer and template."""
+        return PromptedModel.of(self.model, self.tokenizer, self.template)
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,7 @@ def restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 def ffn_projections(model: PreTrainedModel, layer: int) -> list[nn.Module]:
     """The projections of a layer's FFN, which its family keeps in a module of its own."""
-    name = family_of(model).output_projection.rpartition(".")[0]
-    return list(projections([feed_forward(model, layer).block.get_submodule(name)]))
+    return list(projections([feed_forward(model, layer).exit]))
 
 
 # ---- fine-tuning and LoRA ---------------------------------------------------------------------
@@ -140,10 +142,10 @@ class LoraConfig(TrainingConfig):
 
 def train(request: Request, parameters: Sequence[nn.Parameter], config: TrainingConfig) -> Edited:
     """Train `parameters`, of the edited layer, until every fact is answered in every framing."""
-    model, tokenizer = request.model, request.tokenizer
+    model, prompted = request.model, request.prompted
     framings = CollectionConfig().framings
     pairs = [
-        target_tokens(tokenizer, request.template.format(framing), fact.answer)
+        prompted.target(prompted.prompt(framing), fact.answer)
         for fact in request.facts
         for framing in framings(fact.query)
     ]
@@ -153,7 +155,7 @@ def train(request: Request, parameters: Sequence[nn.Parameter], config: Training
     batches: list[tuple[TargetBatch, Tensor]] = []
     with frozen_products(decoder_layers(model)[: request.layer], model.dtype):
         for start in range(0, len(pairs), config.batch_size):
-            batch = target_batch(model, tokenizer, pairs[start : start + config.batch_size])
+            batch = prompted.batch(pairs[start : start + config.batch_size])
             batches.append((batch, lower.run(**batch.inputs)))
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -167,7 +169,7 @@ def train(request: Request, parameters: Sequence[nn.Parameter], config: Training
             for number in torch.randperm(len(batches), generator=generator).tolist():
                 batch, hidden = batches[number]
                 with lower.replaced_by(hidden):
-                    scores = score_targets(model, batch)
+                    scores = prompted.score(batch)
                 good = scores.right & (scores.losses < config.target_loss)
                 learnt += int(good.sum())
                 if not good.all():
@@ -241,7 +243,7 @@ def memit(request: Request, config: MemitConfig) -> Iterator[Edited]:
     """Inside, the facts are written into the critical layers' output projections."""
     last = request.layer if config.last is None else config.last
     model, layers = request.model, config.critical_layers(last)
-    with restored([feed_forward(model, layer).output_projection.weight for layer in layers]):
+    with restored([output_projection(model, layer).weight for layer in layers]):
         yield Edited(
             apply_memit(
                 model,
@@ -334,13 +336,8 @@ def run(
     Raises:
         SystemExit: the file was made with other facts, another model, layer or seed.
     """
-    evaluation = Evaluation(
-        request.model,
-        request.tokenizer,
-        request.facts if asked is None else asked,
-        request.template,
-        work_folder=work_folder,
-    )
+    facts = request.facts if asked is None else asked
+    evaluation = Evaluation(request.prompted, facts, work_folder=work_folder)
     content = {
         "study": "quality-baselines",
         **about,
@@ -394,7 +391,7 @@ def main() -> None:
         if fact.paraphrases or not arguments.paraphrased
     ]
     if arguments.skip_known:
-        facts = unknown_facts(model, tokenizer, facts, template, progress=True)
+        facts = unknown_facts(PromptedModel(model, tokenizer, template), facts, progress=True)
     random.Random(arguments.seed).shuffle(facts)  # as benchmarks.quality.study has them
     facts = facts[: arguments.limit]
     request = Request(model, tokenizer, facts, template, layer, arguments.seed, progress=True)

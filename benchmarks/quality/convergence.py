@@ -26,15 +26,28 @@ import torch
 from torch import Tensor
 
 from benchmarks.conftest import version_of
-from meg_kernels import GeneratorConfig, MeGEditor
-from meg_kernels.editing.generators import DiTGenerator, Generator, build_generator
+from meg_kernels import DiTConfig, GeneratorConfig, MeGEditor
+from meg_kernels.editing.answered import answers_with
 from meg_kernels.editing.train import train_generator
 from meg_kernels.neuron import NeuronLayout, Neurons
+from meg_kernels.routing.generators import (
+    DiTGenerator,
+    Generator,
+    NetworkGenerator,
+    NetworkGeneratorConfig,
+    build_generator,
+)
 from meg_kernels.storage import write_json
 
 RESULTS = Path(__file__).parents[1] / "results"
 WANTED = 0.97
-BASE = GeneratorConfig(enough=WANTED, close=float("inf"), check_every=25, max_steps=2000)
+TRAINING: dict[str, Any] = {
+    "enough": WANTED,
+    "close": float("inf"),
+    "check_every": 25,
+    "max_steps": 2000,
+}
+BASE = GeneratorConfig.dit(**TRAINING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,33 +60,36 @@ class Choice:
         whitened: one scale for each direction.
     """
 
-    config: GeneratorConfig = BASE
+    config: NetworkGeneratorConfig = BASE
     rank: int | None = None
     whitened: bool = False
 
 
-def changed(**changes: Any) -> Choice:
-    return Choice(dataclasses.replace(BASE, **changes))
+def shaped(**shape: Any) -> Choice:
+    return Choice(dataclasses.replace(BASE, network=DiTConfig(**shape)))
 
 
-TWELVE_TOKENS: dict[str, Any] = {"width": 256, "num_heads": 4, "depth": 6, "patch_size": 96}
+def trained(**changes: Any) -> Choice:
+    return Choice(BASE.with_training(**changes))
+
+
 CHOICES = {
     "default": Choice(),
-    "width 256, depth 6, patches of 96": changed(**TWELVE_TOKENS),
-    "depth 4": changed(depth=4),
-    "width 256": changed(width=256, num_heads=4),
-    "patches of 96": changed(patch_size=96),
-    "batch 512": changed(batch_size=512),
-    "batch 32": changed(batch_size=32),
-    "learning rate 3e-4": changed(learning_rate=3e-4),
-    "v-prediction": changed(prediction="v"),
-    "condition through adaLN only": changed(token_condition=False),
-    "exact conditions": changed(condition_noise=0.0),
-    "other wordings instead of noise": changed(reword=True),
+    "width 256, depth 6, patches of 96": shaped(width=256, num_heads=4, depth=6, patch_size=96),
+    "depth 4": shaped(depth=4),
+    "width 256": shaped(width=256, num_heads=4),
+    "patches of 96": shaped(patch_size=96),
+    "batch 512": trained(batch_size=512),
+    "batch 32": trained(batch_size=32),
+    "learning rate 3e-4": trained(learning_rate=3e-4),
+    "v-prediction": shaped(prediction="v"),
+    "condition through adaLN only": shaped(token_condition=False),
+    "exact conditions": trained(condition_noise=0.0),
+    "other wordings instead of noise": trained(reword=True),
     "first 256 directions": Choice(rank=256),
     "first 256 directions, whitened": Choice(rank=256, whitened=True),
-    "mlp": changed(kind="mlp"),
-    "mlp, width 4096": changed(kind="mlp", mlp_width=4096),
+    "mlp": Choice(GeneratorConfig.mlp(**TRAINING)),
+    "mlp, width 4096": Choice(GeneratorConfig.mlp(width=4096, **TRAINING)),
 }
 
 
@@ -115,7 +131,7 @@ class LowRankGenerator(DiTGenerator):
         return whole.layout.unpack(weights * whole.weight_std + whole.weight_mean)
 
 
-class Whole(Generator):
+class Whole(NetworkGenerator):
     """The scales of whole neurons."""
 
 
@@ -123,7 +139,7 @@ def build(choice: Choice, layout: NeuronLayout, condition_dim: int) -> Generator
     if choice.rank is None:
         return build_generator(choice.config, layout, condition_dim)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(choice.config.seed)
+        torch.manual_seed(choice.config.training.seed)
         return LowRankGenerator(choice, layout, condition_dim).eval()
 
 
@@ -131,16 +147,18 @@ def measure(editor: MeGEditor, n: int, choice: Choice) -> dict[str, Any]:
     """One row: how long a generator so made trains on the first n facts."""
     edits = editor.edits
     generator = build(choice, editor.attached.layout, editor.encoder.dim)
-    answers = editor._answers(edits.facts[:n])
+    answers = answers_with(
+        editor.prompted, editor.attached, edits.facts[:n], editor.config.collection.batch_size
+    )
     training = train_generator(
         generator,
-        edits.queries[:n],
+        edits.conditions[:n],
         edits.neurons[:n],
         answers,
-        rewording=edits.held_out.rewording if choice.config.reword else None,
+        rewording=edits.held_out.rewording if choice.config.training.reword else None,
         progress=True,
     )
-    enough = training.steps < choice.config.max_steps or training.answered >= WANTED
+    enough = training.steps < choice.config.training.max_steps or training.answered >= WANTED
     return {
         "n": n,
         "parameters": sum(parameter.numel() for parameter in generator.parameters()),

@@ -29,8 +29,8 @@ from typing import Any
 from tqdm.auto import trange
 
 from meg_kernels import Fact, MeGEditor
-from meg_kernels.editing.facts import read_facts
 from meg_kernels.editing.prompting import answers_match
+from meg_kernels.facts import read_facts
 from meg_kernels.storage import write_json
 
 RESULT = Path(__file__).parents[1] / "results" / "life.json"

@@ -28,29 +28,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm, trange
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.prompting import (
+    PromptedModel,
     PromptTemplate,
     TargetBatch,
     answer_text,
-    greedy_answers,
     score_targets,
-    target_batch,
     target_tokens,
 )
-from meg_kernels.editing.shipped import shipped_unrelated_queries
-from meg_kernels.integrations.transformers import (
-    decoder_layer,
-    decoder_layers,
-    feed_forward,
-    input_of,
-)
-from meg_kernels.nn import LowerLayers
-from meg_kernels.precision import fast_dtype, frozen_products
+from meg_kernels.facts import Fact
+from meg_kernels.nn import LowerLayers, input_of
+from meg_kernels.nn.families import decoder_layer, decoder_layers, feed_forward
+from meg_kernels.nn.packing import frozen_products, projections
+from meg_kernels.precision import fast_dtype
+from meg_kernels.shipped import shipped_unrelated_queries
 
 BEGINNINGS = ("The", "Therefore", "Because", "I", "You")  # of the prefixes, as the authors have it
 PROMPTS_AT_ONCE = 16  # a CPU's caches hold some prompts' activations only
@@ -132,7 +127,7 @@ def apply_memit(
         residuals = (targets - states) / (layer - critical + 1)
         covariance = config.covariance_weight * moments[critical]
         update = least_squares_update(keys, residuals, covariance)
-        feed_forward(model, critical).output_projection.weight.data += update.float()
+        output_projection(model, critical).weight.data += update.float()
     return {"reached": reached, "layers": [*layers]}
 
 
@@ -167,7 +162,8 @@ def sampled_prefixes(
     if not starts:
         return [""]
     with seeded(seed):
-        said = greedy_answers(model, tokenizer, starts, config.prefix_tokens, do_sample=True)
+        prompted = PromptedModel.of(model, tokenizer)
+        said = prompted.answers(starts, config.prefix_tokens, do_sample=True)
     texts = (
         f"{start} {answer_text(tokenizer, tokens)}"
         for start, tokens in zip(starts, said, strict=True)
@@ -217,12 +213,11 @@ def key_moments(
     texts = sorted(texts, key=len)
     sums: dict[int, Tensor] = {}
     above = decoder_layer(model, layers[-1] + 1)
+    prompted = PromptedModel.of(model, tokenizer)
     with frozen_products([model], fast_dtype(model.device, model.dtype)):
         for start in range(0, len(texts), PROMPTS_AT_ONCE):
             some = texts[start : start + PROMPTS_AT_ONCE]
-            inputs = target_batch(
-                model, tokenizer, [(text, [tokenizer.eos_token_id]) for text in some]
-            ).inputs
+            inputs = prompted.batch([(text, [tokenizer.eos_token_id]) for text in some]).inputs
             real = inputs["attention_mask"].bool()
             with _read_by_projections(model, layers) as read:
                 input_of(above, model, inputs)
@@ -233,16 +228,21 @@ def key_moments(
     return {layer: moments / tokens for layer, moments in sums.items()}
 
 
+def output_projection(model: PreTrainedModel, layer: int) -> nn.Module:
+    """The last of the projections in this layer's FFN: the one whose output is the FFN's."""
+    return [*projections([feed_forward(model, layer).exit])][-1]
+
+
 @contextmanager
 def _read_by_projections(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict]:
     """What the output projections of these layers read, [B, T, n] by layer, as the model runs."""
     read: dict[int, Tensor] = {}
 
-    def note(layer: int, module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+    def note(layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         read[layer] = args[0]
 
     hooks = [
-        feed_forward(model, layer).output_projection.register_forward_pre_hook(partial(note, layer))
+        output_projection(model, layer).register_forward_pre_hook(partial(note, layer))
         for layer in layers
     ]
     try:
@@ -347,11 +347,12 @@ class _Edit:
 
     @torch.no_grad()
     def _rows(self, prompts: list[_Prompt], tokenizer: PreTrainedTokenizerBase) -> list[_Rows]:
+        prompted = PromptedModel.of(self.model, tokenizer)
         prompts = sorted(prompts, key=lambda prompt: len(prompt.ids) + len(prompt.target))
         rows = []
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
             some = prompts[start : start + PROMPTS_AT_ONCE]
-            batch = target_batch(self.model, tokenizer, [(p.ids, p.target) for p in some])
+            batch = prompted.batch([(p.ids, p.target) for p in some])
             entering = self.lower.run(**batch.inputs)
             with self.lower.replaced_by(entering):
                 leaving = self.below_next.run(**batch.inputs)
@@ -364,7 +365,7 @@ class _Edit:
     @torch.no_grad()
     def keys_and_states(self, layer: int) -> tuple[Tensor, Tensor]:
         """K [F, n] of this layer and h [F, d] of the last critical one, as the model is now."""
-        projection = feed_forward(self.model, layer).output_projection
+        projection = output_projection(self.model, layer)
         keys = torch.zeros(self.num_facts, projection.in_features)
         states = torch.empty(self.num_facts, projection.out_features)
         for rows in self.queries:

@@ -13,7 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.quality.steps import means
-from meg_kernels.editing.layers import LayerComparison, LayerQuality, plot_layers
+from meg_kernels.cli.plots import plot_layers
+from meg_kernels.editing.layers import LayerComparison, LayerQuality
 
 Record = Mapping[str, Any]
 Studies = Mapping[str, Sequence[Record]]

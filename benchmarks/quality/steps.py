@@ -35,7 +35,7 @@ from benchmarks.conftest import version_of
 from meg_kernels import MeGEditor
 from meg_kernels.diffusion import SamplerConfig
 from meg_kernels.editing.evaluate import Evaluation
-from meg_kernels.editing.generators import DiTGenerator
+from meg_kernels.routing.generators import DiTGenerator
 from meg_kernels.storage import write_json
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -68,9 +68,7 @@ class Study:
             raise SystemExit("the generator of this edited model takes no steps: it is no DiT")
         self.editor, self.edits, self.generator = editor, editor.edits, generator
         self.trained = generator.config
-        self.evaluation = Evaluation(
-            editor.model, editor.tokenizer, self.edits.facts, editor.template
-        )
+        self.evaluation = Evaluation(editor.prompted, self.edits.facts)
 
     def samplers(self) -> list[SamplerConfig]:
         """In which it is sampled; one that learnt a variance also as the paper's authors do."""
@@ -79,18 +77,18 @@ class Study:
 
     def of_seed(self, seed: int) -> Study:
         """The same with a generator that is trained from another seed."""
-        self.editor.train(dataclasses.replace(self.trained, seed=seed), progress=True)
+        self.editor.replace_generator(self.trained.with_training(seed=seed), progress=True)
         return Study(self.editor)
 
     def measure(self, sampler: SamplerConfig, snap: bool) -> dict[str, Any]:
         """One row of the table."""
         self.generator.config = dataclasses.replace(self.trained, sampler=sampler)
-        own = self.generator.generate(self.edits.queries)
+        own = self.generator.generate(self.edits.conditions)
 
         def mounting(queries, owners):
             if snap:
                 return self.editor.attached.neurons(own, torch.tensor(owners))
-            z = self.editor.encoder.encode(queries).to(self.edits.queries.device)
+            z = self.editor.encoder.encode(queries).to(self.edits.conditions.device)
             return self.editor.attached.neurons(self.generator.generate(z))
 
         metrics = self.evaluation.collected(mounting)
@@ -98,7 +96,7 @@ class Study:
             "solver": sampler.solver,
             "steps": sampler.num_steps,
             "snap": snap,
-            "seed": self.trained.seed,
+            "seed": self.trained.training.seed,
             "reliability": metrics.reliability_ag,
             "generality": metrics.generality_ag,
             "distance": self.distance(self.flat(own)),

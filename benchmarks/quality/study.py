@@ -44,7 +44,7 @@ from torch import Tensor
 
 from benchmarks.conftest import version_of
 from meg_kernels import EditorConfig, EncoderTuningConfig, Fact, GeneratorConfig, MeGEditor
-from meg_kernels.editing.editor import Routing
+from meg_kernels.editing.answered import answers_with
 from meg_kernels.editing.evaluate import (
     Evaluation,
     Metrics,
@@ -52,25 +52,27 @@ from meg_kernels.editing.evaluate import (
     Verdict,
     has_own_neuron,
 )
-from meg_kernels.editing.facts import normalized, read_facts
-from meg_kernels.editing.generators import build_generator
 from meg_kernels.editing.layers import default_layer
 from meg_kernels.editing.prompting import PromptTemplate
 from meg_kernels.editing.train import train_generator
+from meg_kernels.facts import normalized, read_facts
 from meg_kernels.familiarity import Calibration
 from meg_kernels.neuron import Neurons
+from meg_kernels.routing.generators import NetworkGeneratorConfig, build_generator
+from meg_kernels.routing.router import Routing
+from meg_kernels.routing.router import subject_named as named
 from meg_kernels.storage import write_json
 
 RESULTS = Path(__file__).parents[1] / "results"
 DISTILLED = "dit, distilled"
 GENERATORS = {
-    "dit": GeneratorConfig(),
-    DISTILLED: GeneratorConfig(),
-    "dit, other wordings": GeneratorConfig(reword=True),
+    "dit": GeneratorConfig.dit(),
+    DISTILLED: GeneratorConfig.dit(),
+    "dit, other wordings": GeneratorConfig.dit(reword=True),
     "dit-b": GeneratorConfig.dit_b(),
-    "mlp": GeneratorConfig(kind="mlp"),
-    "mlp, other wordings": GeneratorConfig(kind="mlp", reword=True),
-    "bank": GeneratorConfig(kind="bank"),
+    "mlp": GeneratorConfig.mlp(),
+    "mlp, other wordings": GeneratorConfig.mlp(reword=True),
+    "bank": GeneratorConfig.bank(),
 }
 ZERO_PAIRS = "dit, zero pairs"
 CURVE = 41  # thresholds on a trade-off curve
@@ -115,13 +117,13 @@ class Edited:
 
     def ungated(self, snap: bool, among: Asked | None = None) -> dict[Question, Verdict]:
         """The answers with a neuron for every question, or among some of them."""
-        config = self.editor.config
-        self.editor.config = dataclasses.replace(config, snap=snap)
+        router = self.editor.router
+        config, router.config = router.config, dataclasses.replace(router.config, snap=snap)
 
         def mount(queries: Sequence[str], owners: Sequence[int]):
             routing = self.editor.route(queries)
-            everything = torch.ones_like(routing.edited)
-            return self.editor.routed(queries, dataclasses.replace(routing, edited=everything))
+            everything = torch.ones_like(routing.accepted)
+            return self.editor.routed(queries, dataclasses.replace(routing, accepted=everything))
 
         def asked(question: Question) -> bool:
             return self.of_edited(question) and (among is None or among(question))
@@ -129,7 +131,7 @@ class Edited:
         try:
             return by_question(self.evaluation.verdicts(mount, progress=True, among=asked))
         finally:
-            self.editor.config = config
+            router.config = config
 
     def routing(self, questions: Sequence[Question]) -> Routing:
         """What the present gate makes of the questions."""
@@ -174,7 +176,7 @@ def taken_for(edited: Edited, questions: Sequence[Question], routing: Routing) -
     """
     facts = edited.editor.facts
     counts = dict.fromkeys(("asked", "own", "same_subject", "another", "none"), 0)
-    where = zip(questions, routing.edited.tolist(), routing.fact.tolist(), strict=True)
+    where = zip(questions, routing.accepted.tolist(), routing.fact.tolist(), strict=True)
     for question, accepted, near in where:
         if question.kind != "generality":
             continue
@@ -221,7 +223,7 @@ class Decisions:
     def of(cls, edited: Edited, routing: Routing) -> Decisions:
         """The present gate's, by its scores alone."""
         edits = edited.editor.edits
-        return cls(routing.score.cpu(), edits.gate.threshold, edits.report.calibration)
+        return cls(routing.score.cpu(), edits.gate.threshold, edits.calibration)
 
     def only(self, where: Tensor) -> Decisions:
         """The same where `where` [Q] is true; elsewhere, no threshold accepts."""
@@ -258,20 +260,27 @@ def compare_gates(
 
 def subject_named(edited: Edited, questions: Iterable[Question], routing: Routing) -> Tensor:
     """[Q] whether each question names the subject of the edited fact nearest to it."""
-    return edited.editor._subject_named([q.query for q in questions], routing.fact).cpu()
+    return named(edited.editor.edits, [q.query for q in questions], routing.fact)
 
 
-def train_with_zero_pairs(editor: MeGEditor, config: GeneratorConfig) -> None:
+def of_seed(name: str, seed: int) -> GeneratorConfig:
+    """The generator of this name, trained from this seed if it is trained."""
+    config = GENERATORS[name]
+    return config.with_training(seed=seed) if isinstance(config, NetworkGeneratorConfig) else config
+
+
+def train_with_zero_pairs(editor: MeGEditor, config: NetworkGeneratorConfig) -> None:
     """Train a generator on the neurons and on zero ones, and put it in the editor's place.
 
     The zero neurons are for what the gate was calibrated to reject, moved beside edited queries.
     """
     edits = editor.edits
-    generator = torch.Generator().manual_seed(config.seed)
-    away = edits.held_out.negative(edits.queries, generator)
+    generator = torch.Generator().manual_seed(config.training.seed)
+    away = edits.held_out.negative(edits.conditions, generator)
     layout = editor.attached.layout
     zero = layout.unpack(torch.zeros(len(away), layout.dim))
-    answers, count = editor._answers(edits.facts), len(edits.facts)
+    size, count = editor.config.collection.batch_size, len(edits.facts)
+    answers = answers_with(editor.prompted, editor.attached, edits.facts, size)
 
     def edited_answers(neurons: Neurons, rows: Tensor) -> Tensor:
         right = torch.ones(len(rows), dtype=torch.bool)
@@ -280,7 +289,7 @@ def train_with_zero_pairs(editor: MeGEditor, config: GeneratorConfig) -> None:
         return right
 
     made = build_generator(config, layout, editor.encoder.dim)
-    conditions = torch.cat([edits.queries, away])
+    conditions = torch.cat([edits.conditions, away])
     neurons = Neurons.cat([edits.neurons, zero])
     train_generator(
         made,
@@ -290,7 +299,7 @@ def train_with_zero_pairs(editor: MeGEditor, config: GeneratorConfig) -> None:
         rewording=edits.held_out.rewording,  # such queries are asked about by themselves
         progress=True,
     )
-    editor._edits = dataclasses.replace(edits, generator=made)
+    editor.router.edits = dataclasses.replace(edits, generator=made)
 
 
 class Study:
@@ -337,7 +346,7 @@ class Study:
         folder = options.work / f"{options.name}-{n}-{seed}"
         config = EditorConfig(
             encoder_tuning=EncoderTuningConfig(seed=seed),
-            generator=dataclasses.replace(GENERATORS["dit"], seed=seed),
+            generator=of_seed("dit", seed),
             seed=seed,
         )
         if (folder / "meg.json").exists():
@@ -354,7 +363,7 @@ class Study:
         editor = MeGEditor.for_model("smollm2", config)
         tuning = [fact for path in options.tuning for fact in read_facts(path, on_conflict="first")]
         work = options.work / f".{folder.name}"
-        editor.edit(facts, tuning=tuning, work_folder=work, progress=True)
+        editor.edit(facts, tuning_facts=tuning, work_folder=work, progress=True)
         editor.save_pretrained(folder)
         shutil.rmtree(work)
         return editor
@@ -386,11 +395,7 @@ class Study:
         options = self.arguments
         edited_n = max(options.facts) if options.nested else n
         evaluation = Evaluation(
-            editor.model,
-            editor.tokenizer,
-            asked[:edited_n],
-            editor.template,
-            work_folder=options.work / ".base",
+            editor.prompted, asked[:edited_n], work_folder=options.work / ".base"
         )
         edited = Edited(editor, evaluation)
         with editor.serving():
@@ -398,7 +403,7 @@ class Study:
             ceiling = edited.ceiling()
         routing = edited.routing([*base])
         decisions = Decisions.of(edited, routing)
-        accepted = dict(zip(base, routing.edited.tolist(), strict=True))
+        accepted = dict(zip(base, routing.accepted.tolist(), strict=True))
         whole = n == edited_n
         own = editor.config.generator if whole else None
         shared = {
@@ -412,7 +417,7 @@ class Study:
             "seconds": dict(editor.edits.report.seconds) if whole else {},
             "protocol": evaluation.protocol(),
             "calibration": dataclasses.asdict(decisions.calibration),
-            "requires_subject": editor.config.requires_subject(len(editor.facts)),
+            "requires_subject": editor.router.requires_subject,
             "perplexity": dataclasses.asdict(editor.perplexity(progress=True)),
             "paraphrases": taken_for(edited, [*base], routing),
         }
@@ -421,11 +426,11 @@ class Study:
         for name in options.generators:
             if self.row(n=n, seed=seed, generator=name) is not None:
                 continue
-            config = dataclasses.replace(GENERATORS[name], seed=seed)
+            config = of_seed(name, seed)
             if config != own:
-                editor.train(config, progress=True)
+                editor.replace_generator(config, progress=True)
                 own = config
-            steps = editor.edits.report.training.steps
+            steps = editor.edits.training.steps
             seconds = editor.edits.report.seconds["generator"]
             if name == DISTILLED:
                 steps += editor.distill(steps=1, progress=True).steps
@@ -458,7 +463,7 @@ class Study:
                     row["gates"] |= compare_gates(edited, decisions, snapped, base)
             self.keep(row)
         if options.zero_pairs and self.row(n=n, seed=seed, generator=ZERO_PAIRS) is None:
-            train_with_zero_pairs(editor, dataclasses.replace(GENERATORS["dit"], seed=seed))
+            train_with_zero_pairs(editor, of_seed("dit", seed))
             with editor.serving():
                 alone = edited.ungated(snap=False, among=accepted.get)
             metrics = gated(alone, base, accepted).to_dict()

@@ -2,9 +2,9 @@
 // without a GPU can run the very code that the GPU runs. For tests only: correct, not fast.
 //
 // A block's threads are fibers that run one after another in a ring and hand over at every
-// __syncthreads, shuffle or ballot; blocks run one after another. All threads of a block must reach
-// the same synchronisation points, which is stricter than CUDA for shuffles; the shim stops the
-// program if they do not.
+// __syncthreads or shuffle; blocks run one after another. All threads of a block must reach the same
+// synchronisation points, which is stricter than CUDA for shuffles; the shim stops the program if they
+// do not.
 #pragma once
 
 #include <ucontext.h>
@@ -151,24 +151,6 @@ inline float __shfl_xor_sync(unsigned, float value, int lane_mask) {
     });
 }
 
-inline unsigned __ballot_sync(unsigned, bool vote) {
-    return shim::exchange(uint32_t{vote}, [](const uint32_t* of_warp) {
-        unsigned votes = 0;
-        for (int lane = 0; lane < 32; ++lane) votes |= of_warp[lane] << lane;
-        return votes;
-    });
-}
-
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-
-// Blocks and threads take turns: whatever one does is whole, and seen by the next.
-inline int atomicAdd(int* address, int value) {
-    const int before = *address;
-    *address += value;
-    return before;
-}
-inline void __threadfence() {}
-
 // ---- launching ------------------------------------------------------------------------------------
 
 using cudaStream_t = void*;
@@ -215,7 +197,6 @@ T load(const T* address) {
 
 inline uint4 __ldg(const uint4* address) { return shim::load(address); }
 inline uint4 __ldcs(const uint4* address) { return shim::load(address); }
-inline int64_t __ldcg(const int64_t* address) { return shim::load(address); }
 inline void __stcg(uint4* address, uint4 value) {
     std::memcpy(const_cast<void*>(static_cast<const void*>(shim::checked(address))), &value, sizeof(value));
 }

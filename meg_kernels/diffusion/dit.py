@@ -18,7 +18,7 @@ import math
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -41,26 +41,22 @@ class DiTConfig:
     """The shape of a `NeuronDiT`. The defaults learn fast; `paper` is the published network.
 
     Args:
-        neuron_dim: length of a neuron's flat vector.
-        condition_dim: length of the condition, the text encoder's output.
-        patch_size: weights a token; the vector is zero-padded to a multiple of it.
-        width: of a token, even and a multiple of num_heads.
+        patch_size: weights per token; a neuron's flat vector is zero-padded to a multiple of it.
+        width: length of a token, even and a multiple of num_heads.
         depth: number of blocks.
         num_heads: attention heads.
-        mlp_ratio: hidden width of the MLP over `width`.
+        mlp_ratio: hidden width of a block's MLP divided by `width`, positive.
         condition_dropout: probability in [0, 1) with which each entry of the condition is dropped
             in training.
         token_condition: also add a projection of the condition to every token, each token with its
             own; without it the condition acts through the blocks' shift, scale and gate only.
         prediction: what the network predicts, "x0", "v" or "noise".
-        learns_variance: whether it has a second channel, DDPM's variance.
+        learns_variance: whether the network has a second channel, DDPM's variance.
 
     Raises:
         ValueError: naming the field that is out of range.
     """
 
-    neuron_dim: int
-    condition_dim: int
     patch_size: int = 512
     width: int = 512
     depth: int = 2
@@ -72,31 +68,32 @@ class DiTConfig:
     learns_variance: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("neuron_dim", "condition_dim", "patch_size", "width", "depth", "num_heads"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+        for name in ("patch_size", "width", "depth", "num_heads"):
+            _check_size(name, getattr(self, name))
         if self.width % self.num_heads or self.width % 2:
             raise ValueError(
                 f"width is {self.width}; it must be even and a multiple of num_heads, "
                 f"{self.num_heads}"
             )
-        if not self.mlp_ratio > 0:
-            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; it must be positive")
+        for name in ("mlp_ratio", "condition_dropout"):
+            if type(value := getattr(self, name)) not in (int, float):
+                raise ValueError(f"{name} is {value!r}; it must be a number")
+        if not self.mlp_ratio < math.inf or round(self.width * self.mlp_ratio) < 1:
+            raise ValueError(
+                f"mlp_ratio is {self.mlp_ratio}; it must be finite, and give the MLP a hidden "
+                f"width, mlp_ratio * {self.width}, of at least 1"
+            )
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"condition_dropout is {self.condition_dropout}; it must be in [0, 1)")
         check_choice("prediction", self.prediction, Prediction)
+        for name in ("token_condition", "learns_variance"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} is {value!r}; it must be True or False")
 
     @classmethod
-    def paper(cls, neuron_dim: int, condition_dim: int = 768) -> DiTConfig:
-        """DiT-B as published: adaLN conditioning only, v-prediction, learned variance.
-
-        >>> DiTConfig.paper(neuron_dim=5121).num_tokens  # Phi-2
-        52
-        """
+    def paper(cls) -> DiTConfig:
+        """DiT-B as published: adaLN conditioning only, v-prediction, learned variance."""
         return cls(
-            neuron_dim=neuron_dim,
-            condition_dim=condition_dim,
             patch_size=100,
             width=768,
             depth=12,
@@ -108,30 +105,9 @@ class DiTConfig:
         )
 
     @property
-    def num_tokens(self) -> int:
-        return math.ceil(self.neuron_dim / self.patch_size)
-
-    @property
     def num_channels(self) -> int:
+        """Output channels: the prediction, and the variance if it is learned."""
         return 2 if self.learns_variance else 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> DiTConfig:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: naming the unknown or missing fields.
-        """
-        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
-        required = {field.name for field in fields(cls) if field.default is MISSING}
-        missing = sorted(required - values.keys())
-        if unknown or missing:
-            raise ValueError(f"DiTConfig fields unknown: {unknown}, missing: {missing}")
-        return cls(**values)
 
 
 class NeuronDiT(nn.Module):
@@ -139,8 +115,13 @@ class NeuronDiT(nn.Module):
 
     Args:
         config: its shape.
+        neuron_dim: length of a neuron's flat vector.
+        condition_dim: length of a condition, the text encoder's output.
 
-    >>> dit = NeuronDiT(DiTConfig(neuron_dim=200, condition_dim=32, width=64, depth=1))
+    Raises:
+        ValueError: neuron_dim or condition_dim is not a positive integer.
+
+    >>> dit = NeuronDiT(DiTConfig(width=64, depth=1), neuron_dim=200, condition_dim=32)
     >>> x_t, t, condition = torch.randn(3, 200), torch.tensor([0, 500, 999]), torch.randn(3, 32)
     >>> dit(x_t, t, condition).shape
     torch.Size([3, 200])
@@ -148,19 +129,21 @@ class NeuronDiT(nn.Module):
 
     pos_embed: Tensor
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, neuron_dim: int, condition_dim: int) -> None:
         super().__init__()
-        self.config = config
-        width, num_tokens = config.width, config.num_tokens
+        _check_size("neuron_dim", neuron_dim)
+        _check_size("condition_dim", condition_dim)
+        self.config, self.neuron_dim, self.condition_dim = config, neuron_dim, condition_dim
+        width, num_tokens = config.width, self.num_tokens
         # A buffer: fixed, yet in the state dict, where released checkpoints have it.
         self.register_buffer("pos_embed", sincos_positions(num_tokens, width))  # [1, T, width]
         self.inLinear = nn.Linear(config.patch_size, width)
         self.tEmbedder = TimestepEmbedder(width)
         self.condition_dropout = nn.Dropout(config.condition_dropout)
-        if config.condition_dim != width:
-            self.condition_projection = nn.Linear(config.condition_dim, width)
+        if condition_dim != width:
+            self.condition_projection = nn.Linear(condition_dim, width)
         if config.token_condition:
-            self.token_condition = nn.Linear(config.condition_dim, num_tokens * width)
+            self.token_condition = nn.Linear(condition_dim, num_tokens * width)
         self.blocks = nn.ModuleList(
             DiTBlock(width, config.num_heads, round(width * config.mlp_ratio))
             for _ in range(config.depth)
@@ -170,15 +153,27 @@ class NeuronDiT(nn.Module):
         self._initialize()
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of a neuron, the last one padded.
+
+        >>> with torch.device("meta"):
+        ...     NeuronDiT(DiTConfig.paper(), neuron_dim=5121, condition_dim=768).num_tokens  # Phi-2
+        52
+        """
+        return math.ceil(self.neuron_dim / self.config.patch_size)
+
+    @property
     def prediction(self) -> Prediction:
+        """What `forward` returns: "x0", "v" or "noise"."""
         return self.config.prediction
 
     @property
     def learns_variance(self) -> bool:
+        """Whether `forward_with_variance` can be called."""
         return self.config.learns_variance
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """The prediction, of the kind that the config names.
+        """Predict x_0, v or the noise, whichever `prediction` names.
 
         Args:
             x_t: [B, neuron_dim] noised weights, any floating dtype.
@@ -189,8 +184,8 @@ class NeuronDiT(nn.Module):
             [B, neuron_dim] in the dtype of the parameters.
 
         Raises:
-            ValueError: for a shape or device that does not fit.
-            TypeError: for a dtype that does not fit.
+            ValueError: a shape or device does not fit.
+            TypeError: a dtype does not fit.
         """
         # The variance channel is not computed: deterministic solvers have no use for it.
         return self._denoise(x_t, t, condition, num_channels=1)[:, 0]
@@ -198,12 +193,20 @@ class NeuronDiT(nn.Module):
     def forward_with_variance(
         self, x_t: Tensor, t: Tensor, condition: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The prediction and the learned variance, each [B, neuron_dim]; arguments as `forward`.
+        """Predict both channels: what `forward` predicts, and the learned variance.
 
-        The variance is -1 for the posterior's and 1 for beta (Nichol & Dhariwal 2021, eq. 15).
+        Args:
+            x_t: [B, neuron_dim] noised weights, any floating dtype.
+            t: [B] int64 timesteps.
+            condition: [B, condition_dim], any floating dtype.
+
+        Returns:
+            Prediction and variance, each [B, neuron_dim] in the dtype of the parameters. The
+            variance is -1 for the posterior's and 1 for beta (Nichol & Dhariwal 2021, eq. 15).
 
         Raises:
-            ValueError: also where the config does not learn a variance.
+            ValueError: the config learns no variance, or a shape or device does not fit.
+            TypeError: a dtype does not fit.
         """
         if not self.learns_variance:
             raise ValueError(
@@ -215,21 +218,21 @@ class NeuronDiT(nn.Module):
     def _denoise(self, x_t: Tensor, t: Tensor, condition: Tensor, num_channels: int) -> Tensor:
         self._check_inputs(x_t, t, condition)
         config, dtype = self.config, self.inLinear.weight.dtype
-        padding = config.num_tokens * config.patch_size - config.neuron_dim
-        patches = F.pad(x_t.to(dtype), (0, padding)).unflatten(1, (config.num_tokens, -1))
+        padding = self.num_tokens * config.patch_size - self.neuron_dim
+        patches = F.pad(x_t.to(dtype), (0, padding)).unflatten(1, (self.num_tokens, -1))
         tokens = self.inLinear(patches) + self.pos_embed  # [B, T, width]
 
         condition = self.condition_dropout(condition.to(dtype))
         if config.token_condition:
             tokens = tokens + self.token_condition(condition).unflatten(1, tokens.shape[1:])
-        if config.condition_dim != config.width:
+        if self.condition_dim != config.width:
             condition = self.condition_projection(condition)
         c = self.tEmbedder(timestep_sinusoids(t).to(dtype)) + condition  # [B, width]
 
         for block in self.blocks:
             tokens = block(tokens, c)
         channels = self.outLinear(self.final_layer(tokens, c, num_channels))  # [B, T, C, patch]
-        return channels.transpose(1, 2).flatten(2)[..., : config.neuron_dim]  # [B, C, neuron_dim]
+        return channels.transpose(1, 2).flatten(2)[..., : self.neuron_dim]  # [B, C, neuron_dim]
 
     def _initialize(self) -> None:
         """DiT's: every block starts as the identity and the network as zero, the mean neuron.
@@ -256,8 +259,8 @@ class NeuronDiT(nn.Module):
     def _check_inputs(self, x_t: Tensor, t: Tensor, condition: Tensor) -> None:
         batch = x_t.shape[0] if x_t.ndim else 0
         expected = {
-            "x_t": (x_t, (batch, self.config.neuron_dim), "neuron_dim"),
-            "condition": (condition, (batch, self.config.condition_dim), "condition_dim"),
+            "x_t": (x_t, (batch, self.neuron_dim), "neuron_dim"),
+            "condition": (condition, (batch, self.condition_dim), "condition_dim"),
         }
         for name, (tensor, shape, field) in expected.items():
             if tensor.shape != shape:
@@ -276,6 +279,11 @@ class NeuronDiT(nn.Module):
                 raise ValueError(f"{name} is on {tensor.device}; the parameters are on {device}")
 
 
+def _check_size(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+
+
 class TimestepEmbedder(nn.Module):
     """The small MLP behind a timestep's sinusoids."""
 
@@ -286,7 +294,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, sinusoids: Tensor) -> Tensor:
-        """[B, 256] to [B, width]."""
+        """Embed sinusoids [B, 256] as [B, width]."""
         return self.mlp(sinusoids)
 
 
@@ -300,7 +308,7 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x [B, T, width], c [B, width] to [B, T, width]."""
+        """Update tokens x [B, T, width] under the condition c [B, width]; returns [B, T, width]."""
         modulation = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)  # 6 of [B, 1, width]
         shift, scale, gate = modulation[:3]
         x = x + gate * self.attn(modulate(x, shift, scale))
@@ -318,11 +326,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, width] to [B, T, width]."""
+        """Mix tokens [B, T, width] by attention; returns [B, T, width]."""
         return self.proj(self.attend(self.qkv(x)))
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """[B, T, 3 * width] to [B, T, width]."""
+        """Attend with packed queries, keys and values [B, T, 3 * width]; returns [B, T, width]."""
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, heads, head_dim]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, head_dim]
         attended = F.scaled_dot_product_attention(query, key, value)
@@ -338,6 +346,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map each token of [B, T, width] by itself; returns [B, T, width]."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -350,7 +359,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor, num_channels: int) -> Tensor:
-        """x [B, T, width], c [B, width] to the first channels, [B, T, num_channels, width]."""
+        """The first channels [B, T, num_channels, width] of x [B, T, width] under c [B, width]."""
         shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
         # Released checkpoints are taken to store a channel's rows together, prediction first and
         # variance second; their shape alone would also allow interleaved rows.
@@ -375,7 +384,7 @@ def sincos_positions(num_tokens: int, width: int) -> Tensor:
 
 
 def timestep_sinusoids(t: Tensor) -> Tensor:
-    """Timesteps [B] as [B, 256] float32: cosines of 128 periods, then sines."""
+    """Embed timesteps [B] as [B, 256] float32: cosines of 128 periods, then sines."""
     half = FREQUENCY_DIM // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
     angles = t[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * exponents)  # [B, half]
@@ -385,7 +394,7 @@ def timestep_sinusoids(t: Tensor) -> Tensor:
 def load_released_checkpoint(
     source: str | PathLike[str] | Mapping[str, Any], neuron_dim: int
 ) -> NeuronDiT:
-    """A network as the authors release it, its shape read from the checkpoint itself.
+    """Load a network that the authors released, its shape read from the checkpoint itself.
 
     Args:
         source: a state dict, or the path of one: `.pth` and `.pt` are read by `torch.load` without
@@ -397,10 +406,10 @@ def load_released_checkpoint(
         The network in eval mode, on the CPU in float32.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        TypeError: where the file holds something else than a state dict.
-        ValueError: for a file that cannot be read, parameters that are missing, unexpected or of
-            the wrong shape (naming them), or a neuron_dim that does not fill the tokens.
+        FileNotFoundError: there is no such file.
+        TypeError: the file holds something other than a state dict.
+        ValueError: the file cannot be read, parameters are missing, unexpected or of the wrong
+            shape (they are named), or neuron_dim does not fill the tokens.
     """
     parameters = source if isinstance(source, Mapping) else _read(Path(source))
     if isinstance(parameters, Mapping):
@@ -413,9 +422,10 @@ def load_released_checkpoint(
         raise ValueError(f"the checkpoint has entries that are not tensors: {not_tensors}")
 
     config = _infer_config(parameters, neuron_dim)
+    sizes = neuron_dim, config.width  # a condition is as long as a token is wide
     # On the meta device the network has shapes but no memory to fill.
     with torch.device("meta"):
-        expected = NeuronDiT(config).state_dict()
+        expected = NeuronDiT(config, *sizes).state_dict()
     missing = sorted(expected.keys() - parameters.keys())
     unexpected = sorted(parameters.keys() - expected.keys())
     misshapen = [
@@ -428,7 +438,7 @@ def load_released_checkpoint(
             f"not a released checkpoint of width {config.width} and depth {config.depth}: "
             f"missing {missing}, unexpected {unexpected}, misshapen {misshapen}"
         )
-    dit = NeuronDiT(config)
+    dit = NeuronDiT(config, *sizes)
     dit.load_state_dict(parameters)
     return dit.eval()
 
@@ -474,16 +484,12 @@ def _infer_config(parameters: Mapping[str, Tensor], neuron_dim: int) -> DiTConfi
             "the width of an attention head"
         )
     block_names = (re.match(r"blocks\.\d+\.", name) for name in parameters)
-    return DiTConfig(
-        neuron_dim=neuron_dim,
-        condition_dim=width,
+    return replace(
+        DiTConfig.paper(),
         patch_size=patch_size,
         width=width,
         depth=len({match.group() for match in block_names if match}),
         num_heads=width // RELEASED_HEAD_DIM,
         mlp_ratio=parameters["blocks.0.mlp.fc1.weight"].shape[0] / width,
-        condition_dropout=0.2,
-        token_condition=False,
-        prediction="v",
         learns_variance=parameters["final_layer.linear.weight"].shape[0] != width,
     )

@@ -28,18 +28,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meg_kernels.ops.linear_epilogue import linear_gelu
+from meg_kernels.nn.packing import PackedWeight
+from meg_kernels.ops.linear_gelu import linear_gelu
 from meg_kernels.ops.modulated_norm import gated_residual_layer_norm, modulated_layer_norm
 from meg_kernels.ops.short_attention import MAX_TOKENS, short_attention
 from meg_kernels.ops.solver_step import solver_step
-from meg_kernels.precision import PackedWeight, fast_dtype
+from meg_kernels.precision import fast_dtype
 
 from .dit import LAYER_NORM_EPS, DiTBlock, NeuronDiT, timestep_sinusoids
 from .sampler import SamplerConfig, check_condition, draw_noise
 from .schedule import NoiseSchedule, check_choice
 from .solvers import coefficient_table, plan_steps
 
-Attention = Literal["auto", "ours", "sdpa", "flash-attn"]
+AttentionBackend = Literal["auto", "ours", "sdpa", "flash-attn"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 MODULATION_BYTES = 256 * 2**20  # of the conditioning that is computed ahead of its steps
 CHUNK = 512  # samples that go through the network at once
@@ -48,26 +49,29 @@ GRAPHS = 8
 
 @dataclass(frozen=True)
 class Execution:
-    """How a sampler runs: what changes the time that it takes, and its result by rounding only.
+    """How a sampler runs: this changes the time that it takes, and its result by rounding only.
 
     Args:
-        precision: of the network's products; "auto" is bfloat16 where the device multiplies it
-            natively, else the network's own.
+        precision: dtype of the network's matrix products; "auto" is bfloat16 on a device that
+            multiplies it natively, otherwise the dtype of the network's parameters.
         attention: "ours" (`short_attention`, up to 128 tokens), "sdpa" (PyTorch's), "flash-attn"
-            (that package, on a GPU in bfloat16 or float16); "auto" is ours where the tokens are few
-            enough.
+            (that package, on a GPU in bfloat16 or float16); "auto" is "ours" for up to 128 tokens
+            and "sdpa" for more.
         graphs: on a GPU, record the loop as a CUDA graph for each power of two of samples.
         compile: run the loop under `torch.compile`, which takes minutes at the first call.
+
+    Raises:
+        ValueError: precision or attention is none of these.
     """
 
     precision: Precision = "auto"
-    attention: Attention = "auto"
+    attention: AttentionBackend = "auto"
     graphs: bool = True
     compile: bool = False
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, Precision)
-        check_choice("attention", self.attention, Attention)
+        check_choice("attention", self.attention, AttentionBackend)
 
 
 class NeuronSampler:
@@ -77,17 +81,18 @@ class NeuronSampler:
     still what was asked for.
 
     Args:
-        network: in eval mode.
-        schedule: the schedule that it was trained with.
+        network: a NeuronDiT in eval mode.
+        schedule: the schedule that the network was trained with.
         config: solver, steps and seed.
-        execution: how to run.
+        execution: how to run; default: `Execution()`.
 
     Raises:
-        ValueError: the network is in training mode, or takes more tokens than the attention does.
-        RuntimeError: flash-attn was asked for and is not there.
+        ValueError: the network is in training mode, has more tokens than `attention="ours"` takes,
+            or the schedule has fewer timesteps than `config.num_steps`.
+        RuntimeError: flash-attn was asked for, and is not installed or cannot run on this device.
 
     >>> from meg_kernels.diffusion import DiTConfig, NoiseSchedule
-    >>> dit = NeuronDiT(DiTConfig(neuron_dim=200, condition_dim=32, width=64, depth=1)).eval()
+    >>> dit = NeuronDiT(DiTConfig(width=64, depth=1), neuron_dim=200, condition_dim=32).eval()
     >>> sampler = NeuronSampler(dit, NoiseSchedule(), SamplerConfig(num_steps=2))
     >>> sampler(torch.randn(3, 32)).shape
     torch.Size([3, 200])
@@ -103,7 +108,10 @@ class NeuronSampler:
         if network.training:
             raise ValueError("the network is in training mode: call network.eval()")
         self.execution = execution or Execution()
-        self.config, self.shape = config, network.config
+        self.config = config
+        self.neuron_dim, self.condition_dim = network.neuron_dim, network.condition_dim
+        self._width, self._patch_size = network.config.width, network.config.patch_size
+        self._num_tokens = network.num_tokens
         self._network, self._seen = network, _versions(network)
         own = network.inLinear.weight
         self.device, self.dtype = own.device, _precision(self.execution, own)
@@ -116,14 +124,14 @@ class NeuronSampler:
         self._with_variance = ancestral and network.learns_variance
         self._table = coefficient_table(steps).to(self.device)  # [S, 8]
         draws = len(steps) if ancestral else 1
-        self._noise = draw_noise(draws, self.shape.neuron_dim, config.seed).to(self.device)
+        self._noise = draw_noise(draws, self.neuron_dim, config.seed).to(self.device)
         with torch.no_grad():
             self._prepare(network, torch.tensor(timesteps, device=self.device))
         self._graphs = _Graphs(self._run) if self._uses_graphs() else None
         self._whole = torch.compile(self._run) if self.execution.compile else self._run
 
     def is_current(self, config: SamplerConfig, execution: Execution) -> bool:
-        """Whether a sampler made now would do the same: no weight or setting has changed."""
+        """Whether a sampler made now with these would do the same, its weights being unchanged."""
         seen = self.config, self.execution, self._seen
         return seen == (config, execution, _versions(self._network))
 
@@ -138,16 +146,17 @@ class NeuronSampler:
             [B, neuron_dim] float32, in the space that the network was trained in.
 
         Raises:
-            ValueError, TypeError: condition is no such tensor.
+            ValueError: condition has another shape or is on another device.
+            TypeError: condition is not floating point.
         """
         check_condition(condition)
-        if condition.shape[1] != self.shape.condition_dim or condition.device != self.device:
+        if condition.shape[1] != self.condition_dim or condition.device != self.device:
             raise ValueError(
                 f"condition is {tuple(condition.shape)} on {condition.device}; it must be "
-                f"[B, {self.shape.condition_dim}] on {self.device}"
+                f"[B, {self.condition_dim}] on {self.device}"
             )
         if not len(condition):
-            return condition.new_empty(0, self.shape.neuron_dim, dtype=torch.float32)
+            return condition.new_empty(0, self.neuron_dim, dtype=torch.float32)
         run = self._whole if self._graphs is None else self._graphs
         with torch.autocast(self.device.type, enabled=False):
             chunks = [run(chunk) for chunk in condition.to(self.dtype).split(CHUNK)]
@@ -158,7 +167,7 @@ class NeuronSampler:
 
     def _prepare(self, network: NeuronDiT, timesteps: Tensor) -> None:
         """Take the network's weights, and compute what no condition has a part in."""
-        dtype, shape = self.dtype, self.shape
+        dtype = self.dtype
         # A compiler packs constants itself, and refuses what is packed.
         product = functools.partial(_Product, dtype=dtype, packs=not self.execution.compile)
         layers: list[Any] = [*network.blocks, network.final_layer]
@@ -167,9 +176,9 @@ class NeuronSampler:
         self._positions = network.pos_embed.to(dtype)
         self._patches = product([network.inLinear])
         self._projection = self._token_condition = None
-        if shape.condition_dim != shape.width:
+        if network.condition_dim != self._width:
             self._projection = product([network.condition_projection])
-        if shape.token_condition:
+        if network.config.token_condition:
             self._token_condition = product([network.token_condition])
         self._modulation = product([layer.adaLN_modulation[1] for layer in layers])
         self._blocks = [_Block.of(block, product) for block in layers[:-1]]
@@ -177,16 +186,16 @@ class NeuronSampler:
         outer, inner = network.outLinear, network.final_layer.linear
         channels = range(2 if self._with_variance else 1)
         self._heads = [
-            product([_folded(outer, inner, slice(c * shape.width, (c + 1) * shape.width))])
+            product([_folded(outer, inner, slice(c * self._width, (c + 1) * self._width))])
             for c in channels
         ]
 
     def _run(self, condition: Tensor) -> Tensor:
         """[B, condition_dim] in the compute dtype to [B, neuron_dim] float32."""
-        shape, batch, steps = self.shape, len(condition), len(self._table)
+        batch, steps = len(condition), len(self._table)
         x_t = self._noise[0].repeat(batch, 1)  # [B, dim]
         previous_x0 = x_t  # read by no first step
-        patches = condition.new_zeros(batch, shape.num_tokens * shape.patch_size)
+        patches = condition.new_zeros(batch, self._num_tokens * self._patch_size)
         inputs = self._positions.expand(batch, -1, -1)  # [B, T, width]
         if self._token_condition is not None:
             inputs = inputs + self._token_condition(condition).view(inputs.shape)
@@ -196,10 +205,10 @@ class NeuronSampler:
             time = self._time[start : start + max(ahead, 1)]
             modulation = self._modulation(F.silu(time + c.float()).to(self.dtype))  # [s, B, M]
             for step, at in enumerate(modulation, start):
-                patches[:, : shape.neuron_dim] = x_t
-                outputs = self._denoise(patches.view(batch, shape.num_tokens, -1), at, inputs)
+                patches[:, : self.neuron_dim] = x_t
+                outputs = self._denoise(patches.view(batch, self._num_tokens, -1), at, inputs)
                 prediction, *variance = [
-                    output.view(batch, -1)[:, : shape.neuron_dim] for output in outputs
+                    output.view(batch, -1)[:, : self.neuron_dim] for output in outputs
                 ]
                 x_t, previous_x0 = solver_step(
                     x_t,
@@ -221,7 +230,7 @@ class NeuronSampler:
                 final layer.
             inputs: [B, T, width] what is added to the tokens.
         """
-        parts = [*modulation.view(len(modulation), -1, self.shape.width).unbind(1)]  # [B, width]
+        parts = [*modulation.view(len(modulation), -1, self._width).unbind(1)]  # [B, width]
         stream = self._patches(patches) + inputs
         shift, scale, *parts = parts
         normed = modulated_layer_norm(stream, shift, scale, LAYER_NORM_EPS)
@@ -269,6 +278,7 @@ class _Product:
         return F.linear(x, self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
+        """The product of x [..., in_features], then a tanh-GELU."""
         if self._packed is not None:
             return self._packed(x, self.bias, gelu_tanh=True)
         return linear_gelu(x, self.weight, self.bias)
@@ -285,6 +295,7 @@ class _Block:
 
     @classmethod
     def of(cls, block: DiTBlock, product: Callable[[list[nn.Linear]], _Product]) -> _Block:
+        """Prepare a block's four linears."""
         linears = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
         return cls(*(product([linear]) for linear in linears))
 
@@ -339,10 +350,10 @@ def _precision(execution: Execution, own: Tensor) -> torch.dtype:
 
 
 def _attention(
-    wanted: Attention, network: NeuronDiT, dtype: torch.dtype, device: torch.device
+    wanted: AttentionBackend, network: NeuronDiT, dtype: torch.dtype, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
     """What turns a block's qkv [B, T, 3 * width] into its attended values [B, T, width]."""
-    heads, tokens = network.config.num_heads, network.config.num_tokens
+    heads, tokens = network.config.num_heads, network.num_tokens
     if wanted == "auto":
         wanted = "ours" if tokens <= MAX_TOKENS else "sdpa"
     if wanted == "ours":

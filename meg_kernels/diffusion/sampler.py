@@ -32,7 +32,7 @@ class Denoiser(Protocol):
 
     @property
     def training(self) -> bool:
-        """As in `nn.Module`; False while sampling."""
+        """Whether dropout is active, as `nn.Module.training` says; must be False to sample."""
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """The prediction [B, dim] for x_t [B, dim], t [B] int64 and condition [B, c]."""
@@ -40,7 +40,10 @@ class Denoiser(Protocol):
     def forward_with_variance(
         self, x_t: Tensor, t: Tensor, condition: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The same prediction, and its variance [B, dim]; only the "ddpm" solver asks for it."""
+        """The prediction that a call returns and the learned variance, each [B, dim].
+
+        Only the "ddpm" solver asks for the variance.
+        """
 
 
 @dataclass(frozen=True)
@@ -53,27 +56,27 @@ class SamplerConfig:
     Args:
         solver: "ddim" (deterministic, first order), "dpmsolver++" (deterministic, second order) or
             "ddpm" (ancestral, with the learned variance where the denoiser has one).
-        num_steps: calls of the denoiser, at least 1.
+        num_steps: calls of the denoiser, 1 to the schedule's number of timesteps.
         spacing: "trailing", "linspace" or "respaced", see `NoiseSchedule.timesteps`.
         seed: of the shared noise, 0 to 2**63 - 1.
 
     Raises:
-        ValueError: for values out of these ranges.
+        ValueError: a field is out of range; it is named.
     """
 
     solver: Solver = "ddim"
-    num_steps: int = 4
+    num_steps: int = 1
     spacing: Spacing = "trailing"
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_choice("solver", self.solver, Solver)
         check_choice("spacing", self.spacing, Spacing)
-        if not isinstance(self.num_steps, int) or self.num_steps < 1:
+        if type(self.num_steps) is not int or self.num_steps < 1:
             raise ValueError(
                 f"num_steps is {self.num_steps!r}; it must be an integer of at least 1"
             )
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed!r}; it must be an integer in 0 to 2**63 - 1")
 
 
@@ -98,9 +101,9 @@ def sample(
         [B, dim] float32, in the space (centred, scaled) that the denoiser was trained in.
 
     Raises:
-        ValueError: for a denoiser in training mode, a condition that is not [B, c], a `dim` below
-            1, more steps than the schedule has, or a denoiser whose outputs are not [B, dim].
-        TypeError: for a condition that is not floating point.
+        ValueError: the denoiser is in training mode or its outputs are not [B, dim], condition is
+            not [B, c], dim is below 1, or the schedule has fewer timesteps than num_steps.
+        TypeError: condition is not floating point.
     """
     _check_inputs(denoiser, condition, dim)
     timesteps = schedule.timesteps(config.num_steps, config.spacing)
@@ -131,13 +134,12 @@ def sample(
 
 
 def draw_noise(num_draws: int, dim: int, seed: int) -> Tensor:
-    """[num_draws, dim] float32, on the CPU: the noise that all rows share."""
-    # On the CPU whatever the device: accelerators have generators of their own, and a stored seed
-    # must mean the same neurons everywhere.
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    """Draw the noise that all rows share: [num_draws, dim] float32 on the CPU."""
+    # On the CPU whatever the device: each kind of accelerator draws other numbers from a seed, and
+    # a stored seed must mean the same neurons everywhere.
+    rng = torch.Generator(device="cpu").manual_seed(seed)
     draws = [
-        torch.randn(dim, generator=generator, dtype=torch.float32, device="cpu")
-        for _ in range(num_draws)
+        torch.randn(dim, generator=rng, dtype=torch.float32, device="cpu") for _ in range(num_draws)
     ]
     return torch.stack(draws)
 

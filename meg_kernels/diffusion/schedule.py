@@ -73,7 +73,12 @@ class NoiseSchedule:
         return alpha * x0 + sigma * noise
 
     def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The velocity v_t that a v-predicting denoiser is trained on; arguments as `add_noise`."""
+        """The velocity v_t that a v-predicting denoiser is trained on.
+
+        Args:
+            x0, noise: [B, dim], float32 or float64.
+            t: [B] int64 timesteps.
+        """
         alpha, sigma = self._alpha_sigma(t, x0=x0, noise=noise)
         return alpha * noise - sigma * x0
 
@@ -87,12 +92,6 @@ class NoiseSchedule:
         """
         alpha, sigma = self._alpha_sigma(t, prediction=prediction, x_t=x_t)
         from_sample, from_prediction = x0_coefficients(kind, alpha, sigma)
-        return from_sample * x_t + from_prediction * prediction
-
-    def to_noise(self, prediction: Tensor, kind: Prediction, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that a prediction implies; arguments as `to_x0`."""
-        alpha, sigma = self._alpha_sigma(t, prediction=prediction, x_t=x_t)
-        from_sample, from_prediction = noise_coefficients(kind, alpha, sigma)
         return from_sample * x_t + from_prediction * prediction
 
     def variational_bound(
@@ -214,18 +213,6 @@ def x0_coefficients(
     if kind == "v":
         return alpha, -sigma
     return 1 / alpha, -sigma / alpha
-
-
-def noise_coefficients(
-    kind: Prediction, alpha: Scale, sigma: Scale
-) -> tuple[Scale | float, Scale | float]:
-    """(a, b) of noise = a x_t + b prediction."""
-    check_choice("prediction", kind, Prediction)
-    if kind == "x0":
-        return 1 / sigma, -alpha / sigma
-    if kind == "v":
-        return sigma, alpha
-    return 0.0, 1.0
 
 
 def check_choice(name: str, value: object, choices: object) -> None:

@@ -36,6 +36,7 @@ class NoiseLevel:
 
     @property
     def alpha(self) -> float:
+        """What the clean weights are multiplied by."""
         return math.sqrt(self.alpha_cumprod)
 
     @property
@@ -45,11 +46,12 @@ class NoiseLevel:
 
     @property
     def sigma(self) -> float:
+        """The standard deviation of the noise."""
         return math.sqrt(self.variance)
 
     @property
     def log_snr(self) -> float:
-        """lambda = log(alpha / sigma), half the logarithm of the signal-to-noise ratio."""
+        """The lambda of the solvers, log(alpha / sigma): half the logarithm of the signal-to-noise ratio."""
         return math.log(self.alpha / self.sigma)
 
 
@@ -165,7 +167,7 @@ def estimate_x0(step: SolverStep, x_t: Tensor, prediction: Tensor) -> Tensor:
 
 
 def advance(update: Update, x_t: Tensor, x0: Tensor, previous_x0: Tensor) -> Tensor:
-    """c x_t + d x_0 + e x_0', all [B, dim]: the next state but for DDPM's noise."""
+    """The next state but for DDPM's noise: c x_t + d x_0 + e x_0', all [B, dim]."""
     x_next = update.sample * x_t + update.x0 * x0
     if update.previous_x0 != 0:
         x_next = x_next + update.previous_x0 * previous_x0

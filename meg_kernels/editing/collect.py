@@ -24,25 +24,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from meg_kernels.editing.facts import Fact
-from meg_kernels.editing.prompting import (
-    IGNORED,
-    PromptTemplate,
-    TargetBatch,
-    score_targets,
-    target_batch,
-    target_tokens,
-)
-from meg_kernels.integrations.transformers import decoder_layers, input_of
+from meg_kernels.editing.prompting import IGNORED, PromptedModel, TargetBatch
+from meg_kernels.facts import Fact
 from meg_kernels.neuron import Neurons
-from meg_kernels.nn import Attached, LowerLayers
-from meg_kernels.precision import fast_dtype, frozen_products
-from meg_kernels.storage import fingerprint, once, read_tensors, write_tensors
+from meg_kernels.nn import Attached, LowerLayers, input_device, input_of
+from meg_kernels.nn.families import decoder_layers
+from meg_kernels.nn.packing import frozen_products
+from meg_kernels.precision import fast_dtype
+from meg_kernels.storage import WorkFolder, fingerprint, read_tensors, write_tensors
 
 PROMPTS_AT_ONCE_ON_CPU = 16
-HIDDEN = ""  # the whole layer's name, among its projections'
+HIDDEN = ""  # the whole layer's name, among its parts'
 INITIAL_FACTS = 8  # whose prompts decide the initial neuron; one direction needs no more
 
 
@@ -110,9 +103,9 @@ class Collection:
     initial: Neurons
     seconds_before: float = 0.0
 
-    def unlearnt(self, facts: Sequence[Fact]) -> list[Fact]:
+    def unlearnt(self, facts: Sequence[Fact]) -> tuple[Fact, ...]:
         """The facts that the model does not answer even with their own neuron."""
-        return [fact for fact, ok in zip(facts, self.learnt.tolist(), strict=True) if not ok]
+        return tuple(fact for fact, ok in zip(facts, self.learnt.tolist(), strict=True) if not ok)
 
 
 class _Fit:
@@ -129,21 +122,22 @@ class _Fit:
 
     def __init__(
         self,
+        prompted: PromptedModel,
         attached: Attached,
         lower: LowerLayers,
         batch: TargetBatch,
         owner: Tensor,
         initial: Neurons,
     ):
-        self.attached, self.lower, self.batch = attached, lower, batch
+        self.prompted, self.attached, self.lower, self.batch = prompted, attached, lower, batch
         self.lengths = batch.inputs["attention_mask"].sum(1)  # [R]
         everything = torch.arange(len(batch), device=owner.device)
-        # What enters the edited layer, and that layer's products, by name: [R, T, ...].
+        # What enters the edited layer, and what its parts return, by name: [R, T, ...].
         self.known: dict[str, Tensor] = {}
         for rows in self._by_length(everything):
             inputs = batch[rows].inputs
             hidden = lower.run(**inputs)
-            known = {HIDDEN: hidden, **lower.products(hidden, **inputs)}
+            known = {HIDDEN: hidden, **lower.outputs(hidden, **inputs)}
             for name, part in known.items():
                 shape = *batch.inputs["input_ids"].shape, part.shape[-1]
                 whole = self.known.setdefault(name, part.new_zeros(shape))
@@ -206,7 +200,7 @@ class _Fit:
                 self.lower.replaced_by(known.pop(HIDDEN), known),
                 self.attached.neurons(self.attached.layout.unpack(part)),
             ):
-                scores = score_targets(self.attached.model, batch)
+                scores = self.prompted.score(batch)
             if with_gradient:
                 (gradient[some],) = torch.autograd.grad(scores.losses.sum(), part)
             losses[some], right[some] = scores.losses.detach(), scores.right
@@ -231,7 +225,7 @@ class _Look:
 def initial_neuron(attached: Attached, batch: TargetBatch, response: float) -> Neurons:
     """The neuron that fires with `response` at the end of an average prompt and adds nothing."""
     prompt_ends = torch.arange(len(batch)), -(batch.labels != IGNORED).sum(1)
-    inputs = input_of(attached.ffn.input_projection, attached.model, batch.inputs)
+    inputs = input_of(attached.ffn.entry, attached.model, batch.inputs)
     inputs = inputs.view(*batch.inputs["input_ids"].shape, -1)  # OPT flattens its tokens
     mean = inputs[prompt_ends].float().mean(0).cpu()  # [d_in]
     layout = attached.layout
@@ -241,12 +235,11 @@ def initial_neuron(attached: Attached, batch: TargetBatch, response: float) -> N
 
 
 def collect(
+    prompted: PromptedModel,
     attached: Attached,
-    tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[Fact],
     config: CollectionConfig | None = None,
     *,
-    template: PromptTemplate | None = None,
     initial: Neurons | None = None,
     work_folder: str | Path | None = None,
     progress: bool = False,
@@ -254,13 +247,12 @@ def collect(
     """Fit one neuron for each fact.
 
     Args:
-        attached: where in the model the neurons sit. The model's weights stay as they are.
-        tokenizer: the model's.
-        facts: what shall be answered.
+        prompted: the language model; its weights stay as they are.
+        attached: where in it the neurons sit.
+        facts: with the new answers.
         config: how neurons are fitted.
-        template: how queries become prompts.
         initial: one neuron to start from, of an earlier collection; default: `initial_neuron` of
-            the first facts.
+            some of the facts.
         work_folder: keeps finished batches, so that an interrupted collection of the same facts
             with the same configuration resumes. Default: nothing is kept.
         progress: show a progress bar.
@@ -272,30 +264,36 @@ def collect(
         ValueError: no facts.
         FloatingPointError: the fit diverged; a smaller learning rate helps.
     """
-    config, template = config or CollectionConfig(), template or PromptTemplate()
+    config = config or CollectionConfig()
     if not facts:
         raise ValueError("there are no facts to collect neurons for")
     model = attached.model
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no output layer, and without logits no neuron can be "
+            "fitted; load the model with AutoModelForCausalLM"
+        )
     targets = [
         [
-            target_tokens(tokenizer, template.format(framing), fact.answer)
+            prompted.target(prompted.prompt(framing), fact.answer)
             for framing in config.framings(fact.query)
         ]
         for fact in facts
     ]
-    lower = LowerLayers(model, attached.ffn.layer)
-    upper = [*decoder_layers(model)[attached.ffn.layer + 1 :], model.get_output_embeddings()]
+    lower = LowerLayers(model, attached.layer)
+    upper = [*decoder_layers(model)[attached.layer + 1 :], model.get_output_embeddings()]
     # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
-    dtype = fast_dtype(model.device, model.dtype)
+    dtype = fast_dtype(input_device(model), model.dtype)
     # Batches of one length waste no columns on padding.
     order = sorted(range(len(facts)), key=lambda i: max(len(p) + len(t) for p, t in targets[i]))
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
 
     def fit(rows: Sequence[int], initial: Neurons) -> dict[str, Tensor]:
         started = time.perf_counter()
-        batch = target_batch(model, tokenizer, [pair for i in rows for pair in targets[i]])
+        batch = prompted.batch([pair for i in rows for pair in targets[i]])
         owner = [place for place, i in enumerate(rows) for _ in targets[i]]
-        fitted = _Fit(attached, lower, batch, torch.tensor(owner, device=model.device), initial)
+        owners = torch.tensor(owner, device=input_device(model))
+        fitted = _Fit(prompted, attached, lower, batch, owners, initial)
         with frozen_products(upper, dtype) if dtype != model.dtype else nullcontext():
             fitted.run(config)
         fitted.lengthen(config.overshoot)
@@ -317,19 +315,22 @@ def collect(
     ):
         if initial is None:
             middle = batches[len(batches) // 2][:INITIAL_FACTS]
-            batch = target_batch(model, tokenizer, [pair for i in middle for pair in targets[i]])
+            batch = prompted.batch([pair for i in middle for pair in targets[i]])
             initial = initial_neuron(attached, batch, config.initial_response)
+        # Another model, fact or setting has another identity: results never mix.
         identity = fingerprint(
-            [dataclasses.asdict(config), targets, attached.ffn.layer],
-            attached.ffn.output_projection.weight,
+            [dataclasses.asdict(config), targets, attached.layer],
+            *attached.ffn.weights(),
             initial.layout.pack(initial),
         )
+        work = WorkFolder.of(work_folder) / f"collect-{identity}"
         for number, rows in enumerate(batches):
-            # Another model, fact or setting has another identity: results never mix.
-            name = f"collect-{identity}/batch-{number:05d}.safetensors"
-            path = None if work_folder is None else Path(work_folder) / name
-            make = functools.partial(fit, rows, initial)
-            done, found = once(path, make, write_tensors, lambda file: read_tensors(file)[0])
+            done, found = work.once(
+                f"batch-{number:05d}.safetensors",
+                functools.partial(fit, rows, initial),
+                write_tensors,
+                lambda file: read_tensors(file)[0],
+            )
             seconds_before += done["seconds"].item() if found else 0.0
             flat[rows], steps[rows] = done["flat"].cpu(), done["steps"].cpu()
             learnt[rows] = done["learnt"].cpu()

@@ -1,14 +1,15 @@
 """Distillation: a DiT generator that samples in one to four steps what takes it some fifty.
 
 Sampling starts from one shared noise vector and DDIM adds none: each condition has one trajectory.
-The student, a copy of the teacher, learns to take it in N steps. At each of its N timesteps one
-DDIM step shall lead from the teacher's state there to the teacher's next one,
+The student, a copy of the teacher, learns to follow it in N steps. At each of its N timesteps one
+DDIM step must lead from the teacher's state there to the teacher's state at the next,
 
     x_next = c x_t + d x_0,    which takes    x_0 = (x_next - c x_t) / d
 
 (Salimans & Ho 2022, algorithm 2, without its halvings). The loss is the error of the x_0 that the
-student implies, x_0 = a x_t + b prediction, since that is how an error appears in the weights; only
-where |b| > 1 would blow it up, in strong noise that the network predicts, it is the prediction's:
+student implies, x_0 = a x_t + b prediction, since that is how an error appears in the weights. In
+strong noise that the network predicts, |b| > 1 would blow that error up; there it is the error of
+the prediction itself:
 
     loss = |x_0(student) - x_0|^2 / max(1, |b|)^2
 """
@@ -27,12 +28,14 @@ import torch
 from torch import Tensor
 
 from meg_kernels.diffusion import NeuronDiT, plan_steps, sample
-from meg_kernels.editing.generators import DiTGenerator, Generator
-from meg_kernels.editing.train import Answers, Conditions, Task, Trial, distance, fit
+from meg_kernels.editing.fit import Task, fit
+from meg_kernels.editing.train import ConditionBatches
+from meg_kernels.editing.trial import AnswersRight, Trial, distance
 from meg_kernels.familiarity import Rewording
 from meg_kernels.neuron import Neurons
+from meg_kernels.routing.generators import DiTGenerator, Generator, NetworkGenerator
 
-MOST_STEPS = 4  # up to which d is at least 0.05
+MOST_STEPS = 4  # of a student; with more, d falls below 0.05
 TEACHER_STEPS = 50
 CLOSE = 0.02  # distance from the teacher's neurons at which a student has learnt enough
 # A teacher must answer this share of what the generator answers as it is.
@@ -42,14 +45,15 @@ USES = 10  # of a state: making a trajectory takes as many calls of the network 
 
 @dataclass(frozen=True)
 class Quality:
-    """What a network achieves when it is sampled in so many steps.
+    """What a network achieves when it is sampled in a number of steps.
 
     Args:
-        num_steps: of DDIM.
+        num_steps: steps of DDIM.
         answered: share of the edited queries that the model answers right.
-        to_teacher: relative L2 distance to the teacher's neurons, all of them standardised; where
-            those are smaller than a standard deviation, relative to that.
-        to_collected: the same to the collected neurons.
+        to_teacher: relative L2 distance of the standardised neurons from the teacher's; if the
+            teacher's are smaller than a standard deviation, relative to that.
+        to_collected: relative L2 distance of the standardised neurons from the collected ones,
+            measured in that way too.
     """
 
     num_steps: int
@@ -64,12 +68,13 @@ class Distillation:
 
     Args:
         asked: number of edited queries that all of this was measured on.
-        teacher: the network as it was, in many steps.
-        undistilled: the same network in the student's few.
-        student: the network that came of it.
+        teacher: the network before distillation, in many steps.
+        undistilled: the network before distillation, in the student's few steps.
+        student: the distilled network, in its few steps.
         steps: optimisation steps taken.
-        history: (step, loss, answered, to_teacher) at each look.
-        seconds_before: that an interrupted distillation spent on them.
+        history: (step, loss, answered, to_teacher) at each trial, the loss being the mean since the
+            trial before.
+        seconds_before: the seconds of training before an interruption.
     """
 
     asked: int
@@ -85,7 +90,7 @@ def distill(
     generator: Generator,
     conditions: Tensor,
     neurons: Neurons,
-    answers: Answers,
+    answers_right: AnswersRight,
     steps: int,
     *,
     rewording: Rewording | None = None,
@@ -94,26 +99,33 @@ def distill(
     work_folder: str | Path | None = None,
     progress: bool = False,
 ) -> tuple[DiTGenerator, Distillation]:
-    """A generator that samples in a few DDIM steps what `generator` samples in many.
+    """Make a generator that samples in a few DDIM steps what `generator` samples in many.
 
     It is trained until it answers as many edited queries as the teacher, with neurons close to
-    the teacher's, or for as many steps as the configuration has. The teacher, too, is sampled with
-    DDIM, whatever its own solver: a variance that it learnt has no part in it.
+    the teacher's, or until the steps are taken that the configuration allows. The teacher, too, is
+    sampled with DDIM, whatever its own solver: a variance that it learnt has no part in it.
 
     Args:
         generator: the teacher, a trained DiT; it stays as it is.
-        conditions: [N, condition_dim] of the edited queries.
+        conditions: [N, condition_dim] float32 of the edited queries, on the generator's device.
         neurons: the N neurons collected under them, which the result is compared with.
-        answers: tries neurons on the model.
-        steps: of the student, 1 to 4.
-        teacher_steps: a multiple of `steps`; default: the one closest to 50.
-        seed: of batches and noise; default: that of the generator's configuration.
-        rewording, work_folder, progress: as `train_generator` says.
+        answers_right: tries neurons on the model.
+        steps: sampling steps of the student, 1 to 4.
+        rewording: makes conditions of other wordings; None: noise takes their place.
+        teacher_steps: sampling steps of the teacher, a multiple of `steps`; None: the multiple
+            closest to 50.
+        seed: of batches and noise; None: that of the generator's configuration.
+        work_folder: keeps a checkpoint, from which an interrupted distillation of the same data and
+            configuration resumes; None: nothing is kept.
+        progress: show a progress bar.
+
+    Returns:
+        The student, and how its distillation went.
 
     Raises:
         ValueError: the generator is no DiT, a number of steps is out of range, or the generator
             answers too little in `teacher_steps` to teach.
-        FloatingPointError: the loss became NaN.
+        FloatingPointError: the loss became infinite or NaN.
     """
     if not isinstance(generator, DiTGenerator):
         raise ValueError(
@@ -133,13 +145,13 @@ def distill(
     teacher = _sampled_in(teacher_steps, generator)
     student = copy.deepcopy(_sampled_in(steps, generator))
     if seed is not None:
-        student.config = dataclasses.replace(student.config, seed=seed)
+        student.config = student.config.with_training(seed=seed)
 
-    trial = Trial.of(conditions, answers, student.config.seed)
+    trial = Trial.of(conditions, answers_right, student.config.training.seed)
     expected = generator.scaled_weights(trial.generate(teacher))
     collected = generator.scaled_weights(neurons.to(conditions.device)[trial.rows])
 
-    def quality(candidate: Generator) -> Quality:
+    def quality(candidate: DiTGenerator) -> Quality:
         made = trial.generate(candidate)
         weights = generator.scaled_weights(made)
         return Quality(
@@ -153,7 +165,8 @@ def distill(
     _check_fit_to_teach(taught, generator, trial)
     undistilled = quality(student)
 
-    def look(candidate: Generator) -> tuple[float, float]:
+    def tried(candidate: NetworkGenerator) -> tuple[float, float]:
+        assert isinstance(candidate, DiTGenerator)  # as the student is
         measured = quality(candidate)
         return measured.answered, measured.to_teacher
 
@@ -162,14 +175,14 @@ def distill(
 
     if as_good(undistilled.answered, undistilled.to_teacher):
         return student, Distillation(len(trial.rows), taught, undistilled, undistilled, 0)
-    lessons = Conditions(generator, conditions, rewording)
+    batches = ConditionBatches(generator, conditions, rewording)
     task = Task(
         "distilling generator",
-        _Lessons(teacher, student, lessons).loss,
-        look,
+        _TrajectoryBatches(teacher, student, batches).loss,
+        tried,
         done=lambda history: as_good(*history[-1][2:]),
-        identity=(teacher_steps, *lessons.identity, *teacher.parameters()),
-        max_steps=student.config.steps_for(len(conditions)),
+        identity=(teacher_steps, *batches.identity, *teacher.parameters()),
+        max_steps=student.config.training.steps_for(len(conditions)),
     )
     fitted = fit(student, task, work_folder=work_folder, progress=progress)
     report = Distillation(
@@ -185,7 +198,7 @@ def distill(
 
 
 def _sampled_in(num_steps: int, generator: DiTGenerator) -> DiTGenerator:
-    """The generator, its network shared, that samples so."""
+    """The generator, its network shared, that samples in this number of DDIM steps."""
     config = generator.config
     sampler = dataclasses.replace(
         config.sampler, solver="ddim", num_steps=num_steps, spacing="trailing"
@@ -195,58 +208,58 @@ def _sampled_in(num_steps: int, generator: DiTGenerator) -> DiTGenerator:
     return other
 
 
-def _check_fit_to_teach(teacher: Quality, generator: Generator, trial: Trial) -> None:
+def _check_fit_to_teach(teacher: Quality, generator: DiTGenerator, trial: Trial) -> None:
     own = generator.config.sampler
     answered = trial.answered(trial.generate(generator))
     if teacher.answered < FIT_TO_TEACH * answered:
         raise ValueError(
             f"in teacher_steps = {teacher.num_steps} the generator answers "
             f"{teacher.answered:.1%} of the edited queries, but {answered:.1%} with its own "
-            f"{own.num_steps} steps of {own.solver}; one that was distilled already can teach in "
-            f"its own number of steps only"
+            f"{own.num_steps} steps of {own.solver}; one that was distilled already can only teach "
+            "in its own number of steps"
         )
 
 
-class _Lessons:
-    """What the student learns from: the teacher's trajectories, made anew every so often.
+class _TrajectoryBatches:
+    """What the student learns from: the teacher's trajectories, made anew after every trial.
 
     Args:
         teacher: makes them; stays as it is.
-        student: learns to take them in its own number of steps.
-        conditions: that they start from.
+        student: learns to follow them in its own number of steps.
+        conditions: draws the conditions that they are sampled under.
     """
 
-    def __init__(self, teacher: DiTGenerator, student: DiTGenerator, conditions: Conditions):
+    def __init__(self, teacher: DiTGenerator, student: DiTGenerator, conditions: ConditionBatches):
         self.teacher, self.student, self.conditions = teacher, student, conditions
         self.schedule, self.prediction = teacher.noise_schedule, teacher.network.prediction
         timesteps = self.schedule.timesteps(student.config.sampler.num_steps)
         self.steps = plan_steps("ddim", self.schedule, timesteps, self.prediction)
         self.pool: tuple[Tensor, ...] = ()
 
-    def loss(self, step: int, random: torch.Generator) -> Tensor:
+    def loss(self, step: int, rng: torch.Generator) -> Tensor:
         """The loss of the student as it is at this step."""
-        config = self.student.config
+        config = self.student.config.training
         if step % config.check_every == 0:  # where checkpoints are: resumed runs do so too
-            self.pool = self._make(random)
-        rows = torch.randperm(len(self.pool[0]), generator=random)[: config.batch_size]
+            self.pool = self._make(rng)
+        rows = torch.randperm(len(self.pool[0]), generator=rng)[: config.batch_size]
         condition, x_t, t, x0, weight = (part[rows.to(part.device)] for part in self.pool)
         prediction = self.student.network(x_t, t, condition).float()
         implied = self.schedule.to_x0(prediction, self.prediction, x_t, t)
         return (weight * (implied - x0)).square().mean()
 
-    def _make(self, random: torch.Generator) -> tuple[Tensor, ...]:
+    def _make(self, rng: torch.Generator) -> tuple[Tensor, ...]:
         """Conditions [P, c], states [P, dim], timesteps [P], x_0 [P, dim] and weights [P, 1]."""
-        config = self.student.config
-        lessons = []
+        config = self.student.config.training
+        made = []
         for _ in range(math.ceil(config.check_every / (USES * len(self.steps)))):
-            _, conditions = self.conditions.draw(random)
+            _, conditions = self.conditions.draw(rng)
             states = self._states(conditions)
             for step, (x_t, x_next) in zip(self.steps, pairwise(states), strict=True):
                 x0 = (x_next - step.update.sample * x_t) / step.update.x0
                 t = torch.full((len(x_t),), step.timestep, device=x_t.device)
                 weight = torch.full_like(x_t[:, :1], 1 / max(1, abs(step.x0_from_prediction)))
-                lessons.append((conditions, x_t, t, x0, weight))
-        return tuple(torch.cat(parts) for parts in zip(*lessons, strict=True))
+                made.append((conditions, x_t, t, x0, weight))
+        return tuple(torch.cat(parts) for parts in zip(*made, strict=True))
 
     def _states(self, conditions: Tensor) -> list[Tensor]:
         """The teacher's states at the student's N timesteps and its result, N + 1 of [B, dim]."""
@@ -257,7 +270,7 @@ class _Lessons:
 
 
 class _Watched:
-    """A denoiser that keeps the states which it is asked about."""
+    """A denoiser that keeps the states that it is asked about."""
 
     learns_variance = False  # DDIM has no use for it
 

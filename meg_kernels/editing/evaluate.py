@@ -24,22 +24,12 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.editing.facts import Fact
 from meg_kernels.editing.general_ability import Perplexity
-from meg_kernels.editing.neuron_cache import Served
-from meg_kernels.editing.prompting import (
-    IGNORED,
-    PromptTemplate,
-    answer_text,
-    answers_match,
-    greedy_answers,
-    score_targets,
-    target_batch,
-    target_tokens,
-)
-from meg_kernels.storage import fingerprint, once, read_json, write_json
+from meg_kernels.editing.prompting import IGNORED, PromptedModel, answers_match
+from meg_kernels.facts import Fact
+from meg_kernels.routing.neuron_cache import Served
+from meg_kernels.storage import WorkFolder, fingerprint, read_json, write_json
 
 METRICS = (
     "reliability_ag",
@@ -118,6 +108,7 @@ class Metrics:
         return 0.0 if 0 in values else len(values) / sum(1 / value for value in values)
 
     def to_dict(self) -> dict[str, float | None]:
+        """The six shares and the Score, JSON-able."""
         return asdict(self) | {"score": self.score}
 
 
@@ -148,6 +139,7 @@ class EvaluationReport:
     perplexity: Perplexity | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
         return {
             "n": self.n,
             "metrics": self.metrics.to_dict(),
@@ -169,17 +161,16 @@ class Evaluation:
     """Asks a model, plain or edited, everything that its facts are measured on.
 
     Args:
-        model, tokenizer: the model.
+        prompted: the base model.
         facts: what it was edited with.
-        template: how queries become prompts.
         max_new_tokens: the longest answer; must hold the longest of the facts' answers. Default:
             16, or as many as that.
         batch_size: prompts at once. Base and edited model see the same batches, so that they
             differ by the neurons alone.
         work_folder: keeps what was answered, so that an interrupted evaluation of the same facts
             and model resumes. Default: nothing is kept.
-        edits: what tells the neurons that `edited` and `collected` mount from others: JSON-able
-            values and tensors. Without it only the base model's answers are kept.
+        identity: JSON-able values and tensors that tell the neurons which `edited` and `collected`
+            mount from others. Without any, only the base model's answers are kept.
 
     Raises:
         ValueError: no facts, or an answer that is longer than max_new_tokens.
@@ -187,22 +178,17 @@ class Evaluation:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        prompted: PromptedModel,
         facts: Sequence[Fact],
-        template: PromptTemplate,
         max_new_tokens: int | None = None,
         batch_size: int = 64,
         work_folder: str | Path | None = None,
-        edits: Sequence[Any] = (),
+        identity: Sequence[Any] = (),
     ):
         if not facts:
             raise ValueError("there are no facts to evaluate")
-        self.model, self.tokenizer, self.facts, self.template = model, tokenizer, facts, template
-        self.batch_size = batch_size
-        targets = [
-            target_tokens(tokenizer, template.format(fact.query), fact.answer)[1] for fact in facts
-        ]
+        self.prompted, self.facts, self.batch_size = prompted, facts, batch_size
+        targets = [prompted.target(prompted.prompt(fact.query), fact.answer)[1] for fact in facts]
         longest = max(map(len, targets))
         self.max_new_tokens = max(16, longest) if max_new_tokens is None else max_new_tokens
         if longest > self.max_new_tokens:
@@ -210,7 +196,7 @@ class Evaluation:
                 f"max_new_tokens is {max_new_tokens}, but the longest answer has {longest} tokens"
             )
         questions = [
-            Question(kind, i, query, template.format(query))
+            Question(kind, i, query, prompted.prompt(query))
             for i, fact in enumerate(facts)
             for kind, queries in (
                 ("reliability", [fact.query]),
@@ -224,8 +210,7 @@ class Evaluation:
             questions[i : i + batch_size] for i in range(0, len(questions), batch_size)
         ]
         self.seconds_before = 0.0  # that an interrupted evaluation spent on what was found
-        self._work_folder = None if work_folder is None else Path(work_folder)
-        self._edits = edits
+        self._work, self._identity = WorkFolder.of(work_folder), identity
         self._base_answers: dict[Question, list[int]] | None = None
         self._base_verdicts: list[Verdict] = []
 
@@ -233,7 +218,7 @@ class Evaluation:
         """How this evaluation measures."""
         questions = [question.kind for batch in self._batches for question in batch]
         return {
-            "prompt_template": self.template.text,
+            "prompt_template": self.prompted.template.text,
             "decoding": f"greedy, at most {self.max_new_tokens} tokens, up to a line break",
             "ag": "whole answer; case, its full stop and any sentence after that are ignored "
             "(locality: the same tokens)",
@@ -245,8 +230,8 @@ class Evaluation:
                 kind: questions.count(kind) for kind in ("reliability", "generality", "locality")
             },
             "batch_size": self.batch_size,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": self.model.device.type,
+            "dtype": str(self.prompted.model.dtype).removeprefix("torch."),
+            "device": self.prompted.model.device.type,
         }
 
     def base(self, progress: bool = False) -> Metrics:
@@ -254,22 +239,14 @@ class Evaluation:
         return Metrics.of(self.base_verdicts(progress))
 
     def base_verdicts(self, progress: bool = False) -> list[Verdict]:
-        """The same, question by question; the base model is asked once."""
+        """How the base model, which is asked once, answered each question."""
         if self._base_answers is None:
             answers: dict[Question, list[int]] = {}
-            mounting: Mounting = lambda queries, facts: nullcontext()  # noqa: E731
-            kept = self._kept("base")
             self._base_verdicts = self._ask(
-                mounting, "base model", progress, answers=answers, kept=kept
+                _nothing_mounted, "base model", progress, answers=answers, kept=self._kept("base")
             )
             self._base_answers = answers
         return self._base_verdicts
-
-    def edited(self, mounting: Mounting, progress: bool = False) -> Metrics:
-        """The metrics with the neurons that `mounting` mounts; asks the base model first."""
-        self.base_verdicts(progress)
-        kept = self._kept("edited", *self._edits) if self._edits else None
-        return Metrics.of(self._ask(mounting, "edited model", progress, kept=kept))
 
     def verdicts(
         self,
@@ -278,34 +255,71 @@ class Evaluation:
         among: Callable[[Question], bool] | None = None,
         prompting: Prompting | None = None,
     ) -> list[Verdict]:
-        """The same, question by question, or among some of the questions.
+        """How the model answers each question, or some of them, with what `mounting` mounts.
 
         Args:
             mounting: of neurons, or of any other edit.
             progress: show a progress bar.
             among: the questions that are asked; default: all.
-            prompting: for an edit that stands in the prompt. The base model gets the template's.
+            prompting: makes the prompts of an edit that stands in the prompt. The base model gets
+                the template's.
         """
         self.base_verdicts(progress)
         return self._ask(mounting, "edited model", progress, among, prompting=prompting)
 
+    def edited(self, mounting: Mounting, progress: bool = False) -> Metrics:
+        """The metrics with the neurons that `mounting` mounts; asks the base model first."""
+        self.base_verdicts(progress)
+        kept = self._kept("edited", *self._identity) if self._identity else None
+        return Metrics.of(self._ask(mounting, "edited model", progress, kept=kept))
+
     def collected(self, mounting: Mounting, progress: bool = False) -> Metrics:
-        """The same without locality queries, which have no neuron of their own."""
-        kept = self._kept("collected", *self._edits) if self._edits else None
+        """The metrics with each fact's own neuron, without those of Locality: it has no neuron."""
+        kept = self._kept("collected", *self._identity) if self._identity else None
         name = "collected neurons"
         return Metrics.of(self._ask(mounting, name, progress, has_own_neuron, kept=kept))
 
-    def _kept(self, name: str, *edits: Any) -> Path | None:
-        """The folder for the answers of this model, edited so, to these questions."""
-        if self._work_folder is None:
-            return None
-        return self._work_folder / f"{name}-{fingerprint(self._identity, *edits)}"
+    def report(
+        self,
+        edited: Mounting,
+        collected: Mounting | None = None,
+        *,
+        protocol: dict[str, Any] | None = None,
+        seconds: dict[str, float] | None = None,
+        progress: bool = False,
+    ) -> EvaluationReport:
+        """The edited model beside the base model.
+
+        Args:
+            edited: mounts the neurons that the edited model gives to queries.
+            collected: mounts each fact's own collected neuron; None leaves that ceiling out.
+            protocol: what else the report's protocol has to say.
+            seconds: of the stages before the evaluation.
+            progress: show progress bars.
+        """
+        started = time.perf_counter()
+        base, metrics = self.base(progress), self.edited(edited, progress)
+        ceiling = None if collected is None else self.collected(collected, progress)
+        took = time.perf_counter() - started + self.seconds_before
+        return EvaluationReport(
+            len(self.facts),
+            metrics,
+            base,
+            ceiling,
+            self.protocol() | (protocol or {}),
+            (seconds or {}) | {"evaluate": took},
+        )
+
+    def _kept(self, name: str, *identity: Any) -> WorkFolder:
+        """The folder for the answers of this model, so edited, to these questions."""
+        return self._work / f"{name}-{fingerprint(self._model_and_questions, *identity)}"
 
     @functools.cached_property
-    def _identity(self) -> str:
+    def _model_and_questions(self) -> str:
         """What tells this model and these questions from others."""
         # All weights, in a sum each: reading them is cheap beside one batch of answers.
-        sums = [float(part.detach().sum(dtype=torch.float64)) for part in self.model.parameters()]
+        weights = self.prompted.model.parameters()
+        sums = [float(part.detach().sum(dtype=torch.float64)) for part in weights]
         return fingerprint(self.protocol(), [fact.to_dict() for fact in self.facts], sums)
 
     @torch.no_grad()
@@ -317,8 +331,9 @@ class Evaluation:
         among: Callable[[Question], bool] | None = None,
         answers: dict[Question, list[int]] | None = None,
         prompting: Prompting | None = None,
-        kept: Path | None = None,
+        kept: WorkFolder | None = None,
     ) -> list[Verdict]:
+        kept = kept or WorkFolder()
         answers = {} if answers is None else answers
         verdicts = []
         bar = tqdm(self._batches, desc=f"evaluating {name}", disable=not progress, leave=False)
@@ -328,16 +343,17 @@ class Evaluation:
                 continue
             if prompting is not None:
                 batch = [replace(q, prompt=prompting(q.query, q.fact)) for q in batch]
-            path = None if kept is None else kept / f"batch-{number:05d}.json"
             answer = functools.partial(self._answer, batch, mounting)
-            (said, hits, seconds), found = once(path, answer, write_json, read_json)
+            (said, hits, seconds), found = kept.once(
+                f"batch-{number:05d}.json", answer, write_json, read_json
+            )
             self.seconds_before += seconds if found else 0.0
             answers.update(zip(batch, said, strict=True))
             for question, tokens, hit in zip(batch, said, hits, strict=True):
                 if question.kind == "locality":
                     right = self._base_answers is None or tokens == self._base_answers[question]
                 else:
-                    text = answer_text(self.tokenizer, tokens)
+                    text = self.prompted.text(tokens)
                     right = answers_match(text, self.facts[question.fact].answer)
                 verdicts.append(Verdict(question, right, hit))
         return verdicts
@@ -348,9 +364,7 @@ class Evaluation:
         """The tokens of each answer, the share of the wanted ones that it hits, and seconds."""
         started = time.perf_counter()
         with mounting([q.query for q in batch], [q.fact for q in batch]):
-            said = greedy_answers(
-                self.model, self.tokenizer, [q.prompt for q in batch], self.max_new_tokens
-            )
+            said = self.prompted.answers([q.prompt for q in batch], self.max_new_tokens)
         hits = self._hits(batch, said, self._wanted(batch, said), mounting)
         return said, hits, time.perf_counter() - started
 
@@ -365,8 +379,9 @@ class Evaluation:
     def _answer_tokens(self, question: Question) -> list[int]:
         """The target without its end; a full stop that shares a token with the answer stays."""
         answer = self.facts[question.fact].answer
-        target = target_tokens(self.tokenizer, question.prompt, answer)[1][:-1]
-        return target[:-1] if str(self.tokenizer.decode(target[-1:])).strip() == "." else target
+        target = self.prompted.target(question.prompt, answer)[1][:-1]
+        last = str(self.prompted.tokenizer.decode(target[-1:])).strip()
+        return target[:-1] if last == "." else target
 
     def _hits(
         self,
@@ -383,58 +398,26 @@ class Evaluation:
         if not missed:
             return hits
         questions = [batch[i] for i in missed]
-        pairs = [(self.tokenizer(batch[i].prompt).input_ids, wanted[i]) for i in missed]
-        targets = target_batch(self.model, self.tokenizer, pairs)
+        tokenizer = self.prompted.tokenizer
+        pairs = [(tokenizer(batch[i].prompt).input_ids, wanted[i]) for i in missed]
+        targets = self.prompted.batch(pairs)
         counted = targets.labels != IGNORED
         with mounting([q.query for q in questions], [q.fact for q in questions]):
-            shares = (score_targets(self.model, targets).hits & counted).sum(1) / counted.sum(1)
+            shares = (self.prompted.score(targets).hits & counted).sum(1) / counted.sum(1)
         for i, share in zip(missed, shares.tolist(), strict=True):
             hits[i] = share
         return hits
 
 
+def _nothing_mounted(queries: Sequence[str], facts: Sequence[int]) -> AbstractContextManager:
+    return nullcontext()
+
+
 def unknown_facts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    facts: Sequence[Fact],
-    template: PromptTemplate,
-    progress: bool = False,
+    prompted: PromptedModel, facts: Sequence[Fact], progress: bool = False
 ) -> list[Fact]:
     """The facts that the model does not answer: greedily, as a whole, to the query itself."""
     bare = [replace(fact, paraphrases=(), locality=()) for fact in facts]
-    verdicts = Evaluation(model, tokenizer, bare, template).base_verdicts(progress)
+    verdicts = Evaluation(prompted, bare).base_verdicts(progress)
     known = {verdict.question.fact for verdict in verdicts if verdict.right}
     return [fact for place, fact in enumerate(facts) if place not in known]
-
-
-def evaluate(
-    evaluation: Evaluation,
-    edited: Mounting,
-    collected: Mounting | None = None,
-    *,
-    protocol: dict[str, Any] | None = None,
-    seconds: dict[str, float] | None = None,
-    progress: bool = False,
-) -> EvaluationReport:
-    """The report of an edited model beside its base model.
-
-    Args:
-        evaluation: what to ask.
-        edited: mounts the neurons that the edited model gives to queries.
-        collected: mounts each fact's own collected neuron; None leaves that ceiling out.
-        protocol: what else the report's protocol shall say.
-        seconds: of the stages before.
-        progress: show progress bars.
-    """
-    started = time.perf_counter()
-    base = evaluation.base(progress)
-    metrics = evaluation.edited(edited, progress)
-    ceiling = None if collected is None else evaluation.collected(collected, progress)
-    return EvaluationReport(
-        len(evaluation.facts),
-        metrics,
-        base,
-        ceiling,
-        evaluation.protocol() | (protocol or {}),
-        (seconds or {}) | {"evaluate": time.perf_counter() - started + evaluation.seconds_before},
-    )

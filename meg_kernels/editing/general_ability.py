@@ -16,9 +16,8 @@ from dataclasses import dataclass
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.editing.prompting import score_targets, target_batch
+from meg_kernels.editing.prompting import PromptedModel
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,10 @@ _SENTENCE = re.compile(r".*?(?:[.!?][\"'”’)\]]*(?=\s|$)|(?=\n)|$)", re.DOTAL
 
 
 def first_sentence(text: str) -> str:
-    """What the gate sees of a text: its beginning, to the first full stop, question mark or
-    exclamation mark that white space follows, or to the first line break.
+    """The beginning of a text, which is what the gate sees of it.
+
+    It ends with the first full stop, question mark or exclamation mark that white space follows, or
+    at the first line break.
 
     >>> first_sentence("Pi is 3.14 or so. It has no end.")
     'Pi is 3.14 or so.'
@@ -59,19 +60,19 @@ def first_sentence(text: str) -> str:
 
 @torch.no_grad()
 def perplexity(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    prompted: PromptedModel,
     texts: Sequence[str],
-    edited: Callable[[str], AbstractContextManager[bool]],
+    mount_edited: Callable[[str], AbstractContextManager[bool]],
     progress: bool = False,
 ) -> Perplexity:
     """The perplexity of `texts`, with and without the edits.
 
     Args:
-        model, tokenizer: the base model.
+        prompted: the base model; its template is not used.
         texts: passages, read without a template and one at a time, up to the model's context
             length.
-        edited: mounts the neuron for this query, if it is an edited one, and says whether it is.
+        mount_edited: mounts the neuron of this query, if it is an edited one, and says whether it
+            is.
         progress: show a progress bar.
 
     Raises:
@@ -81,18 +82,18 @@ def perplexity(
         raise TypeError("texts is a str; pass a list of texts")
     if not texts:
         raise ValueError("there are no texts to read")
-    longest = model.config.max_position_embeddings
+    longest = prompted.model.config.max_position_embeddings
     base_loss = edited_loss = 0.0  # nats
     accepted = counted = 0
     for text in tqdm(texts, desc="reading", unit="passage", disable=not progress, leave=False):
-        tokens = tokenizer(text).input_ids[:longest]
+        tokens = prompted.tokenizer(text).input_ids[:longest]
         if len(tokens) < 2:
             raise ValueError(f"the text {text!r} has {len(tokens)} tokens; two are needed at least")
-        batch = target_batch(model, tokenizer, [(tokens[:1], tokens[1:])])
+        batch = prompted.batch([(tokens[:1], tokens[1:])])
         predicted = len(tokens) - 1
-        base_loss += predicted * score_targets(model, batch).losses.item()
-        with edited(first_sentence(text)) as taken:
-            edited_loss += predicted * score_targets(model, batch).losses.item()
+        base_loss += predicted * prompted.score(batch).losses.item()
+        with mount_edited(first_sentence(text)) as taken:
+            edited_loss += predicted * prompted.score(batch).losses.item()
         accepted += taken
         counted += predicted
     return Perplexity(

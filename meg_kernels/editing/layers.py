@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -18,15 +17,15 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from meg_kernels.editing.collect import CollectionConfig, collect
 from meg_kernels.editing.evaluate import Evaluation
-from meg_kernels.editing.facts import Fact
-from meg_kernels.editing.prompting import PromptTemplate
-from meg_kernels.integrations.transformers import decoder_layer, decoder_layers, feed_forward
+from meg_kernels.editing.prompting import PromptedModel
+from meg_kernels.facts import Fact
 from meg_kernels.nn import attach
-from meg_kernels.storage import fingerprint, once, read_json, write_json
+from meg_kernels.nn.families import decoder_layer, decoder_layers, feed_forward
+from meg_kernels.storage import WorkFolder, fingerprint, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ class LayerComparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """The comparison, JSON-able."""
         return {
             "n": self.n,
             "best": self.best.layer,
@@ -95,24 +95,21 @@ def default_layer(model: PreTrainedModel) -> int:
 
 
 def compare_layers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    prompted: PromptedModel,
     facts: Sequence[Fact],
     layers: Sequence[int] | None = None,
     config: CollectionConfig | None = None,
     *,
-    template: PromptTemplate | None = None,
     work_folder: str | Path | None = None,
     progress: bool = False,
 ) -> LayerComparison:
     """Collect neurons for `facts` in several layers, and ask the model with them.
 
     Args:
-        model, tokenizer: a causal language model of a supported family; it stays as it is.
-        facts: what shall be answered; some tens are enough.
+        prompted: the language model; it stays as it is.
+        facts: with the new answers; some tens are enough.
         layers: 0-based; default: every second one. The editor's default layer is always among them.
         config: how neurons are fitted.
-        template: how queries become prompts; default: the model's own.
         work_folder: keeps finished layers, so that an interrupted comparison of the same facts
             with the same configuration resumes. Default: nothing is kept.
         progress: show progress bars.
@@ -121,26 +118,24 @@ def compare_layers(
         ValueError: no facts, or a layer that the model does not have.
         FloatingPointError: the fit diverged; a smaller learning rate helps.
     """
+    model = prompted.model
     if layers is None:
         layers = range(0, len(decoder_layers(model)), 2)
     chosen = sorted({*layers, default_layer(model)})
     for layer in chosen:
         decoder_layer(model, layer)
-    config, template = config or CollectionConfig(), template or PromptTemplate.for_model(model)
+    config = config or CollectionConfig()
     # Locality queries have no neuron of their own.
     asked = [dataclasses.replace(fact, locality=()) for fact in facts]
-    evaluation = Evaluation(model, tokenizer, asked, template)
+    evaluation = Evaluation(prompted, asked)
     settings = [asdict(config), [asdict(fact) for fact in asked], evaluation.protocol()]
-    qualities = []
+    qualities, work = [], WorkFolder.of(work_folder)
     for layer in (bar := tqdm(chosen, desc="comparing", unit="layer", disable=not progress)):
         bar.set_postfix_str(f"layer {layer}")
-        path = None
-        if work_folder is not None:
-            # Another model, fact or setting has another identity: results never mix.
-            weight = feed_forward(model, layer).output_projection.weight
-            path = Path(work_folder) / f"layer-{layer}-{fingerprint(settings, weight)}.json"
-        quality, _ = once(
-            path,
+        # Another model, fact or setting has another identity: results never mix.
+        weights = feed_forward(model, layer).weights()
+        quality, _ = work.once(
+            f"layer-{layer}-{fingerprint(settings, *weights)}.json",
             functools.partial(_measure, evaluation, layer, config, progress),
             lambda file, quality: write_json(file, asdict(quality)),
             lambda file: LayerQuality(**read_json(file)),
@@ -155,17 +150,11 @@ def compare_layers(
 def _measure(
     evaluation: Evaluation, layer: int, config: CollectionConfig, progress: bool
 ) -> LayerQuality:
-    attached = attach(evaluation.model, layer)
+    prompted = evaluation.prompted
+    attached = attach(prompted.model, layer)
     try:
         started = time.perf_counter()
-        collection = collect(
-            attached,
-            evaluation.tokenizer,
-            evaluation.facts,
-            config,
-            template=evaluation.template,
-            progress=progress,
-        )
+        collection = collect(prompted, attached, evaluation.facts, config, progress=progress)
         seconds = time.perf_counter() - started
 
         def own(queries: Sequence[str], owners: Sequence[int]) -> AbstractContextManager:
@@ -184,37 +173,3 @@ def _measure(
         seconds / len(evaluation.facts),
         attached.layout.pack(collection.neurons).norm(dim=1).mean().item(),
     )
-
-
-def plot_layers(comparison: LayerComparison, path: str | Path) -> None:
-    """Draw Reliability, Generality and SGD steps over the layers, in the format of the suffix.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: matplotlib does not know the suffix.
-    """
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    rows, best = comparison.layers, comparison.best
-    layers = [quality.layer for quality in rows]
-    figure = Figure((7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.axvline(best.layer, color="0.85", linewidth=6, zorder=0, label=f"best: {best.layer}")
-    axes.plot(layers, [quality.reliability for quality in rows], "o-", label="Reliability")
-    if generality := [q.generality for q in rows if q.generality is not None]:  # of all, or none
-        axes.plot(layers, generality, "s-", label="Generality")
-    axes.set(xlabel="edited layer", ylabel="share answered (AG)", ylim=(-0.02, 1.02), xticks=layers)
-    axes.legend(loc="lower left")
-    steps = axes.twinx()
-    steps.plot(layers, [quality.steps for quality in rows], "^:", color="0.5")
-    steps.set(ylabel="SGD steps a fact (dotted)", ylim=(0, None))
-    axes.set_title(f"{comparison.n} facts, each with its own collected neuron")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
-def require_matplotlib() -> None:
-    """Raise ImportError, with the fix, where plots cannot be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("plots need matplotlib; run: pip install matplotlib")

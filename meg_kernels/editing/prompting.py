@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.integrations.transformers import last_feed_forward_sees
+from meg_kernels.nn import input_device, last_feed_forward_sees
+from meg_kernels.pretrained import ready_to_pad
 
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """How a query, a question or the beginning of a sentence, becomes a prompt.
+    r"""How a query, a question or the beginning of a sentence, becomes a prompt.
 
     One template for both kinds, as in the paper: a neuron fitted on one wording then works for the
     others as well, since all prompts end alike.
 
     >>> PromptTemplate().format("Who wrote Emma?")
-    'Q: Who wrote Emma?\\nA:'
+    'Q: Who wrote Emma?\nA:'
     """
 
     text: str = "Q: {}\nA:"
@@ -36,6 +37,7 @@ class PromptTemplate:
             raise ValueError(f"the template is {self.text!r}; it must hold one {{}}")
 
     def format(self, query: str) -> str:
+        """The prompt of a query."""
         return self.text.replace("{}", query.strip())
 
     @classmethod
@@ -90,25 +92,6 @@ def target_tokens(
     return prompt_ids, [*target, tokenizer.eos_token_id]
 
 
-def target_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[tuple[list[int], list[int]]],
-) -> TargetBatch:
-    """The teacher-forcing batch of (prompt, target) token ids, on the model's device."""
-    rows = [torch.tensor((prompt + target)[:-1]) for prompt, target in pairs]
-    labels = [torch.tensor(target) for _, target in pairs]
-
-    def pad_left(rows: list[Tensor], value: int) -> Tensor:
-        return nn.utils.rnn.pad_sequence(rows, True, value, "left").to(model.device)
-
-    attention_mask = pad_left([torch.ones_like(row) for row in rows], 0)
-    inputs = {"input_ids": pad_left(rows, tokenizer.pad_token_id), "attention_mask": attention_mask}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    return TargetBatch(inputs, pad_left(labels, IGNORED))
-
-
 @dataclass(frozen=True)
 class TargetScores:
     """How well a model predicts the targets of a batch.
@@ -158,41 +141,168 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({tokenizer.eos_token_id, *line_breaks})
 
 
-@torch.no_grad()
-def greedy_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    **generation: Any,
-) -> list[list[int]]:
-    """Token ids of each prompt's answer, up to and with the token that ends it.
+# What `PromptedModel.answers` sets itself, and what gives its model other prompts or other results
+# than texts.
+OWN_KEYWORDS = {
+    "inputs": "pass prompts",
+    "input_ids": "pass prompts",
+    "inputs_embeds": "pass prompts",
+    "attention_mask": "pass prompts",
+    "position_ids": "pass prompts",
+    "tokenizer": "the model's own is used",
+    "max_length": "use max_new_tokens",
+    "return_dict_in_generate": "answers are texts",
+    "output_scores": "answers are texts",
+    "output_logits": "answers are texts",
+    "output_attentions": "answers are texts",
+    "output_hidden_states": "answers are texts",
+}
 
-    Greedy unless `generation`, keyword arguments of `model.generate`, says otherwise.
+
+def check_generation(keywords: Mapping[str, Any]) -> None:
+    """Raise TypeError for keywords of `model.generate` that contradict answering prompts."""
+    for name in keywords.keys() & OWN_KEYWORDS.keys():
+        if keywords[name] is None or keywords[name] is False:
+            continue
+        raise TypeError(
+            f"{name} cannot be given here ({OWN_KEYWORDS[name]}); for full control, call "
+            "model.generate inside `with editor.routed(prompts):`"
+        )
+
+
+@dataclass(frozen=True)
+class PromptedModel:
+    """A language model that is asked queries in a template.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer, with a padding token, padding on the left.
+        template: how queries become prompts.
+
+    Raises:
+        ValueError: the tokenizer cannot pad so.
     """
-    tokenizer.padding_side = "left"
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
-    batch.pop("token_type_ids", None)
-    own = model.generation_config.eos_token_id  # chat models end with one of several
-    ends = sorted({*stop_tokens(tokenizer), *([own] if isinstance(own, int) else own or [])})
-    output = model.generate(  # type: ignore[operator]
-        **batch,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends,
-        **({"do_sample": False} | generation),
-    )
-    answers = []
-    for row in output[:, batch["input_ids"].shape[1] :].tolist():
-        end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-        answers.append(row[:end])
-    return answers
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template: PromptTemplate
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.pad_token_id is None or self.tokenizer.padding_side != "left":
+            raise ValueError(
+                "the tokenizer must have a padding token and pad on the left; use "
+                "PromptedModel.of(model, tokenizer), which takes any"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        template: PromptTemplate | None = None,
+    ) -> PromptedModel:
+        """`model` with a tokenizer that can pad and, by default, its own template.
+
+        The given tokenizer stays as it is.
+        """
+        return cls(model, ready_to_pad(tokenizer), template or PromptTemplate.for_model(model))
+
+    def prompt(self, query: str) -> str:
+        """The query in the template."""
+        return self.template.format(query)
+
+    def target(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """Token ids of `prompt` and of its target, as `target_tokens` has them."""
+        return target_tokens(self.tokenizer, prompt, answer)
+
+    def batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> TargetBatch:
+        """The teacher-forcing batch of (prompt, target) token ids, on the model's device."""
+        rows = [torch.tensor((prompt + target)[:-1]) for prompt, target in pairs]
+        labels = [torch.tensor(target) for _, target in pairs]
+
+        def pad_left(rows: list[Tensor], value: int) -> Tensor:
+            return nn.utils.rnn.pad_sequence(rows, True, value, "left").to(input_device(self.model))
+
+        pad = self.tokenizer.pad_token_id
+        attention_mask = pad_left([torch.ones_like(row) for row in rows], 0)
+        inputs = {"input_ids": pad_left(rows, pad), "attention_mask": attention_mask}
+        if "position_ids" in inspect.signature(self.model.forward).parameters:
+            inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        return TargetBatch(inputs, pad_left(labels, IGNORED))
+
+    def score(self, batch: TargetBatch) -> TargetScores:
+        """How well the model predicts the targets: one forward pass, differentiable."""
+        return score_targets(self.model, batch)
+
+    @property
+    def ends(self) -> list[int]:
+        """Token ids that end an answer: `stop_tokens`, and what the model itself ends with."""
+        return sorted({*stop_tokens(self.tokenizer), *self._own_ends})
+
+    @property
+    def _own_ends(self) -> set[int]:
+        own = self.model.generation_config.eos_token_id  # chat models end with one of several
+        return {self.tokenizer.eos_token_id, *_as_list(own)}
+
+    @torch.no_grad()
+    def answers(
+        self, prompts: Sequence[str], max_new_tokens: int, **generation: Any
+    ) -> list[list[int]]:
+        """Token ids of the answer to each prompt, up to and with the token that ends it.
+
+        Args:
+            prompts: texts as the model gets them, at least one; they make one batch.
+            max_new_tokens: the longest answer.
+            generation: keyword arguments of `model.generate`; greedy without any. `eos_token_id`
+                ends answers in place of the model's own; a line break always does.
+
+        Raises:
+            TypeError: a keyword that contradicts this: `check_generation` names them.
+        """
+        check_generation(generation)
+        generation = {k: v for k, v in generation.items() if k not in OWN_KEYWORDS}
+        batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True)
+        batch = batch.to(input_device(self.model))
+        batch.pop("token_type_ids", None)
+        ends = self.ends
+        if (chosen := generation.pop("eos_token_id", None)) is not None:
+            ends = sorted({*ends} - self._own_ends | {*_as_list(chosen)})
+        pad = generation.pop("pad_token_id", None)
+        pad = self.tokenizer.pad_token_id if pad is None else pad
+        if "stop_strings" in generation:
+            generation["tokenizer"] = self.tokenizer
+        output = self.model.generate(  # type: ignore[operator]
+            **batch,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=ends,
+            **({"do_sample": False} | generation),
+        )
+        answers = []
+        for row in output[:, batch["input_ids"].shape[1] :].tolist():
+            end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+            while "stop_strings" in generation and end and row[end - 1] == pad:
+                end -= 1  # a row that a string ended is padded after it
+            answers.append(row[:end])
+        return answers
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The answer that these tokens spell, as `answer_text` has it."""
+        return answer_text(self.tokenizer, tokens)
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """The answer that these tokens spell: one line, without the full stop that ends it."""
     text = str(tokenizer.decode(list(tokens), skip_special_tokens=True))
     return text.strip().split("\n")[0].strip().removesuffix(".")
+
+
+def _as_list(token: int | Sequence[int] | Tensor | None) -> list[int]:
+    if token is None:
+        return []
+    if isinstance(token, Tensor):
+        token = token.tolist()
+    return [token] if isinstance(token, int) else [*token]
 
 
 def answers_match(text: str, answer: str) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from meg_kernels.editing.editor import MeGEditor
 from meg_kernels.editing.general_ability import first_sentence
-from meg_kernels.editing.prompting import PromptTemplate, score_targets, target_batch
+from meg_kernels.editing.prompting import PromptTemplate
 
 try:
     import lm_eval
@@ -37,14 +37,15 @@ BATCH_SIZE = 16
 
 
 def query_of(context: str, template: PromptTemplate) -> str:
-    """What the gate sees of a context: the last query that stands in the editor's own template,
-    or else all of it.
+    r"""What the gate sees of a context.
 
-    >>> query_of("Q: Who wrote Emma?\\nA: Jane Austen\\n\\nQ: Who wrote Dracula?\\nA:",
+    That is the last query that stands in the editor's own template, or else the whole context.
+
+    >>> query_of("Q: Who wrote Emma?\nA: Jane Austen\n\nQ: Who wrote Dracula?\nA:",
     ...          PromptTemplate())
     'Who wrote Dracula?'
-    >>> query_of("Question: Who wrote Dracula?\\nAnswer:", PromptTemplate())
-    'Question: Who wrote Dracula?\\nAnswer:'
+    >>> query_of("Question: Who wrote Dracula?\nAnswer:", PromptTemplate())
+    'Question: Who wrote Dracula?\nAnswer:'
     """
     context = context.strip()
     beginning, end = template.text.split("{}")
@@ -100,6 +101,7 @@ class EditedLM(HFLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of each whole text, with the neuron of its first sentence if it has one."""
         answers = super().loglikelihood_rolling(requests, disable_tqdm)
         beginnings = [first_sentence(request.args[0]) for request in requests]
         accepted = self._accepted(beginnings)
@@ -113,13 +115,14 @@ class EditedLM(HFLM):
         return answers
 
     def tok_batch_encode(self, strings: Sequence[str], *args: Any, **more: Any) -> tuple:
+        """Tokenise a batch, and note the texts whose neurons it needs."""
         self._contexts = list(strings)
         return super().tok_batch_encode(strings, *args, **more)
 
     def _model_generate(self, context: Tensor, *args: Any, **more: Any) -> Tensor:
         queries = [self._query(text) for text in self._contexts]
         with self.editor.routed(queries) as routing:
-            self.seen |= dict(zip(queries, routing.edited.tolist(), strict=True))
+            self.seen |= dict(zip(queries, routing.accepted.tolist(), strict=True))
             return super()._model_generate(context, *args, **more)
 
     def _model_call(self, inps: Tensor, *args: Any, **more: Any) -> Tensor:
@@ -134,7 +137,7 @@ class EditedLM(HFLM):
     def _accepted(self, queries: Sequence[str]) -> dict[str, bool]:
         """Whether the gate takes these for edited queries; each is asked about once."""
         new = [query for query in dict.fromkeys(queries) if query and query not in self.seen]
-        self.seen |= dict(zip(new, self.editor.route(new).edited.tolist(), strict=True))
+        self.seen |= dict(zip(new, self.editor.route(new).accepted.tolist(), strict=True))
         return {query: self.seen.get(query, False) for query in queries}  # nothing asks nothing
 
     @torch.no_grad()
@@ -142,7 +145,7 @@ class EditedLM(HFLM):
         """Log-likelihood of each continuation, and whether it is what greedy decoding gives."""
         longest = self.max_length + 1
         cut = [((context + target)[-longest : -len(target)], target) for context, target in pairs]
-        scores = score_targets(self.model, target_batch(self.model, self.tokenizer, cut))
+        scores = self.editor.prompted.score(self.editor.prompted.batch(cut))
         lengths = [len(target) for _, target in cut]
         return [
             (-loss * length, right)
@@ -208,7 +211,7 @@ def evaluate_tasks(
         FileNotFoundError: there is no such folder.
         RuntimeError: nothing is edited.
     """
-    editor.edits  # noqa: B018
+    _ = editor.edits  # raises where nothing is edited
     manager = _task_manager(tasks, task_path)
     options: dict[str, Any] = {"batch_size": batch_size, "softmax_dtype": "float32"}
     base = HFLM(pretrained=editor.model, tokenizer=editor.tokenizer, **options)

@@ -14,7 +14,7 @@ order that depends on its length, its dtype and whether it is aligned to 16 byte
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +23,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meg_kernels.kernels import Configuration, aligned, jit
+from meg_kernels.kernels.launching import Configuration, aligned, jit, rows_adjacent
+from meg_kernels.kernels.limits import ACTIVATIONS
+from meg_kernels.kernels.limits import DTYPES as KERNEL_DTYPES
+from meg_kernels.neuron import Neurons
 
+DTYPES = (*KERNEL_DTYPES, torch.float64)  # float64 so that gradcheck can be run on the kernels
 # The kernels get the activation as a number at run time: it is one scalar a row, and there are five
 # times fewer kernels to compile.
-ACTIVATIONS = ("identity", "gelu", "gelu_tanh", "silu", "relu")
 _GELU = tl.constexpr(ACTIVATIONS.index("gelu"))
 _GELU_TANH = tl.constexpr(ACTIVATIONS.index("gelu_tanh"))
 _SILU = tl.constexpr(ACTIVATIONS.index("silu"))
 _RELU = tl.constexpr(ACTIVATIONS.index("relu"))
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 # ---- inside the kernels ------------------------------------------------------------------------
@@ -153,8 +154,8 @@ def _forward_kernel(
             x_block = _load(x, start + columns, d_in, ROWS_ALIGNED)
             key_block = _load(key, start + columns, d_in, NEURONS_ALIGNED)
             products += x_block.to(ACCUMULATE) * key_block.to(ACCUMULATE)
-        before = tl.sum(products, axis=0) + bias.to(ACCUMULATE)
-        hidden, _ = _activate(activation, before)
+        pre = tl.sum(products, axis=0) + bias.to(ACCUMULATE)
+        hidden, _ = _activate(activation, pre)
 
         edited = y_block.to(ACCUMULATE) + hidden * value_block.to(ACCUMULATE)
         _store(out, columns, d_out, edited, ROWS_ALIGNED)
@@ -169,31 +170,20 @@ def _forward_kernel(
             _store(out, start + columns, d_out, y_block, ROWS_ALIGNED)
 
 
-def forward(
-    out: Tensor,
-    y: Tensor,
-    x: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    value: Tensor,
-    index: Tensor,
-    activation: str,
-) -> None:
+def forward(out: Tensor, y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> None:
     """Write y plus each row's own neuron into `out`, in one launch.
 
     Args:
         out: like y; y itself for the operation in place, where rows with index -1 are not touched.
         y: [B, T, d_out] or [M, d_out].
         x: [B, T, d_in] or [M, d_in].
-        key: [N, d_in].
-        bias: [N], or None.
-        value: [N, d_out].
+        neurons: N neurons with that d_in and d_out.
         index: int64 [B] or [M], -1 for a row that stays as it is.
-        activation: one of `ACTIVATIONS`.
     """
     rows = x.shape[:-1].numel()
     if rows == 0:
         return
+    key, bias, value = neurons.key, neurons.bias, neurons.value
     launch = row_launch(
         max(x.shape[-1], y.shape[-1]), y.dtype, aligned(out, y, x), aligned(key, value)
     )
@@ -216,7 +206,7 @@ def forward(
             0 if bias is None else bias.stride(0),
             value.stride(0),
             index.stride(0),
-            ACTIVATIONS.index(activation),
+            ACTIVATIONS.index(neurons.activation),
             int(bias is not None),
             int(out.data_ptr() == y.data_ptr()),
             **launch.constants(y.dtype),
@@ -232,7 +222,7 @@ def forward(
 def _backward_rows_kernel(
     dx_ptr,
     hidden_ptr,
-    dbefore_ptr,
+    dpre_ptr,
     grad_ptr,
     x_ptr,
     key_ptr,
@@ -286,17 +276,17 @@ def _backward_rows_kernel(
             grad_block = _load(grad, start + columns, d_out, ROWS_ALIGNED)
             value_block = _load(value, start + columns, d_out, NEURONS_ALIGNED)
             grad_products += grad_block.to(ACCUMULATE) * value_block.to(ACCUMULATE)
-        before = tl.sum(products, axis=0) + bias.to(ACCUMULATE)
-        hidden, slope = _activate(activation, before)
-        dbefore = tl.sum(grad_products, axis=0) * slope
+        pre = tl.sum(products, axis=0) + bias.to(ACCUMULATE)
+        hidden, slope = _activate(activation, pre)
+        dpre = tl.sum(grad_products, axis=0) * slope
 
         tl.store(hidden_ptr + m, hidden)
-        tl.store(dbefore_ptr + m, dbefore)
+        tl.store(dpre_ptr + m, dpre)
         if needs_x != 0:
-            _store(dx, columns, d_in, dbefore * first_key_block.to(ACCUMULATE), ROWS_ALIGNED)
+            _store(dx, columns, d_in, dpre * first_key_block.to(ACCUMULATE), ROWS_ALIGNED)
             for start in range(BLOCK, d_in, BLOCK):
                 key_block = _load(key, start + columns, d_in, NEURONS_ALIGNED)
-                values = dbefore * key_block.to(ACCUMULATE)
+                values = dpre * key_block.to(ACCUMULATE)
                 _store(dx, start + columns, d_in, values, ROWS_ALIGNED)
     elif needs_x != 0:
         for start in range(0, d_in, BLOCK):
@@ -310,7 +300,7 @@ def _sum_rows_kernel(
     rows_ptr,
     weights_ptr,
     order_ptr,
-    first_ptr,
+    starts_ptr,
     tokens: tl.int32,
     width: tl.int32,
     row_sample_stride: tl.int64,
@@ -326,8 +316,8 @@ def _sum_rows_kernel(
     part = tl.program_id(0) % programs_per_neuron
     columns = part * COLUMNS + tl.arange(0, COLUMNS)
     exist = _exist(columns, width, rows_ptr, ALIGNED)
-    first = tl.load(first_ptr + i)
-    count = (tl.load(first_ptr + i + 1) - first).to(tl.int32) * tokens
+    first = tl.load(starts_ptr + i)
+    count = (tl.load(starts_ptr + i + 1) - first).to(tl.int32) * tokens
     sums = tl.zeros([ROWS, COLUMNS], ACCUMULATE)
     totals = tl.zeros([ROWS], ACCUMULATE)
     for start in range(0, count, ROWS):
@@ -351,14 +341,7 @@ def _sum_rows_kernel(
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    value: Tensor,
-    index: Tensor,
-    activation: str,
-    needs: tuple[bool, bool, bool, bool],
+    grad: Tensor, x: Tensor, neurons: Neurons, index: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, key, bias and value; that of y is `grad` itself.
 
@@ -367,20 +350,22 @@ def backward(
     Rows with index -1 get zeros and give nothing, whatever they hold. Nothing waits for the GPU.
 
     Args:
-        grad: of the result, [B, T, d_out] or [M, d_out].
-        x, key, bias, value, index, activation: as in `forward`.
+        grad: of the result, [B, T, d_out] or [M, d_out]; an expanded one is copied.
+        x: [B, T, d_in] or [M, d_in].
+        neurons: N neurons with that d_in and d_out.
+        index: int64 [B] or [M], -1 for a row without a neuron.
         needs: which of the gradients of (x, key, bias, value) to compute.
 
     Returns:
         (dx, dkey, dbias, dvalue) in the dtypes of their tensors; None where not needed.
     """
-    if grad.shape[-1] > 1 and grad.stride(-1) != 1:  # as that of a sum is: one element, expanded
-        grad = grad.contiguous()
+    grad = rows_adjacent(grad)
+    key, bias, value = neurons.key, neurons.bias, neurons.value
     needs_x, needs_key, needs_bias, needs_value = needs
     rows = x.shape[:-1].numel()
     accumulate = torch.promote_types(x.dtype, torch.float32)
     hidden = torch.empty(rows, dtype=accumulate, device=x.device)
-    dbefore = torch.empty_like(hidden)
+    dpre = torch.empty_like(hidden)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
     if rows > 0:
         written = grad if dx is None else dx
@@ -394,7 +379,7 @@ def backward(
             _backward_rows_kernel[(rows,)](
                 written,
                 hidden,
-                dbefore,
+                dpre,
                 grad,
                 x,
                 key,
@@ -411,7 +396,7 @@ def backward(
                 0 if bias is None else bias.stride(0),
                 value.stride(0),
                 index.stride(0),
-                ACTIVATIONS.index(activation),
+                ACTIVATIONS.index(neurons.activation),
                 int(bias is not None),
                 int(needs_x),
                 **launch.constants(x.dtype),
@@ -426,13 +411,13 @@ def backward(
         torch.empty(value.shape, dtype=value.dtype, device=value.device) if needs_value else None
     )
     if len(key) > 0:
-        # The samples of neuron i are order[first[i] : first[i + 1]]; those without one come first.
+        # The samples of neuron i are order[starts[i] : starts[i + 1]]; those of none come first.
         index, order = torch.sort(index, stable=True)
-        first = torch.searchsorted(index, torch.arange(len(key) + 1, device=index.device))
+        starts = torch.searchsorted(index, torch.arange(len(key) + 1, device=index.device))
         if dkey is not None or dbias is not None:
-            _sum_rows(dkey, dbias, x, dbefore, order, first)
+            _sum_rows(dkey, dbias, x, dpre, order, starts)
         if dvalue is not None:
-            _sum_rows(dvalue, None, grad, hidden, order, first)
+            _sum_rows(dvalue, None, grad, hidden, order, starts)
     return dx, dkey, dbias, dvalue
 
 
@@ -442,20 +427,20 @@ def _sum_rows(
     rows: Tensor,
     weights: Tensor,
     order: Tensor,
-    first: Tensor,
+    starts: Tensor,
 ) -> None:
-    """sums[i], totals[i] = sums of weights[m] * rows[m] and of weights[m] over neuron i's rows."""
+    """Sum weights[m] * rows[m] into sums[i], weights[m] into totals[i], over neuron i's rows."""
     width = 0 if sums is None else rows.shape[-1]
     launch = sum_launch(rows.dtype, aligned(rows) if sums is None else aligned(rows, sums))
     programs_per_neuron = max(triton.cdiv(width, launch.columns), 1)
     with torch.cuda.device_of(rows):
-        _sum_rows_kernel[((len(first) - 1) * programs_per_neuron,)](
+        _sum_rows_kernel[((len(starts) - 1) * programs_per_neuron,)](
             rows if sums is None else sums,
             rows if totals is None else totals,
             rows,
             weights,
             order,
-            first,
+            starts,
             _tokens(rows),
             width,
             *_row_strides(rows),
@@ -475,9 +460,10 @@ class RowLaunch:
     """How the kernels with one program per row are compiled.
 
     Args:
-        block: elements of a row handled at once; a power of two.
-        warps: of 32 threads, per program.
-        rows_aligned: every row of x, y and their gradients starts, and ends, at 16 bytes.
+        block: number of elements of a row handled at once; a power of two.
+        warps: number of warps of 32 threads in a program.
+        rows_aligned: every row of x, y and their gradients starts and ends at a multiple of 16
+            bytes.
         neurons_aligned: every key and value does.
     """
 
@@ -520,9 +506,10 @@ class SumLaunch:
     """How the kernel that sums over a neuron's rows is compiled.
 
     Args:
-        rows, columns: of the tile that a program reads at once.
-        warps: of 32 threads, per program.
-        aligned: every row, read or written, starts and ends at 16 bytes.
+        rows: number of rows in the tile that a program reads at once.
+        columns: number of columns in that tile.
+        warps: number of warps of 32 threads in a program.
+        aligned: every row, read or written, starts and ends at a multiple of 16 bytes.
     """
 
     rows: int
@@ -546,7 +533,7 @@ def sum_launch(dtype: torch.dtype, aligned: bool) -> SumLaunch:
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every way in which the launchers above may have a kernel compiled."""
+    """All configurations that the launchers above may have a kernel compiled for."""
     widths = [2**power for power in range(16)]  # row_launch asks only for the next power of two
     for dtype in DTYPES:
         accumulate = torch.promote_types(dtype, torch.float32)
@@ -557,11 +544,11 @@ def configurations() -> Iterator[Configuration]:
         ]
         for launch in dict.fromkeys(row_launches):
             for kernel in (_forward_kernel, _backward_rows_kernel):
-                others = {"index": torch.int64, "hidden": accumulate, "dbefore": accumulate}
+                others = {"index": torch.int64, "hidden": accumulate, "dpre": accumulate}
                 constants = launch.constants(dtype)
                 yield Configuration.of(kernel, dtype, others, constants, launch.warps)
         for tile in dict.fromkeys(sum_launch(dtype, wide) for wide in (True, False)):
-            others = {"weights": accumulate, "order": torch.int64, "first": torch.int64}
+            others = {"weights": accumulate, "order": torch.int64, "starts": torch.int64}
             constants = tile.constants(dtype)
             yield Configuration.of(_sum_rows_kernel, dtype, others, constants, tile.warps)
 
@@ -571,7 +558,7 @@ def _accumulate(dtype: torch.dtype) -> tl.dtype:
 
 
 def _tokens(x: Tensor) -> int:
-    """Rows of x for each number in index."""
+    """The number of rows of x for each number in index."""
     return x.shape[1] if x.dim() == 3 else 1
 
 

@@ -5,8 +5,8 @@
 
 Every element is read once, and the mean and then the centred variance of a row are formed in
 float32 where it lies in registers: a large mean costs no more than its own digits. A row of up to
-1024 elements lies in one warp's, so that warps exchange nothing. A program serves neighbouring
-tokens, which share what modulates their sample.
+1024 elements lies in the registers of one warp, so that warps exchange nothing. A program serves
+neighbouring tokens, which share what modulates their sample.
 
 Shapes, dtypes and devices are the ops layer's care. All tensors share one dtype. Rows may lie at
 any distance from each other; elements within a row are adjacent. A row's bits depend on nothing
@@ -25,10 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meg_kernels.kernels import Configuration, aligned, jit
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_WIDTH = 8192
+from meg_kernels.kernels.launching import Configuration, aligned, jit
+from meg_kernels.kernels.limits import DTYPES, MAX_WIDTH
 
 
 @triton.jit
@@ -141,18 +139,19 @@ def forward(
     Args:
         out: [B, T, D], contiguous, 1 <= D <= `MAX_WIDTH`.
         x: [B, T, D], unit stride within a row.
-        shift, scale: [B, D], unit stride within a row.
+        shift: [B, D], unit stride within a row.
+        scale: like shift.
         eps: added to the variance.
         stream: like out, for x plus the gated update; None to add nothing.
-        update: like x; there if stream is.
-        gate: like shift; there if stream is.
+        update: like x; needed with a stream, and only then.
+        gate: like shift; needed with a stream, and only then.
     """
     batch, tokens, width = x.shape
     if batch * tokens == 0:
         return
     gated = stream is not None
     if stream is None or update is None or gate is None:
-        stream, update, gate = out, x, shift  # no more than places: nothing is read or written
+        stream, update, gate = out, x, shift  # stand-ins: nothing is read or written
     launch = norm_launch(width, x.dtype, aligned(out, stream, x, update, gate, shift, scale))
     with torch.cuda.device_of(x):
         _modulated_norm_kernel[(triton.cdiv(batch * tokens, launch.rows),)](
@@ -187,10 +186,11 @@ class NormLaunch:
     """How the kernel is compiled.
 
     Args:
-        chunks, block: a row has at most so many chunks of so many elements.
-        rows: how many of them a program serves.
-        warps: of 32 threads, per program.
-        aligned: every row, read or written, starts and ends at 16 bytes.
+        chunks: the most chunks that a row has.
+        rows: number of rows that a program serves.
+        block: number of elements in a chunk.
+        warps: number of warps of 32 threads in a program.
+        aligned: every row, read or written, starts and ends at a multiple of 16 bytes.
     """
 
     chunks: int
@@ -210,7 +210,7 @@ class NormLaunch:
 
 
 def norm_launch(width: int, dtype: torch.dtype, aligned: bool) -> NormLaunch:
-    """The launch for rows of so many elements.
+    """The launch for rows of this many elements.
 
     A chunk is what one warp loads at 16 bytes a thread: in the released DiT a row of 768 elements
     is three of them. Rows of more than 1024, or not aligned, share a configuration for them all.
@@ -223,7 +223,7 @@ def norm_launch(width: int, dtype: torch.dtype, aligned: bool) -> NormLaunch:
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every way in which the launcher above may have the kernel compiled."""
+    """All configurations that the launcher above may have its kernel compiled for."""
     for dtype in DTYPES:
         for width in (256, 768, 1024, MAX_WIDTH):
             launch = norm_launch(width, dtype, aligned=True)

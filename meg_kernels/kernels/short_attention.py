@@ -23,10 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meg_kernels.kernels import Configuration, aligned, jit
+from meg_kernels.kernels.launching import Configuration, aligned, jit
+from meg_kernels.kernels.limits import DTYPES, MAX_TOKENS
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_TOKENS = 128
 _WHOLE_HEAD = 64  # columns of a head that need no loop
 
 
@@ -106,7 +105,7 @@ def forward(qkv: Tensor, num_heads: int) -> Tensor:
 
     Args:
         qkv: [B, T, 3 * heads * head_dim], 1 <= T <= `MAX_TOKENS`, unit stride within a row.
-        num_heads: of query, of key and of value.
+        num_heads: how many heads each of queries, keys and values has.
 
     Returns:
         [B, T, heads * head_dim], contiguous.
@@ -139,12 +138,12 @@ class AttentionLaunch:
     """How the kernel is compiled.
 
     Args:
-        queries: that a program serves.
-        tokens: that they attend to, padded.
-        columns: of a head that are handled at once; a narrower head is padded.
-        warps: of 32 threads, per program.
+        queries: number of queries that a program serves.
+        tokens: number of tokens that they attend to, padded.
+        columns: number of columns of a head handled at once; a narrower head is padded.
+        warps: number of warps of 32 threads in a program.
         chunked: heads may have more columns than that, which a loop goes through.
-        aligned: every head's part of a row starts and ends at 16 bytes.
+        aligned: every head's part of a row starts and ends at a multiple of 16 bytes.
     """
 
     queries: int
@@ -168,7 +167,7 @@ class AttentionLaunch:
 def attention_launch(
     tokens: int, head_dim: int, dtype: torch.dtype, aligned: bool
 ) -> AttentionLaunch:
-    """The launch for so many tokens, whatever the batch and the number of heads.
+    """The launch for this many tokens, whatever the batch and the number of heads.
 
     Heads of up to 64 columns are taken whole, 16 queries a warp, as matrix instructions like it.
     Wider heads, float32 (of which no such instruction keeps all digits) and what does not lie at 16
@@ -181,7 +180,7 @@ def attention_launch(
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every way in which the launcher above may have its kernel compiled."""
+    """All configurations that the launcher above may have its kernel compiled for."""
     for dtype in DTYPES:
         launches = [
             attention_launch(tokens, head_dim, dtype, aligned)

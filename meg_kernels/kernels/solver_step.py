@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meg_kernels.kernels import Configuration, aligned, jit
+from meg_kernels.kernels.launching import Configuration, aligned, jit
+from meg_kernels.kernels.limits import DTYPES
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Elements that lie together in aligned rows: 16 bytes of float32, 8 of a prediction in 16 bits.
 # Were those loaded 16 bytes at a time too, they would have to change threads to meet the float32s.
 _VECTOR = tl.constexpr(4)
@@ -118,9 +118,11 @@ def forward(
     """Write the next state and the clean sample into `x_next` and `x0`, in one launch.
 
     Args:
-        x_next, x0: float32 [B, dim], with one and the same stride.
-        x_t, previous_x0: float32 [B, dim].
+        x_next: float32 [B, dim], the next state.
+        x0: float32 [B, dim], the clean sample, with the stride of x_next.
+        x_t: float32 [B, dim], the state.
         prediction: [B, dim], one of `DTYPES`.
+        previous_x0: float32 [B, dim], the x0 of the step before.
         table: float32 [S, 8].
         step: the row of the table.
         noise: float32 [dim], or None.
@@ -165,9 +167,9 @@ class StepLaunch:
     """How the kernel is compiled.
 
     Args:
-        aligned: every row starts and ends at a vector of four elements.
-        block: elements of a row that a program handles.
-        warps: of 32 threads, per program.
+        aligned: every row starts and ends at a multiple of a vector of four elements.
+        block: number of elements of a row that a program handles.
+        warps: number of warps of 32 threads in a program.
     """
 
     aligned: bool
@@ -180,7 +182,7 @@ class StepLaunch:
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every way in which the launcher above may have its kernel compiled."""
+    """All configurations that the launcher above may have its kernel compiled for."""
     state = ("x_next", "x0", "x_t", "previous_x0", "table", "noise")
     others = dict.fromkeys(state, torch.float32)
     for dtype in DTYPES:

@@ -1,7 +1,16 @@
 """Floor 2: modules that carry neurons."""
 
-from meg_kernels.nn.attach import Attached, attach
-from meg_kernels.nn.linear import MeGConv1D, MeGLinear
+from meg_kernels.nn.attached import Attached, attach
+from meg_kernels.nn.linear import MeGLinear
 from meg_kernels.nn.lower_layers import LowerLayers
+from meg_kernels.nn.partial import input_device, input_of, last_feed_forward_sees
 
-__all__ = ["Attached", "LowerLayers", "MeGConv1D", "MeGLinear", "attach"]
+__all__ = [
+    "Attached",
+    "LowerLayers",
+    "MeGLinear",
+    "attach",
+    "input_device",
+    "input_of",
+    "last_feed_forward_sees",
+]

@@ -7,52 +7,85 @@ they are, in the storage they have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from meg_kernels.neuron import Neurons
-from meg_kernels.ops import dynamic_neuron, dynamic_neuron_
-from meg_kernels.ops.dynamic_neuron import check_index
+from meg_kernels.nn.mounted import Mounted
 
 
-class CarriesNeurons:
-    """What makes a projection carry neurons; mixed into the projection's own class."""
+class MeGLinear(nn.Linear):
+    """A drop-in `torch.nn.Linear` that carries neurons.
 
-    _neurons: Neurons | None = None
-    _index: Tensor | None = None
-    _source: Tensor | None = None
+    Constructor, parameters and state_dict keys are those of `torch.nn.Linear`; without mounted
+    neurons its output is too, bit for bit.
 
-    def mount(self, neurons: Neurons, index: Tensor | None = None) -> None:
+    >>> import torch
+    >>> layer = MeGLinear(3, 4)
+    >>> neurons = Neurons(torch.ones(1, 3), None, torch.ones(1, 4))
+    >>> x = torch.ones(2, 5, 3)
+    >>> with layer.mounted(neurons, index=[0, -1]):
+    ...     y = layer(x)
+    >>> bool((y[0] - layer(x)[0] - 3).abs().max() < 1e-5), torch.equal(y[1], layer(x)[1])
+    (True, True)
+    """
+
+    _mounted: Mounted | None = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> MeGLinear:
+        """A MeGLinear over the very parameters of `linear`: storage is shared, nothing copied.
+
+        Raises:
+            TypeError: it is no plain Linear.
+        """
+        if type(linear) is not nn.Linear:
+            raise TypeError(
+                f"from_linear takes a torch.nn.Linear, got {type(linear).__name__}; in a model "
+                "with quantised or adapter-wrapped projections use meg_kernels.attach, which "
+                "carries neurons at the whole feed-forward layer"
+            )
+        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
+
+    def mount(self, neurons: Neurons, index: Tensor | Sequence[int] | None = None) -> None:
         """Carry `neurons` from now on.
 
         Args:
-            neurons: N neurons; they are brought to the weight's device and dtype.
+            neurons: N neurons with d_out = out_features, and d_in the width of what they will
+                read: in_features, or that of `source`. They are brought to the weight's device
+                and dtype.
             index: int64 [B]: the neuron of each sample of the batch, -1 for none.
                 Default: sample b has neuron b.
 
         Raises:
-            ValueError: index is not int64 [B] or (on the CPU) holds a number that is no neuron's.
+            ValueError: the neurons write another width, or index is not int64 [B] or (on the
+                CPU) holds a number that is no neuron's.
         """
-        weight: Tensor = self.weight  # type: ignore[attr-defined]
-        if index is None:
-            index = torch.arange(len(neurons))
-        check_index(index, neurons)  # here, where it is usually on the CPU and can be read
-        # Contiguous: flat vectors' views start where no 16-byte load may.
-        neurons = neurons.to(weight.device, weight.dtype).contiguous()
-        index = index.to(weight.device).contiguous()
-        self._neurons, self._index, self._source = neurons, index, None
+        if neurons.layout.d_out != self.out_features:
+            raise ValueError(
+                f"neurons write outputs of width {neurons.layout.d_out}, but this layer's are "
+                f"{self.out_features} wide; mount neurons of that d_out"
+            )
+        self._mounted = Mounted.at(self.weight.device, self.weight.dtype, neurons, index)
 
     def unmount(self) -> None:
         """Be the plain projection again."""
-        self._neurons = self._index = self._source = None
+        self._mounted = None
 
     @contextmanager
-    def mounted(self, neurons: Neurons, index: Tensor | None = None) -> Iterator[None]:
-        """`mount` for the length of a `with` block."""
+    def mounted(
+        self, neurons: Neurons, index: Tensor | Sequence[int] | None = None
+    ) -> Iterator[None]:
+        """`mount` for the length of a `with` block.
+
+        Args:
+            neurons: N neurons with d_out = out_features.
+            index: int64 [B]: the neuron of each sample, -1 for none. Default: b for sample b.
+        """
         self.mount(neurons, index)
         try:
             yield
@@ -60,8 +93,8 @@ class CarriesNeurons:
             self.unmount()
 
     def project(self, x: Tensor) -> Tensor:
-        """The projection alone."""
-        return super().forward(x)  # type: ignore[misc]
+        """The projection alone, without neurons."""
+        return super().forward(x)
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
         """The projection of x, plus the mounted neurons.
@@ -69,95 +102,23 @@ class CarriesNeurons:
         Args:
             x: [B, T, in_features], or [M, in_features] with M a multiple of the samples B.
             source: what the keys read, x's shape but for its width; default x itself.
+
+        Raises:
+            ValueError: neurons are mounted for another number of samples, or x and source do
+                not fit together.
         """
         y = self.project(x)
-        if self._neurons is None or self._index is None:
+        if self._mounted is None:
             return y
-        if source is None:
-            source, self._source = (x if self._source is None else self._source), None
-        samples = len(self._index)
-        if samples == 0 or source[..., 0].numel() % samples or y.shape[:-1] != source.shape[:-1]:
+        source = x if source is None else source
+        if y.shape[:-1] != source.shape[:-1]:
             raise ValueError(
-                f"{samples} samples have neurons mounted, but the layer was called with x "
-                f"{tuple(x.shape)} and source {tuple(source.shape)}; give each sample of the batch "
-                "one index (-1 for none)"
+                f"x is {tuple(x.shape)} and source {tuple(source.shape)}; they must have the same "
+                "shape but for their width"
             )
-        if source.dim() > 2 and source.shape[0] != samples:
-            raise ValueError(
-                f"{samples} samples have neurons mounted, but the batch has {source.shape[0]}; "
-                "give each sample of the batch one index (-1 for none)"
-            )
-        # OPT flattens its tokens to [B * T, d]; [B, T, d] is their other view.
-        tokens = source.reshape(samples, -1, source.shape[-1])
-        output = y.reshape(samples, -1, y.shape[-1])
-        op = dynamic_neuron if torch.is_grad_enabled() else dynamic_neuron_
-        return op(output, tokens, self._neurons, self._index).view(y.shape)
+        return self._mounted.add(y, source)
 
-
-class MeGLinear(CarriesNeurons, nn.Linear):
-    """A drop-in `torch.nn.Linear` that carries neurons.
-
-    Constructor, parameters and state_dict keys are those of `torch.nn.Linear`; without mounted
-    neurons its output is too, bit for bit.
-
-    >>> layer = MeGLinear(3, 4)
-    >>> neurons = Neurons(torch.ones(1, 3), None, torch.ones(1, 4))
-    >>> x = torch.ones(2, 5, 3)
-    >>> with layer.mounted(neurons, index=torch.tensor([0, -1])):
-    ...     y = layer(x)
-    >>> bool((y[0] - layer(x)[0] - 3).abs().max() < 1e-5), torch.equal(y[1], layer(x)[1])
-    (True, True)
-    """
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear) -> MeGLinear:
-        """A MeGLinear over the very parameters of `linear`: storage is shared, nothing copied."""
-        if type(linear) is not nn.Linear:
-            raise TypeError(
-                f"from_linear takes a torch.nn.Linear, got {type(linear).__name__}; quantised or "
-                "adapter-wrapped projections are not supported: load the model without them"
-            )
-        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        layer.weight, layer.bias = linear.weight, linear.bias
-        return layer.train(linear.training)
-
-
-class MeGConv1D(CarriesNeurons, Conv1D):
-    """The same over transformers' `Conv1D`, GPT-2's transposed Linear (weight [in, out])."""
-
-    @classmethod
-    def from_conv1d(cls, conv: Conv1D) -> MeGConv1D:
-        """A MeGConv1D over the very parameters of `conv`: storage is shared, nothing copied."""
-        if type(conv) is not Conv1D:
-            raise TypeError(
-                f"from_conv1d takes a transformers Conv1D, got {type(conv).__name__}; quantised or "
-                "adapter-wrapped projections are not supported: load the model without them"
-            )
-        with torch.device("meta"):
-            layer = cls(conv.nf, conv.nx)
-        layer.weight, layer.bias = conv.weight, conv.bias
-        return layer.train(conv.training)
-
-
-def projections(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """The plain projections among and in `modules`, whether or not they carry neurons."""
-    kinds = (nn.Linear, Conv1D, MeGLinear, MeGConv1D)
-    return (part for module in modules for part in module.modules() if type(part) in kinds)
-
-
-@contextmanager
-def products_replaced(products: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Inside, each of these projections gets its product, but for neurons it carries, like this."""
-    before = []
-    try:
-        for projection, product in products.items():
-            name = "project" if isinstance(projection, CarriesNeurons) else "forward"
-            before.append((vars(projection), name, vars(projection).get(name)))
-            vars(projection)[name] = product
-        yield
-    finally:
-        for attributes, name, earlier in reversed(before):
-            if earlier is None:
-                del attributes[name]
-            else:
-                attributes[name] = earlier
+    def extra_repr(self) -> str:
+        """The line inside the parentheses of `repr`."""
+        mounted = "" if self._mounted is None else f", neurons={len(self._mounted.neurons)}"
+        return super().extra_repr() + mounted

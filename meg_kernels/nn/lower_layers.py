@@ -1,30 +1,35 @@
-"""What is below the neurons of a layer, run once for many forward calls."""
+"""What does not depend on a layer's neurons, run once for many forward calls."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from meg_kernels.integrations.transformers import decoder_layer, decoder_layers, input_of
-from meg_kernels.nn.linear import products_replaced, projections
+from meg_kernels.nn.attached import first_tensor
+from meg_kernels.nn.families import decoder_layers, feed_forward
+from meg_kernels.nn.partial import input_of, output_of, uncompiled
+
+_log = logging.getLogger(__name__)
 
 
 class _Stub(nn.Module):
     """Stands for a decoder layer whose output is known already, or not wanted."""
 
-    def __init__(self, layer: nn.Module, output: Tensor | None, returns_tuple: bool):
+    def __init__(self, layer: nn.Module, output: Tensor | None, like: Any):
         super().__init__()
         object.__setattr__(self, "_layer", layer)  # not a submodule: it is never run
         self._output = output
-        self._returns_tuple = returns_tuple
+        self._like = like
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs):
-        output = hidden_states if self._output is None else self._output
-        return (output,) if self._returns_tuple else output
+    def forward(self, *args, **kwargs):
+        output = first_tensor(args, kwargs) if self._output is None else self._output
+        return _first_replaced(self._like, output)
 
     def __getattr__(self, name: str):
         # Model loops read attributes of their layers (attention_type, ...).
@@ -35,98 +40,240 @@ class _Stub(nn.Module):
 
 
 class LowerLayers:
-    """Runs what is below the neurons of `layer` once and lets the model start from there.
+    """Runs what does not depend on the neurons of `layer` once, and starts the model from there.
 
     Editing changes nothing below the edited layer, so that collection needs these layers once
-    for each prompt instead of once for each optimisation step. The same holds for the products of
-    the edited layer itself, to the last of which the neurons are added.
+    for each prompt instead of once for each optimisation step. The same holds for the edited
+    layer's attention, and for its FFN's own output, to which the neurons are added. Compiled
+    models run uncompiled.
 
         lower = LowerLayers(model, layer)
         hidden = lower.run(**inputs)                # [B, T, d]
-        products = lower.products(hidden, **inputs)
-        with lower.replaced_by(hidden, products):
+        outputs = lower.outputs(hidden, **inputs)
+        with lower.replaced_by(hidden, outputs):
             model(**inputs)                         # same logits, layers 0..layer-1 skipped
+
+    Some models pass more between their layers than hidden states (keys and values that layers
+    share, several residual streams), or run their layers in a loop. Whether layers can be skipped
+    is tried once, on the first inputs; if not, everything above means the whole model, each time.
     """
 
     def __init__(self, model: PreTrainedModel, layer: int):
-        self.block = decoder_layer(model, layer)
         self.model = model
         self.layer = layer
-        self._returns_tuple = False
+        self.ffn = feed_forward(model, layer)
+        self.skips: bool | None = None  # whether layers can be skipped; None: not tried yet
+        self._below: Any = None  # what the layer below returns, for its shape
+        self._returned: dict[str, Any] = {}  # what parts of `layer` return, for its shape
 
     def run(self, **inputs: Tensor) -> Tensor:
         """Hidden states [B, T, d] that enter `layer`; `inputs` as the model's forward takes."""
         layers = decoder_layers(self.model)
 
-        def look(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-            self._returns_tuple = isinstance(output, tuple)
+        def look(module: nn.Module, args: tuple, output: Any) -> None:
+            if not _is_plain(output):
+                self._runs_whole()
+            else:
+                self._below = _without_tensors(output)
 
         hook = layers[self.layer - 1].register_forward_hook(look) if self.layer else None
         try:
-            return input_of(layers[self.layer], self.model, inputs)
+            hidden = input_of(layers[self.layer], self.model, inputs)
         finally:
             if hook is not None:
                 hook.remove()
+        if hidden.dim() != 3 or hidden.shape[:2] != _shape(inputs):
+            self._runs_whole()
+        return hidden.new_empty(*_shape(inputs), 0) if self.skips is False else hidden
 
-    def products(self, hidden: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
-        """Outputs [B, T, n] of each projection of `layer`, by its name in the layer.
+    def outputs(self, hidden: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
+        """Outputs [B, T, n] of the parts of `layer` that neurons do not reach, by their names.
 
         Args:
-            hidden: what `run` gave for `inputs`.
+            hidden: what `run` gave for `inputs`. No neurons may be mounted on the layer.
+            **inputs: as the model's forward takes them.
+
+        Returns:
+            By the parts' names in the layer; empty where layers cannot be skipped.
         """
-        outputs: dict[str, Tensor] = {}
-
-        def note(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-            outputs[name] = output.view(*hidden.shape[:2], -1)  # OPT flattens its tokens
-
-        hooks = [
-            projection.register_forward_hook(functools.partial(note, name))
-            for name, projection in self._projections().items()
-        ]
-        layers = decoder_layers(self.model)
-        above = [*layers[self.layer + 1 :], self.model.get_output_embeddings()][0]
-        try:
-            with self.replaced_by(hidden):
-                input_of(above, self.model, inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return outputs
+        if self.skips is None:
+            try:
+                outputs = self._recorded(hidden, inputs)
+                row = {name: value[-1:] for name, value in inputs.items()}  # one is enough
+                known = {name: output[-1:] for name, output in outputs.items()}
+                self.skips = self._end_is_the_same(hidden[-1:], known, row)
+            except Exception as error:  # in whatever way a model's loop misses a skipped layer
+                _log.debug("layers of %s cannot be skipped: %r", type(self.model).__name__, error)
+                self.skips = False
+            if self.skips:
+                return outputs
+            self._runs_whole()
+        return self._recorded(hidden, inputs) if self.skips else {}
 
     @contextmanager
     def replaced_by(
-        self, hidden: Tensor, products: Mapping[str, Tensor] | None = None
+        self, hidden: Tensor, outputs: Mapping[str, Tensor] | None = None
     ) -> Iterator[None]:
         """Inside, the model's forward takes `hidden` for the output of its lower layers.
 
         Args:
             hidden: [B, T, d] that enter `layer`.
-            products: of `layer`, from which its projections take theirs; default: they multiply.
+            outputs: of the parts of `layer`, which then do not compute them; default: they do.
         """
+        if self.skips is False:
+            with uncompiled():
+                yield
+            return
         layers = decoder_layers(self.model)
         originals = list(layers[: self.layer])
-        known = self._projections() if products else {}
         for i, layer in enumerate(originals):
             output = hidden if i == self.layer - 1 else None
-            layers[i] = _Stub(layer, output, self._returns_tuple)
+            layers[i] = _Stub(layer, output, self._below)
+        parts = {self._part(name): self._known(name, y) for name, y in (outputs or {}).items()}
+        if outputs and self.ffn.writes in outputs and not self.ffn.is_block:
+            parts[self.ffn.entry] = _first_argument  # what is between has nothing to compute
         try:
-            with products_replaced(
-                {known[name]: functools.partial(_looked_up, y) for name, y in products.items()}
-                if products
-                else {}
-            ):
+            with _forward_replaced(parts), uncompiled():
                 yield
         finally:
             for i, layer in enumerate(originals):
                 layers[i] = layer
 
-    def _projections(self) -> dict[str, nn.Module]:
-        wanted = set(projections([self.block]))
-        return {name: part for name, part in self.block.named_modules() if part in wanted}
+    def _runs_whole(self) -> None:
+        _log.info(
+            "%s passes more than hidden states from layer to layer: it runs whole at each step",
+            type(self.model).__name__,
+        )
+        self.skips = False
+
+    def _part(self, name: str) -> nn.Module:
+        return self.ffn.decoder_layer.get_submodule(name)
+
+    def _known(self, name: str, output: Tensor) -> Callable[..., Any]:
+        """A forward that returns `output` [B, T, n], in the shape that belongs to its input."""
+        like = self._returned[name]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            x = first_tensor(args, kwargs)
+            # The last layer may be asked for its last columns only; OPT flattens its tokens.
+            known = output[:, -x.shape[1] :] if x.dim() == 3 else output
+            known = known.reshape(*x.shape[:-1], -1).clone()  # whoever adds to it in place
+            return _first_replaced(like, known)
+
+        return forward
+
+    def _recorded(self, hidden: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One run of the layer: what the FFN returns, and what parts before it return."""
+        returned: list[tuple[str, Any]] = []
+        layer, ffn = self.ffn.decoder_layer, self.ffn
+        around = {ffn.reads.split(".")[0], ffn.writes.split(".")[0]}
+        beside = [
+            name
+            for name, part in layer.named_children()
+            if name not in around and any(p.dim() > 1 for p in part.parameters())
+        ]
+
+        def recording(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def record(*args: Any, **kwargs: Any) -> Any:
+                output = forward(*args, **kwargs)
+                returned.append((name, output))
+                return output
+
+            return record
+
+        parts = {self._part(n): recording(n, self._part(n).forward) for n in (*beside, ffn.writes)}
+        with _forward_replaced(parts), self.replaced_by(hidden):
+            output_of(layer, self.model, inputs)
+        names = [name for name, _ in returned]
+        if names.count(ffn.writes) != 1:
+            return {}
+        outputs = {}
+        for name, output in returned[: names.index(ffn.writes) + 1]:
+            value = output if isinstance(output, Tensor) else output[0]
+            # Attention returns its weights, or nothing, beside its output; a tensor of tokens
+            # beside it would matter.
+            beside = [] if value is output else list(output[1:])
+            matters = any(isinstance(x, Tensor) and x.dim() == 3 for x in beside)
+            plain = value is output or name == ffn.writes or ("att" in name and not matters)
+            if (
+                not plain
+                or not _is_plain(output)
+                or names.count(name) != 1
+                or value.numel() % hidden[..., 0].numel()
+            ):
+                continue
+            self._returned[name] = _without_tensors(output)
+            outputs[name] = value.reshape(*hidden.shape[:2], -1)
+        return outputs
+
+    def _end_is_the_same(
+        self, hidden: Tensor, outputs: dict[str, Tensor], inputs: dict[str, Tensor]
+    ) -> bool:
+        """Whether the last layer returns what it does in the whole model, which has no loop."""
+        ends: list[Tensor] = []
+        calls = 0
+
+        def count(module: nn.Module, args: tuple) -> None:
+            nonlocal calls
+            calls += 1
+
+        def note(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+            ends.append(output if isinstance(output, Tensor) else output[0])
+
+        hooks = [
+            self.ffn.decoder_layer.register_forward_pre_hook(count),
+            decoder_layers(self.model)[-1].register_forward_hook(note),
+        ]
+        try:
+            with torch.no_grad():  # without the output layer, which is large and not needed
+                with uncompiled():
+                    self.model.base_model(**inputs, use_cache=False)
+                with self.replaced_by(hidden, outputs):
+                    self.model.base_model(**inputs, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if calls != 2 or len(ends) != 2:
+            return False
+        expected, given = ends
+        error = (given - expected).abs().max()
+        return bool(error <= 1e-2 * expected.abs().max())
 
 
-def _looked_up(output: Tensor, x: Tensor) -> Tensor:
-    """`output` [B, T, n] in the shape that the product of x has."""
-    if x.dim() == 3:
-        output = output[:, -x.shape[1] :]  # the last layer may be asked for its last columns only
-    return output.reshape(*x.shape[:-1], -1)
+def _is_plain(output: Any) -> bool:
+    """Whether a part's output is a tensor, or one first in a tuple or list without names."""
+    return isinstance(output, Tensor) or type(output) in (tuple, list)
+
+
+def _without_tensors(output: Any) -> Any:
+    """None for a tensor; a tuple or list of as many entries for a tuple or list."""
+    return None if isinstance(output, Tensor) else type(output)([None for _ in output])
+
+
+def _first_replaced(like: Any, output: Tensor) -> Any:
+    return output if like is None else type(like)([output, *like[1:]])
+
+
+def _first_argument(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x
+
+
+def _shape(inputs: dict[str, Tensor]) -> torch.Size:
+    given = inputs.get("input_ids")
+    return (inputs["inputs_embeds"] if given is None else given).shape[:2]
+
+
+@contextmanager
+def _forward_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, these modules compute with the given functions; their hooks fire as before."""
+    before = [(module, vars(module).get("forward")) for module in forwards]
+    try:
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module, earlier in before:
+            if earlier is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = earlier

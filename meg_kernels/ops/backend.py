@@ -15,13 +15,14 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
 
-from meg_kernels import kernels
+from meg_kernels.kernels import launching
 from meg_kernels.ops import native
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,10 @@ _forced: ContextVar[str | None] = ContextVar("meg_kernels_backend", default=None
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Every op inside runs on backend `name`, or raises RuntimeError and says why it cannot.
+    """Within this context every op runs on one backend, or raises RuntimeError and says why not.
+
+    Args:
+        name: one of `BACKENDS`.
 
     Raises:
         ValueError: there is no such backend.
@@ -65,8 +69,25 @@ def usable_backends(device: torch.device | str) -> dict[str, str | None]:
     return {name: unusable_reason(name, torch.device(device)) for name in BACKENDS}
 
 
-def unusable_reason(name: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
-    """Why backend `name` cannot run on tensors of `device` and `dtypes`; None if it can."""
+Supported = Mapping[str, Sequence[torch.dtype] | None]
+"""The backends that an op has, each with the dtypes that its kernels take, or None for any."""
+_EVERY: Supported = dict.fromkeys(BACKENDS)
+
+
+def unusable_reason(
+    name: str,
+    device: torch.device,
+    *dtypes: torch.dtype,
+    supported: Sequence[torch.dtype] | None = None,
+) -> str | None:
+    """Why a backend cannot run on tensors of `device` and `dtypes`; None if it can.
+
+    Args:
+        name: one of `BACKENDS`.
+        device: of all the tensors.
+        dtypes: of the tensors.
+        supported: the dtypes that the backend's kernels take. Default: any.
+    """
     if name == "reference":
         return None
     if name == "cpu":
@@ -74,40 +95,62 @@ def unusable_reason(name: str, device: torch.device, *dtypes: torch.dtype) -> st
     if len(set(dtypes)) > 1:
         names = ", ".join(sorted({str(dtype) for dtype in dtypes}))
         return f"the tensors are of {names}; its kernels need one dtype"
+    if supported is not None and not set(dtypes) <= set(supported):
+        listed = ", ".join(str(dtype) for dtype in supported)
+        return f"the tensors are of {dtypes[0]}; its kernels take {listed}"
     if name == "triton":
-        return kernels.unavailable_reason(device)
+        return launching.unavailable_reason(device)
     if device.type != "cuda":
         return f"the tensors are on {device}, and its kernels run on CUDA devices"
-    for dtype in dtypes:
-        if dtype not in native.DTYPES:
-            supported = ", ".join(str(dtype) for dtype in native.DTYPES)
-            return f"the tensors are of {dtype}; its kernels take {supported}"
     return native.unavailable_reason(device)
 
 
 def choose(
-    op: str, device: torch.device, *dtypes: torch.dtype, backends: Sequence[str] = BACKENDS
+    op: str,
+    device: torch.device,
+    *dtypes: torch.dtype,
+    supported: Supported = _EVERY,
 ) -> str:
     """The backend that runs `op` on tensors of `device` and `dtypes`.
 
     Args:
-        backends: those that `op` has an implementation for.
+        op: its name, for messages.
+        device: of all the tensors.
+        dtypes: of the tensors.
+        supported: the backends that `op` has, each with the dtypes that it takes. Default: all
+            backends, and any dtypes.
 
     Raises:
-        RuntimeError: the forced backend cannot.
+        RuntimeError: the backend that is forced cannot run.
     """
+
+    def reason(name: str) -> str | None:
+        return unusable_reason(name, device, *dtypes, supported=supported[name])
+
     if (name := forced_backend()) is not None:
-        if name not in backends:
-            reason: str | None = f"this op has none but {', '.join(backends)}"
+        if name not in supported:
+            problem: str | None = f"this op has only {', '.join(supported)}"
         else:
-            reason = unusable_reason(name, device, *dtypes)
-        if reason:
-            raise RuntimeError(f"{op}: backend {name!r} is forced, but {reason}")
+            problem = reason(name)
+        if problem:
+            raise RuntimeError(f"{op}: backend {name!r} is forced, but {problem}")
         return name
-    candidates = [name for name in _AUTOMATIC.get(device.type, ("reference",)) if name in backends]
-    chosen = next(name for name in candidates if unusable_reason(name, device, *dtypes) is None)
+    candidates = [name for name in _AUTOMATIC.get(device.type, ("reference",)) if name in supported]
+    chosen = next(name for name in candidates if reason(name) is None)
     _log_once(op, device.type, chosen)
     return chosen
+
+
+def refuse_gradient(op: str, **tensors: Tensor | None) -> None:
+    """RuntimeError if one of the tensors requires a gradient, which `op` cannot give."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"{op} has no backward; {name} requires a gradient: call it under "
+                f"torch.no_grad(), or use the reference, {op}_reference"
+            )
 
 
 @functools.cache

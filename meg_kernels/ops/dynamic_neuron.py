@@ -15,16 +15,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from meg_kernels.kernels import rows_adjacent
+from meg_kernels.kernels.launching import rows_adjacent
+from meg_kernels.kernels.limits import DTYPES
 from meg_kernels.neuron import ACTIVATIONS, Neurons
 from meg_kernels.ops import native
 from meg_kernels.ops.backend import backend, choose, forced_backend
+
+# Triton's kernels take float64 too, so that gradcheck can be run on them.
+SUPPORTED = {
+    "cuda": DTYPES,
+    "triton": (*DTYPES, torch.float64),
+    "cpu": None,
+    "reference": None,
+}
 
 
 def dynamic_neuron_reference(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> Tensor:
@@ -44,10 +53,10 @@ def _reference(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> Tensor:
     # that is not its own, out of the result but not out of the gradients, where 0 * NaN is NaN.
     x = x.to(accumulate).masked_fill(unedited, 0)
     key = used.key.masked_fill((index < 0)[:, None], 0)
-    before = torch.einsum("b...d,bd->b...", x, key)  # [B, T] or [M]
+    pre = torch.einsum("b...d,bd->b...", x, key)  # pre-activations, [B, T] or [M]
     if used.bias is not None:
-        before = before + used.bias.masked_fill(index < 0, 0).view(spread)
-    hidden = ACTIVATIONS[used.activation](before)
+        pre = pre + used.bias.masked_fill(index < 0, 0).view(spread)
+    hidden = ACTIVATIONS[used.activation](pre)
     added = torch.einsum("b...,bd->b...d", hidden, used.value)  # [B, T, d_out] or [M, d_out]
     return torch.where(unedited, y, (y.to(accumulate) + added).to(y.dtype))
 
@@ -77,10 +86,10 @@ class _EditedRows:
         self.x = self.of(x)  # [R, d_in] or [R, T, d_in]
         self.key, self.value = (self._spread(part, x.dim()) for part in (used.key, used.value))
         # Not a matrix product: its order of summation would depend on the batch.
-        before = (self.x * self.key).sum(-1)  # [R] or [R, T]
+        pre = (self.x * self.key).sum(-1)  # pre-activations, [R] or [R, T]
         if used.bias is not None:
-            before = before + self._spread(used.bias, x.dim() - 1)
-        self.before, self.activation = before, used.activation
+            pre = pre + self._spread(used.bias, x.dim() - 1)
+        self.pre, self.activation = pre, used.activation
 
     def of(self, tensor: Tensor) -> Tensor:
         return (tensor if self.all else tensor[self.rows]).to(self.dtype)
@@ -91,19 +100,15 @@ class _EditedRows:
         return part if part.dim() == dim else part.unsqueeze(1)
 
     def hidden(self) -> Tensor:
-        return ACTIVATIONS[self.activation](self.before)
+        return ACTIVATIONS[self.activation](self.pre)
 
 
 _IN_CACHE = 2**18  # numbers that a CPU's caches hold: more are worked on in blocks of samples
 
 
-def _cpu_forward(
-    out: Tensor, y: Tensor, x: Tensor, key: Tensor, bias: Tensor | None, value: Tensor,
-    index: Tensor, activation: str,
-) -> None:  # fmt: skip
+def _cpu_forward(out: Tensor, y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> None:
     if out is not y:
         out.copy_(y)
-    neurons = Neurons(key, bias, value, activation)
     samples = max(_IN_CACHE // max(x[0].numel(), y[0].numel()), 1)
     for start in range(0, len(index), samples):
         block = slice(start, start + samples)
@@ -122,13 +127,12 @@ def _cpu_forward_block(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) ->
 
 
 def _eager_backward(
-    gradient: Tensor, x: Tensor, key: Tensor, bias: Tensor | None, value: Tensor, index: Tensor,
-    activation: str, needs: list[bool],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    edited = _EditedRows(x, Neurons(key, bias, value, activation), index, gradient.dtype)
-    upstream = edited.of(gradient)  # [R, (T,) d_out]
-    into_hidden = (upstream * edited.value).sum(-1)  # [R, (T)]
-    before = _DERIVATIVES[activation](into_hidden, edited.before).unsqueeze(-1)  # [R, (T,) 1]
+    grad: Tensor, x: Tensor, neurons: Neurons, index: Tensor, needs: Sequence[bool]
+) -> native.Gradients:
+    edited = _EditedRows(x, neurons, index, grad.dtype)
+    upstream = edited.of(grad)  # [R, (T,) d_out]
+    dhidden = (upstream * edited.value).sum(-1)  # [R, (T)]
+    dpre = _DERIVATIVES[neurons.activation](dhidden, edited.pre).unsqueeze(-1)  # [R, (T,) 1]
 
     def of_neurons(like: Tensor, rows: Tensor) -> Tensor:
         """Sum [R, (T,) d] over the tokens and rows of each neuron."""
@@ -139,26 +143,24 @@ def _eager_backward(
     dx = None
     if needs[0]:
         dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-        dx[edited.rows] = (before * edited.key).to(x.dtype)
+        dx[edited.rows] = (dpre * edited.key).to(x.dtype)
+    key, bias, value = neurons.key, neurons.bias, neurons.value
     return (
         dx,
-        of_neurons(key, before * edited.x) if needs[1] else None,
-        of_neurons(bias, before) if needs[2] and bias is not None else None,
+        of_neurons(key, dpre * edited.x) if needs[1] else None,
+        of_neurons(bias, dpre) if needs[2] and bias is not None else None,
         of_neurons(value, edited.hidden().unsqueeze(-1) * upstream) if needs[3] else None,
     )
 
 
-def _reference_forward(
-    out: Tensor, y: Tensor, x: Tensor, key: Tensor, bias: Tensor | None, value: Tensor,
-    index: Tensor, activation: str,
-) -> None:  # fmt: skip
-    out.copy_(dynamic_neuron_reference(y, x, Neurons(key, bias, value, activation), index))
+def _reference_forward(out: Tensor, y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> None:
+    out.copy_(dynamic_neuron_reference(y, x, neurons, index))
 
 
-def _implementation(chosen: str) -> tuple[Callable[..., None], Callable[..., tuple]]:
+def _implementation(chosen: str) -> tuple[Callable[..., None], Callable[..., native.Gradients]]:
     """(forward, backward) of a backend."""
     if chosen == "cuda":
-        return native.forward, native.backward
+        return native.dynamic_neuron_forward, native.dynamic_neuron_backward
     if chosen == "triton":
         from meg_kernels.kernels import dynamic_neuron as triton_kernels
 
@@ -169,27 +171,28 @@ def _implementation(chosen: str) -> tuple[Callable[..., None], Callable[..., tup
     return _reference_forward, _eager_backward
 
 
-def _is_empty(x: Tensor, key: Tensor, value: Tensor) -> bool:
+def _is_empty(x: Tensor, neurons: Neurons) -> bool:
     """Whether there are no tokens, no neurons or no width: kernels need not know that."""
-    return x.numel() == 0 or len(key) == 0 or value.shape[-1] == 0
+    return x.numel() == 0 or neurons.value.numel() == 0
 
 
-def _forward_into(
-    out: Tensor, y: Tensor, x: Tensor, key: Tensor, bias: Tensor | None, value: Tensor,
-    index: Tensor, activation: str,
-) -> None:  # fmt: skip
-    """out = y plus each row's neuron; `out` may be y."""
-    if _is_empty(x, key, value):
-        _reference_forward(out, y, x, key, bias, value, index, activation)
+def _as_kernels_read(key: Tensor, bias: Tensor | None, value: Tensor, activation: str) -> Neurons:
+    """The neurons, copied where the elements of their rows are not adjacent."""
+    bias = None if bias is None else bias.contiguous()
+    return Neurons(rows_adjacent(key), bias, rows_adjacent(value), activation)
+
+
+def _forward_into(out: Tensor, y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> None:
+    """Write y plus each row's neuron into `out`, which may be y."""
+    if _is_empty(x, neurons):
+        _reference_forward(out, y, x, neurons, index)
         return
-    chosen = choose("dynamic_neuron", x.device, y.dtype, x.dtype, key.dtype)
-    run, _ = _implementation(chosen)
-    rows = [rows_adjacent(part) for part in (out, x, key, value)]
-    target, x, key, value = rows
+    dtypes = (y.dtype, x.dtype, neurons.dtype)
+    run, _ = _implementation(choose("dynamic_neuron", x.device, *dtypes, supported=SUPPORTED))
+    target = rows_adjacent(out)
     y = target if out is y else rows_adjacent(y)
     with torch.autocast(x.device.type, enabled=False):
-        bias = None if bias is None else bias.contiguous()
-        run(target, y, x, key, bias, value, index.contiguous(), activation)
+        run(target, y, rows_adjacent(x), neurons, index.contiguous())
     if target is not out:
         out.copy_(target)
 
@@ -200,44 +203,64 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 _LIBRARY.define(f"dynamic_neuron(Tensor y, Tensor x, {_NEURONS}) -> Tensor", tags=_TAGS)
 _LIBRARY.define(f"dynamic_neuron_(Tensor(a!) y, Tensor x, {_NEURONS}) -> ()", tags=_TAGS)
 _LIBRARY.define(
-    f"dynamic_neuron_backward(Tensor gradient, Tensor x, {_NEURONS}, bool[4] needs)"
+    f"dynamic_neuron_backward(Tensor grad, Tensor x, {_NEURONS}, bool[4] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 
 
 @torch.library.impl(_LIBRARY, "dynamic_neuron", "CompositeExplicitAutograd")
-def _dynamic_neuron(y: Tensor, x: Tensor, *rest: Any) -> Tensor:
+def _dynamic_neuron(
+    y: Tensor,
+    x: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    value: Tensor,
+    index: Tensor,
+    activation: str,
+) -> Tensor:
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    _forward_into(out, y, x, *rest)
+    _forward_into(out, y, x, _as_kernels_read(key, bias, value, activation), index)
     return out
 
 
 @torch.library.impl(_LIBRARY, "dynamic_neuron_", "CompositeExplicitAutograd")
-def _dynamic_neuron_(y: Tensor, x: Tensor, *rest: Any) -> None:
-    _forward_into(y, y, x, *rest)
+def _dynamic_neuron_(
+    y: Tensor,
+    x: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    value: Tensor,
+    index: Tensor,
+    activation: str,
+) -> None:
+    _forward_into(y, y, x, _as_kernels_read(key, bias, value, activation), index)
 
 
 @torch.library.impl(_LIBRARY, "dynamic_neuron_backward", "CompositeExplicitAutograd")
 def _dynamic_neuron_backward(
-    gradient: Tensor, x: Tensor, key: Tensor, bias: Tensor | None, value: Tensor, index: Tensor,
-    activation: str, needs: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    parts = (x, key, bias, value)
-    if _is_empty(x, key, value):
+    grad: Tensor,
+    x: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    value: Tensor,
+    index: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    neurons = _as_kernels_read(key, bias, value, activation)
+    if _is_empty(x, neurons):
         gradients: tuple[Tensor | None, ...] = tuple(
             None if part is None else torch.zeros(part.shape, dtype=part.dtype, device=x.device)
-            for part in parts
+            for part in (x, key, bias, value)
         )
     else:
-        chosen = choose("dynamic_neuron", x.device, gradient.dtype, x.dtype, key.dtype)
-        _, run = _implementation(chosen)
+        dtypes = (grad.dtype, x.dtype, key.dtype)
+        _, run = _implementation(choose("dynamic_neuron", x.device, *dtypes, supported=SUPPORTED))
         with torch.autocast(x.device.type, enabled=False):
             gradients = run(
-                rows_adjacent(gradient), rows_adjacent(x), rows_adjacent(key),
-                None if bias is None else bias.contiguous(), rows_adjacent(value),
-                index.contiguous(), activation, tuple(needs),
-            )  # fmt: skip
+                rows_adjacent(grad), rows_adjacent(x), neurons, index.contiguous(), needs
+            )
     return tuple(
         found.contiguous() if found is not None and need else x.new_empty(0)
         for found, need in zip(gradients, needs, strict=True)
@@ -256,9 +279,15 @@ def _(y: Tensor, x: Tensor, *rest: Any) -> None:
 
 @torch.library.register_fake("meg_kernels::dynamic_neuron_backward", lib=_LIBRARY)
 def _(
-    gradient: Tensor, x: Tensor, key: Tensor, bias: Tensor | None, value: Tensor, index: Tensor,
-    activation: str, needs: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    value: Tensor,
+    index: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
     return tuple(
         torch.empty(part.shape, dtype=part.dtype, device=part.device)
         if part is not None and need
@@ -279,7 +308,7 @@ class _Differentiable(torch.autograd.Function):
         return torch.ops.meg_kernels.dynamic_neuron(y, x, *rest)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "dynamic_neuron has no second derivative; differentiate without create_graph=True"
@@ -289,10 +318,10 @@ class _Differentiable(torch.autograd.Function):
         needs = [of_x, of_key, of_bias and bias is not None, of_value]
         with contextlib.nullcontext() if ctx.backend is None else backend(ctx.backend):
             found = torch.ops.meg_kernels.dynamic_neuron_backward(
-                gradient, x, key, bias, value, index, ctx.activation, needs
+                grad, x, key, bias, value, index, ctx.activation, needs
             )
         wanted = [part if need else None for part, need in zip(found, needs, strict=True)]
-        return (gradient if of_y else None, *wanted, None, None)
+        return (grad if of_y else None, *wanted, None, None)
 
 
 def check_index(index: Tensor, neurons: Neurons) -> None:
@@ -345,7 +374,7 @@ def _default_index(x: Tensor, neurons: Neurons) -> Tensor:
 
 
 def dynamic_neuron(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None = None) -> Tensor:
-    """y plus each row's own neuron, out of place; differentiable once in y, x and the neurons.
+    """Add each row's own neuron to y out of place; differentiable once in y, x and the neurons.
 
     Args:
         y: the layer's output, [B, T, d_out] or [M, d_out].
@@ -369,7 +398,21 @@ def dynamic_neuron(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None 
 
 
 def dynamic_neuron_(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None = None) -> Tensor:
-    """`dynamic_neuron` in place: y itself is changed and returned. Arguments as there."""
+    """Add each row's own neuron to y in place; differentiable once in y, x and the neurons.
+
+    Args:
+        y: the layer's output, [B, T, d_out] or [M, d_out]; it is changed.
+        x: what the key reads, [B, T, d_in] or [M, d_in].
+        neurons: N neurons with that d_in and d_out.
+        index: int64 [B] or [M]: the row's neuron, -1 for none. Default: row m has neuron m.
+
+    Returns:
+        y itself. Rows with index -1 are not touched.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or (on the CPU) index values do not fit.
+        RuntimeError: the backend that is forced (`meg_kernels.ops.backend`) cannot run.
+    """
     index = _default_index(x, neurons) if index is None else index
     _check(y, x, neurons, index)
     if _wants_gradient(y, x, neurons):

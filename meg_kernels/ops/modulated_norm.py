@@ -11,17 +11,15 @@ what is made of the rounded stream. Source: Peebles & Xie 2023, section 3.2.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meg_kernels.kernels import rows_adjacent
-from meg_kernels.ops.backend import choose
+from meg_kernels.kernels.launching import rows_adjacent
+from meg_kernels.kernels.limits import DTYPES, MAX_WIDTH
+from meg_kernels.ops.backend import choose, refuse_gradient
 
-BACKENDS = ("triton", "cpu", "reference")
-MAX_WIDTH = 8192
+SUPPORTED = {"triton": DTYPES, "cpu": None, "reference": None}
 
 
 def modulated_layer_norm_reference(
@@ -48,7 +46,7 @@ def _accumulated(part: Tensor) -> Tensor:
 
 
 def _cpu_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """In two passes over x."""
+    """The modulated norm in two passes over x."""
     shift, scale = _accumulated(shift[:, None]), _accumulated(scale[:, None])
     normed = F.layer_norm(_accumulated(x), x.shape[-1:], eps=eps)
     return torch.addcmul(shift, normed, 1 + scale, out=normed).to(x.dtype)
@@ -75,14 +73,16 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "modulated_layer_norm", "CompositeExplicitAutograd")
 def _modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    chosen = choose("modulated_layer_norm", x.device, x.dtype, backends=BACKENDS)
+    chosen = choose("modulated_layer_norm", x.device, x.dtype, supported=SUPPORTED)
     if chosen == "cpu":
         return _cpu_norm(x, shift, scale, eps)
     if chosen == "reference":
         return modulated_layer_norm_reference(x, shift, scale, eps).contiguous()
-    kernel = _triton_kernel("modulated_layer_norm", x)
+    from meg_kernels.kernels import modulated_norm as triton_kernel
+
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    kernel.forward(out, *map(rows_adjacent, (x, shift, scale)), eps)
+    x, shift, scale = map(rows_adjacent, (x, shift, scale))
+    triton_kernel.forward(out, x, shift, scale, eps)
     return out
 
 
@@ -90,28 +90,17 @@ def _modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -
 def _gated_residual_layer_norm(
     x: Tensor, update: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    chosen = choose("gated_residual_layer_norm", x.device, x.dtype, backends=BACKENDS)
+    chosen = choose("gated_residual_layer_norm", x.device, x.dtype, supported=SUPPORTED)
     if chosen in ("cpu", "reference"):
         compute = _cpu_gated if chosen == "cpu" else gated_residual_layer_norm_reference
         stream, out = compute(x, update, gate, shift, scale, eps)
         return stream.contiguous(), out.contiguous()
-    kernel = _triton_kernel("gated_residual_layer_norm", x)
+    from meg_kernels.kernels import modulated_norm as triton_kernel
+
     x, update, gate, shift, scale = map(rows_adjacent, (x, update, gate, shift, scale))
     stream, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    kernel.forward(out, x, shift, scale, eps, stream, update, gate)
+    triton_kernel.forward(out, x, shift, scale, eps, stream, update, gate)
     return stream, out
-
-
-def _triton_kernel(op: str, x: Tensor) -> Any:
-    from meg_kernels.kernels import modulated_norm as kernel
-
-    if x.dtype not in kernel.DTYPES:
-        supported = ", ".join(str(dtype) for dtype in kernel.DTYPES)
-        raise RuntimeError(
-            f"{op}: the tensors are of {x.dtype}, and its Triton kernel takes {supported}; "
-            'convert them, or compute it under backend("reference")'
-        )
-    return kernel
 
 
 @torch.library.register_fake("meg_kernels::modulated_layer_norm", lib=_LIBRARY)
@@ -131,10 +120,10 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1
     """Normalise every token, then scale and shift it as its sample's condition says.
 
     Args:
-        x: tokens [B, T, D] of any strides; float32, float16, bfloat16, or float64 where the
-            backend is not triton; D from 1 to 8192.
-        shift, scale: [B, D] of that dtype; rows may lie at any distance, as columns of a wider
-            matrix do.
+        x: the tokens, [B, T, D] of any strides, D from 1 to 8192; float32, float16, bfloat16, or
+            float64 where the backend is not triton.
+        shift: [B, D] of that dtype; rows may lie at any distance, as columns of a wider matrix do.
+        scale: like shift.
         eps: added to the variance.
 
     Returns:
@@ -142,7 +131,8 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
-        RuntimeError: a gradient is asked for, or the backend cannot run on these tensors.
+        RuntimeError: a gradient is asked for, or the backend that is forced
+            (`meg_kernels.ops.backend`) cannot run.
 
     >>> x = torch.tensor([[[1.0, 3.0]]])
     >>> modulated_layer_norm(x, shift=torch.tensor([[0.5, 0.5]]), scale=torch.tensor([[1.0, 2.0]]))
@@ -156,19 +146,25 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1
 def gated_residual_layer_norm(
     x: Tensor, update: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """Add a gated update to every token, and `modulated_layer_norm` the sum.
+    """Add a gated update to every token, then normalise, scale and shift the sum.
 
     Args:
-        x, shift, scale, eps: as there.
-        update: like x.
-        gate: like shift.
+        x: the residual stream, [B, T, D] of any strides, D from 1 to 8192; float32, float16,
+            bfloat16, or float64 where the backend is not triton.
+        update: what is added to x once it is multiplied by the gate, like x.
+        gate: [B, D] of that dtype; rows may lie at any distance, as columns of a wider matrix do.
+        shift: like gate.
+        scale: like gate.
+        eps: added to the variance.
 
     Returns:
-        (stream, out), each [B, T, D], contiguous, in the dtype of x: the sum, rounded, and its
-        norm.
+        (stream, out), each [B, T, D], contiguous, in the dtype of x: the sum, rounded, and the
+        modulated norm of that.
 
     Raises:
-        ValueError, RuntimeError: as there.
+        ValueError: shapes, dtypes or devices do not fit.
+        RuntimeError: a gradient is asked for, or the backend that is forced
+            (`meg_kernels.ops.backend`) cannot run.
 
     >>> ones = torch.ones(1, 2)
     >>> x, update = torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[0.0, 2.0]]])
@@ -199,8 +195,4 @@ def _check(op: str, parts: dict[str, Tensor]) -> None:
                 f"{name} is {part.dtype} on {part.device}, x {x.dtype} on {x.device}; convert "
                 "them to one dtype, and move them to one device"
             )
-    if torch.is_grad_enabled() and any(part.requires_grad for part in parts.values()):
-        raise RuntimeError(
-            f"{op} has no backward; call it under torch.no_grad(), or use the reference, "
-            f"{op}_reference"
-        )
+    refuse_gradient(op, **parts)

@@ -16,14 +16,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-# In the order of the kernels' codes: csrc/types.h.
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ACTIVATIONS = ("identity", "gelu", "gelu_tanh", "silu", "relu")
-
-
-def available(device: torch.device | None = None) -> bool:
-    """Whether the CUDA kernels can run on `device` (default: the current CUDA device)."""
-    return unavailable_reason(device) is None
+from meg_kernels.kernels.launching import has_adjacent_rows, rows_adjacent
+from meg_kernels.kernels.limits import ACTIVATIONS, DTYPES
+from meg_kernels.neuron import Neurons
 
 
 def unavailable_reason(device: torch.device | None = None) -> str | None:
@@ -33,18 +28,6 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
         return reason
     index = None if device is None else device.index
     return _reason_on(torch.cuda.current_device() if index is None else index)
-
-
-def load() -> ModuleType:
-    """The extension module.
-
-    Raises:
-        RuntimeError: it cannot run here; the message is `unavailable_reason()`.
-    """
-    reason = unavailable_reason()
-    if reason is not None:
-        raise RuntimeError(reason)
-    return _extension()
 
 
 @functools.cache
@@ -102,32 +85,29 @@ def _serves(architecture: str, major: int, minor: int) -> bool:
     return built[0] == major and built[1] <= minor
 
 
-def layout_problem(
-    y: Tensor, x: Tensor, key: Tensor, bias: Tensor | None, value: Tensor, index: Tensor
-) -> str | None:
-    """What about the tensors' layout in memory the kernels cannot take, or None if nothing.
+def layout_problem(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> str | None:
+    """What about the tensors' layout in memory the dynamic neuron's kernels cannot take, or None.
 
-    They want rows whose elements are adjacent. Rows may be anywhere: a slice, a transposed batch or
-    an expanded one is fine, a transposed matrix is not.
+    Elements of a row must be adjacent. Rows may be anywhere: a slice, a transposed batch or an
+    expanded one is fine, a transposed matrix is not.
     """
-    for name, tensor in (("y", y), ("x", x), ("key", key), ("value", value)):
-        if not _has_rows(tensor):
-            return _row_problem(name, tensor)
-    for name, vector in (("bias", bias), ("index", index)):
+    for name, rows in (("y", y), ("x", x), ("key", neurons.key), ("value", neurons.value)):
+        if (problem := _row_problem(name, rows)) is not None:
+            return problem
+    for name, vector in (("bias", neurons.bias), ("index", index)):
         if vector is not None and not vector.is_contiguous():
             return f"{name} has stride {vector.stride(0)}, which must be 1"
     return None
 
 
-def forward(
-    out: Tensor,
-    y: Tensor,
-    x: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    value: Tensor,
-    index: Tensor,
-    activation: str,
+def _row_problem(name: str, tensor: Tensor) -> str | None:
+    if has_adjacent_rows(tensor):
+        return None
+    return f"{name} has stride {tensor.stride(-1)} in its last dimension, which must be 1"
+
+
+def dynamic_neuron_forward(
+    out: Tensor, y: Tensor, x: Tensor, neurons: Neurons, index: Tensor
 ) -> None:
     """out[m] = y[m] + act(x[m] . key[i] + bias[i]) * value[i] with i = index[m].
 
@@ -138,31 +118,28 @@ def forward(
             alone if it is y, and get the bits of y if not.
         y: [B, T, d_out] or [M, d_out], float32, float16 or bfloat16 like everything but index.
         x: [B, T, d_in] or [M, d_in].
-        key: [N, d_in].
-        bias: [N], or None.
-        value: [N, d_out].
+        neurons: N neurons with that d_in and d_out.
         index: int64 [B] or [M], each -1 or below N, which is not checked.
-        activation: one of `ACTIVATIONS`.
 
     Raises:
         ValueError: a tensor's layout does not fit (`layout_problem`).
         RuntimeError: the extension cannot run here, or CUDA refused the launch.
     """
     op = "dynamic_neuron forward"
-    _require(op, layout_problem(y, x, key, bias, value, index))
-    _require(op, None if _has_rows(out) else _row_problem("out", out))
+    _require(op, layout_problem(y, x, neurons, index))
+    _require(op, _row_problem("out", out))
     extension = _extension_on(op, y.device)
     with torch.cuda.device(y.device):
         code = extension.dynamic_neuron_forward(
             _rows(out),
             _rows(y),
             _rows(x),
-            _neurons(key, bias, value, activation),
+            _neurons(neurons),
             index.data_ptr(),
-            _shape(x, key, value),
+            _shape(x, neurons),
             _stream(y.device),
         )
-    _raise_on_error(op, code, y=y, x=x, key=key, value=value)
+    _raise_on_error(op, code, y=y, x=x, key=neurons.key, value=neurons.value)
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # it cannot see a write through a pointer
 
@@ -170,24 +147,19 @@ def forward(
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    value: Tensor,
-    index: Tensor,
-    activation: str,
-    needs: Sequence[bool],
+def dynamic_neuron_backward(
+    grad: Tensor, x: Tensor, neurons: Neurons, index: Tensor, needs: Sequence[bool]
 ) -> Gradients:
-    """The gradients of `forward` at x, key, bias and value; at y it is `grad` itself.
+    """The gradients of `dynamic_neuron_forward` at x and the neurons; at y it is `grad` itself.
 
     Sums are float32 in a fixed order, without atomics: the same inputs give the same bits. Samples
     with index -1 give a zero gradient at x and none to any neuron, whatever their x and grad hold.
 
     Args:
-        grad: the gradient at out, shaped like it; autograd's expanded ones are fine.
-        x: as in `forward`, like the arguments up to activation.
+        grad: the gradient at out, [B, T, d_out] or [M, d_out]; an expanded one is copied.
+        x: [B, T, d_in] or [M, d_in], float32, float16 or bfloat16 like everything but index.
+        neurons: N neurons with that d_in and d_out.
+        index: int64 [B] or [M], each -1 or below N, which is not checked.
         needs: whether x, key, bias and value need a gradient: four of them.
 
     Returns:
@@ -198,10 +170,11 @@ def backward(
         RuntimeError: the extension cannot run here, or CUDA refused a launch.
     """
     op = "dynamic_neuron backward"
-    grad = grad if _has_rows(grad) else grad.contiguous()
-    _require(op, layout_problem(grad, x, key, bias, value, index))
+    grad = rows_adjacent(grad)
+    _require(op, layout_problem(grad, x, neurons, index))
     extension = _extension_on(op, x.device)
     contiguous = torch.contiguous_format
+    key, bias, value = neurons.key, neurons.bias, neurons.value
     dx = torch.empty_like(x, memory_format=contiguous) if needs[0] else None
     dkey = torch.empty_like(key, memory_format=contiguous) if needs[1] else None
     dbias = torch.empty_like(bias) if needs[2] and bias is not None else None
@@ -211,15 +184,15 @@ def backward(
         rows = x.shape[:-1].numel()
         hidden, dpre = torch.empty(2, rows, dtype=torch.float32, device=x.device)
         sorted_index, order = index.sort(stable=True)
-        neurons = torch.arange(len(key) + 1, device=x.device)
-        scratch = (hidden, dpre, order, torch.searchsorted(sorted_index, neurons))
+        numbers = torch.arange(len(neurons) + 1, device=x.device)
+        scratch = (hidden, dpre, order, torch.searchsorted(sorted_index, numbers))
     with torch.cuda.device(x.device):
         code = extension.dynamic_neuron_backward(
             _rows(grad),
             _rows(x),
-            _neurons(key, bias, value, activation),
+            _neurons(neurons),
             index.data_ptr(),
-            _shape(x, key, value),
+            _shape(x, neurons),
             _stream(x.device),
             ((0, 0, 0) if dx is None else _rows(dx), *map(_address, (dkey, dbias, dvalue))),
             tuple(map(_address, scratch)),
@@ -228,53 +201,32 @@ def backward(
     return dx, dkey, dbias, dvalue
 
 
-def entropy_gate(
-    logits: Tensor, threshold: float, counter: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Which rows are edited: those whose softmax has an entropy below `threshold`. NaN is not.
+def softmax_entropy(logits: Tensor) -> Tensor:
+    """The entropy of each row's softmax, in nats.
 
     Args:
         logits: [B, C] float32, float16 or bfloat16.
-        threshold: in nats; rows with this very entropy are not edited.
-        counter: int32 [1], zero; it is zero again once the kernel is through. Kernels that run at
-            the same time need one each.
 
     Returns:
-        entropy: float32 [B], in nats.
-        index: int64 [B], the row's rank among the edited rows, or -1.
-        rows: int64 [B], the numbers of the edited rows in order, then -1.
-        count: int64 [1], how many rows are edited.
+        float32 [B].
 
     Raises:
         ValueError: the layout of logits does not fit.
         RuntimeError: the extension cannot run here, or CUDA refused the launch.
     """
-    op = "entropy_gate"
-    _require(op, None if _has_rows(logits) else _row_problem("logits", logits))
+    op = "softmax_entropy"
+    _require(op, _row_problem("logits", logits))
     extension = _extension_on(op, logits.device)
-    samples, classes = logits.shape
-    entropy = torch.empty(samples, dtype=torch.float32, device=logits.device)
-    index = torch.empty(samples, dtype=torch.int64, device=logits.device)
-    rows = torch.empty_like(index)
-    count = torch.empty(1, dtype=torch.int64, device=logits.device)
+    entropy = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     with torch.cuda.device(logits.device):
-        code = extension.entropy_gate(
-            (*_matrix(logits), samples, classes, DTYPES.index(logits.dtype)),
-            threshold,
-            tuple(map(_address, (entropy, index, rows, count, counter))),
+        code = extension.softmax_entropy(
+            _matrix(logits),
+            (*logits.shape, DTYPES.index(logits.dtype)),
+            entropy.data_ptr(),
             _stream(logits.device),
         )
     _raise_on_error(op, code, logits=logits)
-    return entropy, index, rows, count
-
-
-def _has_rows(tensor: Tensor) -> bool:
-    """Whether elements that follow each other in the last dimension are adjacent in memory."""
-    return tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
-
-
-def _row_problem(name: str, tensor: Tensor) -> str:
-    return f"{name} has stride {tensor.stride(-1)} in its last dimension, which must be 1"
+    return entropy
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -282,30 +234,31 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _rows(tensor: Tensor) -> tuple[int, int, int]:
-    """Rows: [B, T, d], or [M, d] as M samples of one token."""
+    """The struct Rows of csrc/types.h: [B, T, d], or [M, d] as M samples of one token."""
     token_stride = tensor.stride(1) if tensor.dim() == 3 else 0
     return tensor.data_ptr(), tensor.stride(0), token_stride
 
 
 def _matrix(tensor: Tensor) -> tuple[int, int]:
-    """Matrix."""
+    """The struct Matrix of csrc/types.h."""
     return tensor.data_ptr(), tensor.stride(0)
 
 
-def _neurons(key: Tensor, bias: Tensor | None, value: Tensor, activation: str) -> tuple:
-    """Neurons."""
-    return _matrix(key), _address(bias), _matrix(value), ACTIVATIONS.index(activation)
+def _neurons(neurons: Neurons) -> tuple:
+    """The struct Neurons of csrc/dynamic_neuron.h."""
+    activation = ACTIVATIONS.index(neurons.activation)
+    return _matrix(neurons.key), _address(neurons.bias), _matrix(neurons.value), activation
 
 
-def _shape(x: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
-    """DynamicNeuronShape."""
+def _shape(x: Tensor, neurons: Neurons) -> tuple[int, ...]:
+    """The struct DynamicNeuronShape of csrc/dynamic_neuron.h."""
     tokens = x.shape[1] if x.dim() == 3 else 1
-    widths = x.shape[-1], value.shape[-1]
-    return x.shape[0], tokens, key.shape[0], *widths, DTYPES.index(x.dtype)
+    widths = x.shape[-1], neurons.value.shape[-1]
+    return x.shape[0], tokens, len(neurons), *widths, DTYPES.index(x.dtype)
 
 
 def _stream(device: torch.device) -> tuple[int, int]:
-    """Stream."""
+    """The struct Stream of csrc/types.h: the device's current one."""
     stream = torch.cuda.current_stream(device)
     return stream.device_index, stream.cuda_stream
 

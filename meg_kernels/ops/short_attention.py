@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meg_kernels.kernels import rows_adjacent
-from meg_kernels.ops.backend import choose
+from meg_kernels.kernels.launching import rows_adjacent
+from meg_kernels.kernels.limits import DTYPES, MAX_TOKENS
+from meg_kernels.ops.backend import choose, refuse_gradient
 
-BACKENDS = ("triton", "cpu", "reference")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-MAX_TOKENS = 128
+SUPPORTED = {"triton": DTYPES, "cpu": None, "reference": None}
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 128
 
 
@@ -59,19 +58,13 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "short_attention", "CompositeExplicitAutograd")
 def _short_attention(qkv: Tensor, num_heads: int) -> Tensor:
-    chosen = choose("short_attention", qkv.device, qkv.dtype, backends=BACKENDS)
+    chosen = choose("short_attention", qkv.device, qkv.dtype, supported=SUPPORTED)
     if chosen == "reference" or len(qkv) == 0:
         return short_attention_reference(qkv, num_heads)
     if chosen == "cpu":
         return _cpu(qkv, num_heads)
     from meg_kernels.kernels import short_attention as triton_kernel
 
-    if qkv.dtype not in triton_kernel.DTYPES:
-        supported = ", ".join(str(dtype) for dtype in triton_kernel.DTYPES)
-        raise RuntimeError(
-            f"short_attention: qkv is {qkv.dtype}, and its Triton kernel takes {supported}; "
-            'convert it, or compute it under backend("reference")'
-        )
     return triton_kernel.forward(rows_adjacent(qkv), num_heads)
 
 
@@ -89,30 +82,28 @@ def short_attention(qkv: Tensor, num_heads: int) -> Tensor:
             keys, then the values; T from 1 to 128, head_dim from 8 to 128; float32, float16,
             bfloat16, or float64 where the backend is not triton. Rows may lie at any distance; a
             stride within them costs a copy.
-        num_heads: at least 1.
+        num_heads: how many heads each of queries, keys and values has; at least 1.
 
     Returns:
         [B, T, heads * head_dim], contiguous, in the dtype of qkv.
 
     Raises:
         ValueError: qkv or num_heads is out of these ranges.
-        RuntimeError: a gradient is asked for, or the backend cannot run on this tensor.
+        RuntimeError: a gradient is asked for, or the backend that is forced
+            (`meg_kernels.ops.backend`) cannot run.
 
     >>> short_attention(torch.randn(2, 52, 3 * 12 * 64), num_heads=12).shape
     torch.Size([2, 52, 768])
     """
     _check(qkv, num_heads)
-    if torch.is_grad_enabled() and qkv.requires_grad:
-        raise RuntimeError(
-            "short_attention has no backward; call it under torch.no_grad(), or use "
-            "short_attention_reference"
-        )
+    refuse_gradient("short_attention", qkv=qkv)
     return torch.ops.meg_kernels.short_attention(qkv, num_heads)
 
 
 def _check(qkv: Tensor, num_heads: int) -> None:
-    if qkv.dim() != 3 or qkv.dtype not in DTYPES:
-        supported = ", ".join(str(dtype) for dtype in DTYPES)
+    dtypes = (*DTYPES, torch.float64)
+    if qkv.dim() != 3 or qkv.dtype not in dtypes:
+        supported = ", ".join(str(dtype) for dtype in dtypes)
         raise ValueError(
             f"qkv is {qkv.dtype} {tuple(qkv.shape)}; it must be [B, T, 3 * heads * head_dim] "
             f"of {supported}"

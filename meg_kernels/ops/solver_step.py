@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meg_kernels.ops.backend import choose
+from meg_kernels.kernels.launching import has_adjacent_rows
+from meg_kernels.kernels.limits import DTYPES
+from meg_kernels.ops.backend import choose, refuse_gradient
 
-BACKENDS = ("triton", "cpu", "reference")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SUPPORTED = {"triton": DTYPES, "cpu": None, "reference": None}
 COLUMNS = (
     "x0_from_sample",  # a
     "x0_from_prediction",  # b
@@ -91,7 +92,7 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "solver_step", "CompositeExplicitAutograd")
 def _solver_step(x_t: Tensor, prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    chosen = choose("solver_step", x_t.device, prediction.dtype, backends=BACKENDS)
+    chosen = choose("solver_step", x_t.device, prediction.dtype, supported=SUPPORTED)
     if chosen == "reference":
         return solver_step_reference(x_t, prediction, *rest)
     x_next, x0 = (torch.empty(x_t.shape, dtype=x_t.dtype, device=x_t.device) for _ in range(2))
@@ -193,15 +194,11 @@ def _check(
             )
         if tensor.device != x_t.device:
             raise ValueError(f"{name} is on {tensor.device} and x_t on {x_t.device}; move it there")
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        if not has_adjacent_rows(tensor):
             raise ValueError(
                 f"{name} has stride {tensor.stride(-1)} within its rows; elements of a row must "
                 f"be adjacent: call {name}.contiguous()"
             )
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{name} requires a gradient, and solver_step has no backward; call it under "
-                "torch.no_grad(), or use the reference"
-            )
+    refuse_gradient("solver_step", **{name: tensor for name, (tensor, *_) in expected.items()})
     if not 0 <= step < steps:
         raise ValueError(f"step is {step}; the table has rows 0 to {steps - 1}")

@@ -1,0 +1,704 @@
+"""The commands of `meg` and their options.
+
+A command imports what it needs when it runs: torch and transformers take seconds, which `meg
+--help` should not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shlex
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from meg_kernels.cli.plots import plot_layers, require_matplotlib
+from meg_kernels.cli.tables import (
+    EditedFact,
+    calibration_text,
+    console,
+    print_answers,
+    print_components,
+    print_distillation,
+    print_edit,
+    print_evaluation,
+    print_facts,
+    print_layers,
+    print_saved,
+    print_tasks,
+    print_written,
+    training_text,
+)
+from meg_kernels.facts import Fact, read_facts, unrelated_to
+
+if TYPE_CHECKING:
+    import torch
+
+    from meg_kernels import GeneratorConfig, MeGEditor
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Massive editing of language models by dynamic weight generation.",
+)
+
+
+class Dtype(str, Enum):
+    """Data types of the language model's weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+    def to_torch(self) -> torch.dtype:
+        """The data type as torch names it."""
+        import torch
+
+        return getattr(torch, self.value)
+
+
+class OnConflict(str, Enum):
+    """What to do with facts that contradict each other."""
+
+    error = "error"
+    first = "first"
+
+
+class GeneratorKind(str, Enum):
+    """Kinds of weight generators."""
+
+    dit = "dit"
+    dit_b = "dit-b"
+    mlp = "mlp"
+    bank = "bank"
+
+
+class GateKind(str, Enum):
+    """Kinds of familiarity gates."""
+
+    similarity = "similarity"
+    familiarity = "familiarity"
+
+
+DEFAULT_ENCODER = "all-MiniLM-L6-v2"
+
+FactsFile = Annotated[
+    Path, typer.Argument(help="Facts as CounterFact or ZsRE JSON, or JSON lines.")
+]
+Model = Annotated[
+    str, typer.Option(help="Language model: smollm2, a folder, or a Hugging Face model id.")
+]
+Encoder = Annotated[str, typer.Option(help="Text encoder: a folder or a Hugging Face model id.")]
+Folder = Annotated[Path, typer.Argument(help="Folder that `meg edit` saved.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the result. Default: FOLDER, whose edits it replaces."),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Torch device, such as cpu, cuda or cuda:1. Default: an accelerator if there is one."
+    ),
+]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        help="Data type of the language model's weights; with float32, answers do not depend on "
+        "the batch that a query is in."
+    ),
+]
+LoadDtype = Annotated[
+    Dtype | None,
+    typer.Option(
+        help="Data type of the language model's weights. Default: the one that it was edited in."
+    ),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N facts.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Write the results to this file, as JSON.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Layer = Annotated[
+    int | None,
+    typer.Option(
+        help="Feed-forward layer to edit, counted from 0. Default: three quarters up the model."
+    ),
+]
+Generator = Annotated[
+    GeneratorKind,
+    typer.Option(
+        help="Kind of weight generator, which makes the neurons; dit-b: a DiT of the paper's size."
+    ),
+]
+Gate = Annotated[
+    GateKind, typer.Option(help="Kind of gate, which tells edited queries from all others.")
+]
+Snap = Annotated[
+    bool,
+    typer.Option(
+        help="Generate the neuron from the nearest edited query's condition; otherwise from that "
+        "of the query itself."
+    ),
+]
+
+
+@app.command(epilog="**Example:** `meg edit facts.jsonl --model smollm2 --out edited`")
+def edit(
+    facts: FactsFile,
+    out: Annotated[Path, typer.Option(help="Folder for the edited model.")],
+    model: Model = "smollm2",
+    limit: Limit = None,
+    tuning: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Other facts, to tune the encoder and calibrate the gate; may be given more than "
+            "once. Default: those of FACTS beyond the limit, and the package's where they are few."
+        ),
+    ] = None,
+    on_conflict: Annotated[
+        OnConflict,
+        typer.Option(
+            help="What to do with facts that contradict each other: stop with an error, or keep "
+            "the first."
+        ),
+    ] = OnConflict.error,
+    skip_known: Annotated[
+        bool,
+        typer.Option("--skip-known", help="Leave out facts whose answers the model already gives."),
+    ] = False,
+    layer: Layer = None,
+    generator: Generator = GeneratorKind.dit,
+    gate: Gate = GateKind.similarity,
+    require_subject: Annotated[
+        bool | None,
+        typer.Option(
+            help="Edit only queries that name the subject of the nearest edited fact. Default: "
+            "only with 1000 edited facts or more."
+        ),
+    ] = None,
+    snap: Snap = True,
+    encoder: Encoder = DEFAULT_ENCODER,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Edit FACTS into a model and save the result.
+
+    An interrupted edit resumes when it is started again with the same arguments.
+    """
+    from meg_kernels import EditorConfig, EncoderTuningConfig, MeGEditor
+
+    edited = read_facts(facts, limit, on_conflict=on_conflict.value)
+    config = EditorConfig(
+        layer=layer,
+        encoder_tuning=EncoderTuningConfig(seed=seed),
+        generator=_generator_config(generator, seed),
+        gate=gate.value,
+        require_subject=require_subject,
+        snap=snap,
+        seed=seed,
+    )
+    with _loading(model):
+        editor = MeGEditor.for_model(
+            model, config, encoder=encoder, dtype=dtype.to_torch(), device=device
+        )
+    others = _tuning_facts(facts, tuning, edited, editor.config.tuning_facts_for(len(edited)))
+    with _work_folder(out, "edit", check=True) as work:
+        report = editor.edit(
+            edited, tuning_facts=others, skip_known=skip_known, work_folder=work, progress=True
+        )
+        editor.save_pretrained(out)
+    print_edit("Editing", report, editor.facts, editor)
+    if known := report.num_left_out:
+        given = known + len(editor.facts)
+        console.print(f"left out: {known} of {given} facts, whose answers the model already gives")
+    print_saved(editor, out)
+    query = editor.facts[0].query
+    console.print(f"ask it: {shlex.join(['meg', 'ask', str(out), query])}", markup=False)
+
+
+@app.command("list", epilog="**Example:** `meg list edited`")
+def list_facts(folder: Folder, report: JsonFile = None) -> None:
+    """List the edited facts, without loading the language model.
+
+    A neuron is made by the generator, or still the collected one until `meg train` teaches it to
+    the generator. A fact is learnt if the model gave its answer when the neuron was collected.
+    """
+    from meg_kernels.routing.saving import load_edits
+    from meg_kernels.storage import write_json
+
+    edits = load_edits(folder, "cpu").edits
+    edited = [
+        EditedFact(fact, generated, fact not in edits.report.unlearnt)
+        for fact, generated in zip(edits.facts, edits.generated.tolist(), strict=True)
+    ]
+    print_facts(edited)
+    if report is not None:
+        write_json(report, [row.to_dict() for row in edited])
+        print_written("list", report)
+
+
+@app.command(epilog="**Example:** `meg add edited more.jsonl`")
+def add(
+    folder: Folder,
+    facts: FactsFile,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Replace edited facts that have the same query or id."),
+    ] = False,
+    limit: Limit = None,
+    out: Out = None,
+    device: Device = None,
+) -> None:
+    """Edit further FACTS into an edited model; those that are in it keep their answers.
+
+    The neurons of FACTS are kept as they are collected, until `meg train` teaches them to the
+    generator. An interrupted addition resumes when it is started again with the same arguments.
+    """
+    out = out or folder
+    added = read_facts(facts, limit)
+    editor = _load(folder, device)
+    before = len(editor.facts)
+    with _work_folder(out, "add", check=True) as work:
+        report = editor.add(added, replace=replace, work_folder=work, progress=True)
+        editor.save_pretrained(out)
+    print_edit("Adding", report, added, editor)
+    if replaced := before + len(added) - len(editor.facts):
+        console.print(f"edited facts that they replaced: {replaced}", highlight=False)
+    print_saved(editor, out)
+
+
+@app.command(epilog='**Example:** `meg remove edited "What is the capital of France?"`')
+def remove(
+    folder: Folder,
+    facts: Annotated[
+        list[str],
+        typer.Argument(help="Ids or queries of edited facts; see `meg list`."),
+    ],
+    out: Out = None,
+    device: Device = None,
+) -> None:
+    """Take edits back: the base model answers their queries again."""
+    out = out or folder
+    from meg_kernels.routing.saving import load_edits
+
+    edits = load_edits(folder, "cpu").edits  # names are checked before the model is loaded
+    if len(edits.rows_to_remove(facts)) == len(edits):
+        raise ValueError(f"these are all edited facts; instead, delete the folder {folder}")
+    editor = _load(folder, device)
+    editor.remove(facts)
+    editor.save_pretrained(out)
+    print_saved(editor, out)
+
+
+@app.command("layers", epilog="**Example:** `meg layers facts.jsonl --limit 32 --plot layers.png`")
+def try_layers(
+    facts: FactsFile,
+    model: Model = "smollm2",
+    limit: Limit = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers to compare, such as 4,8,12. Default: every second one. The layer that "
+            "`meg edit` takes by default is always among them."
+        ),
+    ] = None,
+    report: JsonFile = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the comparison to this file, as PNG, PDF or SVG; needs matplotlib."
+        ),
+    ] = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Compare feed-forward layers, to choose the one to edit.
+
+    A few dozen facts with paraphrases are enough. An interrupted comparison resumes when it is
+    started again with the same arguments.
+    """
+    from meg_kernels.editing.layers import compare_layers
+    from meg_kernels.editing.prompting import PromptedModel
+    from meg_kernels.pretrained import load_language_model
+    from meg_kernels.storage import write_json
+
+    chosen = None if layers is None else _numbers(layers)
+    asked = read_facts(facts, limit)
+    if plot is not None:
+        require_matplotlib()  # now, not when the work is done
+    with _loading(model):
+        loaded, tokenizer = load_language_model(model, dtype.to_torch(), device)
+    with _work_folder(report or plot or Path("layers"), "layers") as work:
+        comparison = compare_layers(
+            PromptedModel.of(loaded, tokenizer), asked, chosen, work_folder=work, progress=True
+        )
+        print_layers(comparison)
+        if report is not None:
+            write_json(report, {"model": model} | comparison.to_dict())
+            print_written("report", report)
+        if plot is not None:
+            plot_layers(comparison, plot)
+            print_written("plot", plot)
+
+
+@app.command(epilog="**Example:** `meg evaluate edited --json report.json`")
+def evaluate(
+    folder: Folder,
+    facts: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of the edited facts with other paraphrases or locality queries. Default: "
+            "the facts as they were edited."
+        ),
+    ] = None,
+    limit: Limit = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of lm-evaluation-harness to run too, such as arc_easy,piqa; needs lm-eval."
+        ),
+    ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(help="Folder with further tasks, as YAML.")
+    ] = None,
+    task_limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first N examples of each task.")
+    ] = None,
+    report: JsonFile = None,
+    device: Device = None,
+    dtype: LoadDtype = None,
+) -> None:
+    """Measure Reliability, Generality and Locality of an edited model, and its general ability.
+
+    An interrupted evaluation resumes when it is started again with the same arguments.
+    """
+    from meg_kernels.storage import write_json
+
+    if tasks is not None:
+        from meg_kernels.integrations.lm_eval import evaluate_tasks
+    elif task_path is not None or task_limit is not None:
+        raise typer.BadParameter("--task-path and --task-limit need --tasks")
+    editor = _load(folder, device, dtype)
+    asked = editor.facts[:limit] if facts is None else read_facts(facts, limit)
+    with _work_folder(folder, "evaluate") as work:
+        evaluation = editor.evaluate(asked, work_folder=work, progress=True)
+        evaluation = dataclasses.replace(evaluation, perplexity=editor.perplexity(progress=True))
+        print_evaluation(evaluation)
+        content = evaluation.to_dict()
+        if tasks is not None:
+            names = [name.strip() for name in tasks.split(",")]
+            scores = evaluate_tasks(editor, names, task_path=task_path, limit=task_limit)
+            print_tasks(scores)
+            content["tasks"] = dataclasses.asdict(scores)
+        if report is not None:
+            write_json(report, content)
+            print_written("report", report)
+
+
+@app.command(
+    epilog='**Example:** `meg ask edited "What is the capital of France?" "Who wrote Emma?"`'
+)
+def ask(
+    folder: Folder,
+    prompts: Annotated[list[str], typer.Argument(help="Questions, or sentences to complete.")],
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Length of the longest answer, in tokens.")
+    ] = 32,
+    device: Device = None,
+    dtype: LoadDtype = None,
+) -> None:
+    """Ask the base and the edited model, side by side."""
+    print_answers(_load(folder, device, dtype), prompts, max_new_tokens)
+
+
+@app.command(epilog="**Example:** `meg train edited --generator mlp --out edited-mlp`")
+def train(
+    folder: Folder,
+    generator: Annotated[
+        GeneratorKind | None,
+        typer.Option(
+            help="Kind of a new generator, trained from the start. Default: train the present one "
+            "further, on the facts that were added."
+        ),
+    ] = None,
+    out: Out = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of a new generator. Default: 0.")] = None,
+    device: Device = None,
+) -> None:
+    """Train a generator on the neurons that were collected for all edited facts.
+
+    An interrupted training resumes when it is started again with the same arguments.
+    """
+    if generator is None and seed is not None:
+        raise typer.BadParameter("--seed is for a new generator; choose one with --generator")
+    out = out or folder
+    editor = _load(folder, device)
+    before = editor.edits
+    with _work_folder(out, "train", check=True) as work:
+        if generator is None:
+            training = editor.train(work_folder=work, progress=True)
+        else:
+            config = _generator_config(generator, seed or 0)
+            training = editor.replace_generator(config, work_folder=work, progress=True)
+        editor.save_pretrained(out)
+    if editor.edits is before:
+        console.print("the generator already makes all neurons; --generator trains another one")
+    else:
+        seconds = editor.edits.report.seconds["generator"]
+        if generator is None:  # trained further: these are with those that it had taken before
+            seconds -= before.report.seconds["generator"]
+        console.print(f"{training_text(training)}, in {seconds:.1f} s", highlight=False)
+    print_saved(editor, out)
+
+
+@app.command("gate", epilog="**Example:** `meg gate edited --threshold 0.7`")
+def set_gate(
+    folder: Folder,
+    gate: Annotated[
+        GateKind | None, typer.Option(help="Kind of gate. Default: that of the present one.")
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Score above which a query is taken for an edited one: a higher one gives more "
+            "Locality and less Generality. Default: the present one."
+        ),
+    ] = None,
+    calibrated: Annotated[
+        bool,
+        typer.Option(
+            "--calibrated", help="Take the threshold calibrated on other facts, not a chosen one."
+        ),
+    ] = False,
+    require_subject: Annotated[
+        bool | None,
+        typer.Option(
+            help="Edit only queries that name the subject of the nearest edited fact. Default: as "
+            "it was set before."
+        ),
+    ] = None,
+    out: Out = None,
+    device: Device = None,
+) -> None:
+    """Put another gate, or another threshold, into an edited model.
+
+    Scores are cosines to the nearest edited query (similarity), or minus the entropy of the
+    prediction in nats (familiarity).
+    """
+    if calibrated and threshold is not None:
+        raise typer.BadParameter("choose one of --threshold and --calibrated")
+    out = out or folder
+    editor = _load(folder, device)
+    calibration = editor.set_gate(
+        None if gate is None else gate.value,
+        threshold="calibrated" if calibrated else threshold,
+        require_subject=require_subject,
+        progress=True,
+    )
+    editor.save_pretrained(out)
+    console.print(calibration_text(calibration), highlight=False)
+    if (chosen := editor.config.threshold) is not None:
+        console.print(f"accepts scores above {chosen}, as asked", highlight=False)
+    print_saved(editor, out)
+
+
+@app.command(epilog="**Example:** `meg distill edited --steps 2`")
+def distill(
+    folder: Folder,
+    steps: Annotated[int, typer.Option(help="Sampling steps from now on, 1 to 4.")],
+    teacher_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Sampling steps of the teacher, a multiple of STEPS. Default: the multiple that "
+            "is closest to 50."
+        ),
+    ] = None,
+    out: Out = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the training. Default: the edit's.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Train an edited model's DiT to sample in a few steps what it samples in many.
+
+    Teacher and student are sampled with ddim, whatever the generator was sampled with before. An
+    interrupted distillation resumes when it is started again with the same arguments.
+    """
+    out = out or folder
+    editor = _load(folder, device)
+    sampler = editor.edits.protocol()["sampler"]  # None where the generator is no DiT
+    with _work_folder(out, "distill", check=True) as work:
+        distillation = editor.distill(
+            steps, teacher_steps=teacher_steps, seed=seed, work_folder=work, progress=True
+        )
+        editor.save_pretrained(out)
+    print_distillation(distillation)
+    if sampler["solver"] != "ddim":
+        console.print(f"sampled with ddim from now on, no longer with {sampler['solver']}")
+    console.print(f"saved to {out}", markup=False)
+
+
+@app.command(epilog="**Example:** `meg demo --json demo.json`")
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Keep the edited model in this folder.")] = None,
+    report: JsonFile = None,
+    limit: Limit = None,
+    generator: Generator = GeneratorKind.dit,
+    gate: Gate = GateKind.similarity,
+    snap: Snap = True,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Edit SmolLM2-135M-Instruct with the package's 64 facts, ask it and measure it."""
+    from meg_kernels import EditorConfig, EncoderTuningConfig, MeGEditor
+    from meg_kernels.shipped import demo_facts
+    from meg_kernels.storage import write_json
+
+    facts = demo_facts()[:limit]
+    console.print(f"editing [bold]{len(facts)}[/] facts into SmolLM2-135M-Instruct")
+    config = EditorConfig(
+        encoder_tuning=EncoderTuningConfig(seed=seed),
+        generator=_generator_config(generator, seed),
+        gate=gate.value,
+        snap=snap,
+        seed=seed,
+    )
+    with _loading("smollm2"):
+        editor = MeGEditor.for_model(
+            "smollm2", config, encoder=DEFAULT_ENCODER, dtype=dtype.to_torch(), device=device
+        )
+    edited = editor.edit(facts, progress=True)
+    if out is not None:
+        editor.save_pretrained(out)
+    print_edit("Editing", edited, facts, editor)
+    asked = [query for fact in facts[:4] for query in (fact.paraphrases[0], fact.locality[0].query)]
+    print_answers(editor, asked, 16)
+    evaluation = editor.evaluate(progress=True)
+    print_evaluation(evaluation)
+    if report is not None:
+        write_json(report, evaluation.to_dict())
+        print_written("report", report)
+
+
+@app.command(epilog="**Example:** `meg info`")
+def info() -> None:
+    """Show versions, devices, and which backends are usable or why not."""
+    import torch
+
+    from meg_kernels.nn.packing import packing_choices
+    from meg_kernels.ops.backend import BACKENDS, choose, forced_backend, unusable_reason
+    from meg_kernels.precision import bfloat16_choice
+
+    states = {"torch": str(torch.__version__)}  # with what it is built for
+    for package in ("meg-kernels", "transformers", "triton", "flash-attn"):
+        states[package] = _version(package)
+    states["python"] = f"{platform.python_version()} on {platform.machine()}"
+    states["cpu threads"] = str(torch.get_num_threads())
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            states[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"
+    for name in BACKENDS:
+        device = torch.device("cpu" if name == "cpu" else "cuda")
+        reason = unusable_reason(name, device)
+        states[f"backend {name}"] = "usable" if reason is None else f"off: {reason}"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    how = "chosen automatically" if forced_backend() is None else "forced"
+    states[f"ops on {device} run on"] = f"{choose('meg info', device)}, {how}"
+    for choice in (bfloat16_choice(device), *packing_choices()):
+        states[choice.what] = f"{choice.chosen}; {choice.why}"
+    print_components(states)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Say that `name` is being loaded, in place of transformers' own bars and notes."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with console.status(f"loading {escape(name)}"):
+        yield
+
+
+def _load(folder: Path, device: str | None, dtype: Dtype | None = None) -> MeGEditor:
+    from meg_kernels import MeGEditor
+
+    with _loading(str(folder)):
+        return MeGEditor.from_pretrained(
+            folder, device=device, dtype=None if dtype is None else dtype.to_torch()
+        )
+
+
+def _generator_config(kind: GeneratorKind, seed: int) -> GeneratorConfig:
+    from meg_kernels import GeneratorConfig
+
+    if kind is GeneratorKind.dit:
+        return GeneratorConfig.dit(seed=seed)
+    if kind is GeneratorKind.dit_b:
+        return GeneratorConfig.dit_b(seed=seed)
+    if kind is GeneratorKind.mlp:
+        return GeneratorConfig.mlp(seed=seed)
+    return GeneratorConfig.bank()
+
+
+def _tuning_facts(
+    facts: Path, tuning: list[Path] | None, edited: list[Fact], wanted: int
+) -> list[Fact]:
+    """The tuning files' facts, or those of the file that are not edited, filled up with ours."""
+    from meg_kernels.shipped import shipped_tuning_facts
+
+    if tuning:
+        return [fact for path in tuning for fact in read_facts(path, on_conflict="first")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rest = read_facts(facts, on_conflict="first")
+    others = [fact for fact in unrelated_to(rest, edited) if fact.paraphrases]
+    return others if len(others) >= wanted else [*others, *shipped_tuning_facts()]
+
+
+@contextmanager
+def _work_folder(out: Path, command: str, *, check: bool = False) -> Iterator[Path]:
+    """A folder beside `out`, where an interrupted command resumes; gone when it is done.
+
+    Args:
+        out: where the command writes its result.
+        command: its name, which names the folder.
+        check: whether the result is an edited model, which no folder of other files may hold:
+            refused now, not when the work is done.
+    """
+    out = out.resolve()  # which gives even "." a name
+    if check:
+        from meg_kernels.routing.saving import check_free
+
+        check_free(out)
+    work = out.parent / f".{out.name}.{command}"
+    yield work
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of layers such as 4,8,12") from None
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

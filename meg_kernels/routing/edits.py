@@ -1,0 +1,300 @@
+"""What editing makes: facts with their conditions and neurons, a gate and a generator.
+
+`Edits` is everything that is saved of an edited model beside its encoder, and everything that
+answering needs. It never changes: each edit puts a new one in the place of the one before.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meg_kernels.facts import Fact, normalized
+from meg_kernels.familiarity import Calibration, Gate, Rewording, transplant
+from meg_kernels.neuron import NeuronLayout, Neurons
+from meg_kernels.routing.generators import Generator, NeuronBank
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Conditions of queries that were neither edited nor tuned on; they calibrate gates.
+
+    How their paraphrases lie can also teach a generator other wordings.
+
+    Args:
+        queries: [H, dim] of held-out facts, each repeated for each of its paraphrases.
+        paraphrases: [H, dim] of those paraphrases.
+        alike_queries: [L, dim] of held-out facts, each repeated for each query that looks like it.
+        alike: [L, dim] of the queries that look like them and ask for something else.
+        unrelated: [U, dim] of queries about anything.
+    """
+
+    queries: Tensor
+    paraphrases: Tensor
+    alike_queries: Tensor
+    alike: Tensor
+    unrelated: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The five tensors by their names."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @property
+    def rewording(self) -> Rewording:
+        """What turns any query's condition into that of another wording."""
+        return Rewording(self.queries, self.paraphrases)
+
+    def positive(self, conditions: Tensor, rng: torch.Generator) -> Tensor:
+        """[H, dim] the paraphrases, moved beside the edited queries' conditions [N, dim]."""
+        beside = _any_of(conditions, len(self.queries), rng)
+        return transplant(self.paraphrases, self.queries, beside)
+
+    def negative(self, conditions: Tensor, rng: torch.Generator) -> Tensor:
+        """[L + U, dim] the queries that look alike, moved beside them, and the unrelated ones."""
+        beside = _any_of(conditions, len(self.alike_queries), rng)
+        return torch.cat([transplant(self.alike, self.alike_queries, beside), self.unrelated])
+
+
+def _any_of(conditions: Tensor, count: int, rng: torch.Generator) -> Tensor:
+    rows = torch.randint(len(conditions), (count,), generator=rng)
+    return conditions[rows.to(conditions.device)]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a training went.
+
+    Args:
+        steps: optimisation steps taken.
+        answered: share of edited queries answered right by generated neurons at the end.
+        history: (step, loss, answered, distance) at each trial: the mean loss since the trial
+            before, the share of tried queries answered right, and the relative L2 distance of the
+            standardised neurons from the collected ones. If the first queries of a trial showed
+            that its share cannot be enough, answered is the share of those.
+        seconds: from the start to each trial, including those before an interruption.
+        seconds_before: the seconds before an interruption.
+    """
+
+    steps: int
+    answered: float
+    history: tuple[tuple[int, float, float, float], ...] = ()
+    seconds: tuple[float, ...] = field(default=(), compare=False)
+    seconds_before: float = field(default=0.0, compare=False)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Training:
+        """The training whose `dataclasses.asdict`, by way of JSON, gave these values."""
+        history = tuple(map(tuple, values["history"]))
+        return cls(**(dict(values) | {"history": history, "seconds": tuple(values["seconds"])}))
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """How one step of editing went; `Edits.report` is the sum of all of them.
+
+    Args:
+        unlearnt: facts that the model does not answer even with their own neuron.
+        calibration: of the gate, on held-out queries; None if the gate kept its threshold.
+        training: of the generator; None if none was trained.
+        seconds: that each stage took: collect, encoder, gate, generator or distill; including what
+            an interruption ended.
+        num_left_out: facts that were not edited, because the model gave their answers already.
+    """
+
+    unlearnt: tuple[Fact, ...]
+    calibration: Calibration | None
+    training: Training | None
+    seconds: dict[str, float]
+    num_left_out: int = 0
+
+    def __add__(self, later: EditReport) -> EditReport:
+        """Both steps; of calibration and training the later one."""
+        stages = dict.fromkeys([*self.seconds, *later.seconds])
+        seconds = {s: self.seconds.get(s, 0.0) + later.seconds.get(s, 0.0) for s in stages}
+        return EditReport(
+            self.unlearnt + later.unlearnt,
+            later.calibration or self.calibration,
+            later.training or self.training,
+            seconds,
+            self.num_left_out + later.num_left_out,
+        )
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Edited facts and what answers them.
+
+    Args:
+        facts: N edited facts.
+        conditions: [N, dim] unit vectors of their queries.
+        neurons: the N neurons that were collected for them, on the CPU.
+        initial: the one neuron that the collection started from.
+        held_out: what gates are calibrated on.
+        gate: decides whether a query is one of the edited ones.
+        generator: makes the neurons.
+        generated: [N] bool, on the CPU: whether the generator makes this fact's neuron. It was not
+            trained on the others, which were added since: they have their collected neurons.
+        report: of all steps so far.
+    """
+
+    facts: tuple[Fact, ...]
+    conditions: Tensor
+    neurons: Neurons
+    initial: Neurons
+    held_out: HeldOut
+    gate: Gate
+    generator: Generator
+    generated: Tensor
+    report: EditReport = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    @property
+    def layout(self) -> NeuronLayout:
+        """The layout of all these neurons."""
+        return self.initial.layout
+
+    @property
+    def calibration(self) -> Calibration:
+        """The gate's, when it was calibrated last."""
+        assert self.report.calibration is not None  # a first edit calibrates
+        return self.report.calibration
+
+    @property
+    def training(self) -> Training:
+        """The generator's, when it was trained last."""
+        assert self.report.training is not None  # a first edit trains
+        return self.report.training
+
+    @functools.cached_property
+    def keys(self) -> list[bytes]:
+        """What tells each fact's condition from others, on the host."""
+        return condition_keys(self.conditions)
+
+    @property
+    def num_waiting(self) -> int:
+        """How many facts have a neuron that the generator was not trained to make."""
+        return int((~self.generated).sum())
+
+    def rows_of(self, facts: Iterable[Fact]) -> list[int]:
+        """Where facts with the same queries stand in these edits; -1 for those that do not."""
+        rows = {fact.normalized_query: row for row, fact in enumerate(self.facts)}
+        return [rows.get(fact.normalized_query, -1) for fact in facts]
+
+    def rows_to_remove(self, names: Iterable[str | Fact]) -> set[int]:
+        """Where the facts stand that are named by an id, by a query, or by themselves.
+
+        Raises:
+            KeyError: a name that is none of these.
+        """
+        by_id = {fact.id: row for row, fact in enumerate(self.facts)}
+        by_query = {fact.normalized_query: row for row, fact in enumerate(self.facts)}
+        rows = set()
+        for name in names:
+            given_id, query = (name.id, name.query) if isinstance(name, Fact) else (name, name)
+            row = by_id.get(given_id)
+            if row is None:
+                row = by_query.get(normalized(query))
+            if row is None:
+                raise KeyError(
+                    f"no edited fact has the id or the query {name!r}; `meg list` shows them all"
+                )
+            rows.add(row)
+        return rows
+
+    def without(self, gone: Collection[int]) -> Edits:
+        """These edits but for the facts in the rows `gone`; the gate keeps its threshold."""
+        kept = [row for row in range(len(self)) if row not in gone]
+        facts = tuple(self.facts[row] for row in kept)
+        left = set(facts)
+        return self._over(
+            facts,
+            self.conditions[kept],
+            self.neurons[kept],
+            self.generated[kept],
+            dataclasses.replace(
+                self.report, unlearnt=tuple(f for f in self.report.unlearnt if f in left)
+            ),
+        )
+
+    def joined(self, facts: Sequence[Fact], conditions: Tensor, neurons: Neurons) -> Edits:
+        """These edits and further facts, whose collected neurons answer them.
+
+        The generator stays as it is, and the gate keeps its threshold.
+
+        Args:
+            facts: A facts with other queries and ids.
+            conditions: [A, dim] of their queries.
+            neurons: the A neurons collected for them.
+        """
+        return self._over(
+            (*self.facts, *facts),
+            torch.cat([self.conditions, conditions]),
+            Neurons.cat([self.neurons, neurons]),
+            torch.cat([self.generated, torch.zeros(len(facts), dtype=torch.bool)]),
+            self.report,
+        )
+
+    def _over(
+        self,
+        facts: tuple[Fact, ...],
+        conditions: Tensor,
+        neurons: Neurons,
+        generated: Tensor,
+        report: EditReport,
+    ) -> Edits:
+        generator = self.generator
+        if isinstance(generator, NeuronBank):  # which holds just the neurons of what is edited
+            generator = copy.deepcopy(generator)
+            generator.store(conditions, neurons.to(conditions.device))
+            generated = torch.ones_like(generated)
+        return dataclasses.replace(
+            self,
+            facts=facts,
+            conditions=conditions,
+            neurons=neurons,
+            gate=self.gate.over(conditions),
+            generator=generator,
+            generated=generated,
+            report=report,
+        )
+
+    def identity(self) -> list[Any]:
+        """JSON-able values and tensors that tell these edits from any others."""
+        return [
+            self.gate.kind,
+            self.gate.threshold,
+            self.generator.config.to_dict(),
+            self.conditions,
+            self.layout.pack(self.neurons),
+            self.generated,
+            *self.gate.state_dict().values(),
+            *self.generator.state_dict().values(),
+        ]
+
+    def protocol(self) -> dict[str, Any]:
+        """What a report on these edits must say of them, JSON-able."""
+        config = self.generator.config.to_dict()
+        return {
+            "gate": self.gate.kind,
+            "generator": config["kind"],
+            "sampler": config.get("sampler"),
+            "edited_facts": len(self),
+            "generated_facts": len(self) - self.num_waiting,
+            "left_out": f"{self.report.num_left_out} facts that the base model answered so already",
+            "threshold": self.gate.threshold,
+            "threshold_calibrated_on": dataclasses.asdict(self.calibration),
+        }
+
+
+def condition_keys(conditions: Tensor) -> list[bytes]:
+    """For each of the conditions [B, dim] what it can be found again by; copies it to the host."""
+    return [row.tobytes() for row in conditions.float().cpu().numpy()]

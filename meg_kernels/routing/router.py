@@ -1,0 +1,209 @@
+"""`Router`: the path of a query, text -> condition -> gate -> fact -> neuron.
+
+    router = Router.from_pretrained("edited")       # no language model is loaded
+    routing = router.route(["What is the capital of France?", "Who wrote Emma?"])
+    neurons, index = router.neurons(routing)        # for `attached.neurons(neurons, index)`
+
+A batch waits for its device once, for the gate's scores and the nearest facts; everything that
+follows from them is decided on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meg_kernels.familiarity import nearest
+from meg_kernels.neuron import Neurons
+from meg_kernels.routing.edits import Edits, condition_keys
+from meg_kernels.routing.neuron_cache import NeuronCache, Served
+from meg_kernels.routing.saving import load_edits
+from meg_kernels.text_encoder import TextEncoder
+
+MANY_FACTS = 1000  # among which one comes close to many a query about another subject
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """How queries find their neurons.
+
+    Args:
+        snap: give the generator the nearest edited query's condition, which it was trained on,
+            instead of the query's own.
+        require_subject: whether a query must name the subject of the edited fact nearest to it,
+            where that is known and the fact's own query names it. Default: if at least 1000 facts
+            are edited.
+    """
+
+    snap: bool = True
+    require_subject: bool | None = None
+
+    def requires_subject(self, num_facts: int) -> bool:
+        """Whether a query must name the subject when this number of facts is edited.
+
+        >>> [RoutingConfig().requires_subject(num_facts) for num_facts in (64, 1000)]
+        [False, True]
+        """
+        return num_facts >= MANY_FACTS if self.require_subject is None else self.require_subject
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where the queries of a batch go. All but `z` is on the CPU.
+
+    Args:
+        accepted: [B] bool: whether the query is taken for an edited one.
+        fact: [B] int64: the row of the edited fact nearest to it; -1 if nothing is edited.
+        score: [B] the gate's score, float32.
+        named: [B] bool: false where the query would have to name that fact's subject and does not.
+        z: [B, dim] the queries' conditions.
+        edits: what was edited when this was decided.
+    """
+
+    accepted: Tensor
+    fact: Tensor
+    score: Tensor
+    named: Tensor
+    z: Tensor
+    edits: Edits | None
+
+    def __len__(self) -> int:
+        return len(self.accepted)
+
+
+class Router:
+    """Finds the neuron of each query, if it has one. It knows no language model.
+
+    Args:
+        encoder: makes conditions of texts.
+        edits: what is edited; None: nothing yet. Assign another one to route by it.
+        config: how queries find their neurons.
+        device: where conditions are compared and neurons are made; default: the encoder's.
+
+    Attributes:
+        served: counts the queries that were routed, and what they cost.
+    """
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        edits: Edits | None = None,
+        config: RoutingConfig | None = None,
+        device: torch.device | None = None,
+    ):
+        self.encoder, self.edits, self.config = encoder, edits, config or RoutingConfig()
+        self.device = encoder.model.device if device is None else device
+        self.served = Served()
+        self._cache = NeuronCache(self.served)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device | None = None
+    ) -> Router:
+        """The router of an edited model that was saved to `folder`.
+
+        Args:
+            folder: where `MeGEditor.save_pretrained` or `meg edit` wrote.
+            device: where the encoder and the generator run; default: an accelerator if there is
+                one.
+
+        Raises:
+            FileNotFoundError: there are no edits.
+            CorruptFileError: a file is damaged, or of a newer version of the format.
+        """
+        saved = load_edits(folder, device)
+        config = RoutingConfig(saved.config["snap"], saved.config["require_subject"])
+        return cls(saved.load_encoder(), saved.edits, config, saved.edits.conditions.device)
+
+    def __repr__(self) -> str:
+        edited = 0 if self.edits is None else len(self.edits)
+        return f"Router({edited} facts, {self.config}, on {self.device})"
+
+    @property
+    def requires_subject(self) -> bool:
+        """Whether a query must name the subject of the edited fact nearest to it."""
+        return self.config.requires_subject(0 if self.edits is None else len(self.edits))
+
+    def protocol(self) -> dict[str, Any]:
+        """What a report on the edited model must say of how its queries are answered, JSON-able."""
+        assert self.edits is not None
+        how = {"require_subject": self.requires_subject, "snap": self.config.snap}
+        return how | self.edits.protocol()
+
+    def forget(self) -> None:
+        """Empty the cache of neurons, after the generator was changed in place."""
+        self._cache.clear()
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """[B, dim] the texts' conditions, on the router's device."""
+        return self.encoder.encode(texts).to(self.device)
+
+    def route(self, queries: Sequence[str]) -> Routing:
+        """Which of the queries are edited ones in some wording, and the fact nearest to each."""
+        z, edits = self.encode(queries), self.edits
+        if edits is None:
+            nowhere = torch.full((len(z),), -1)
+            return Routing(nowhere > 0, nowhere, nowhere.float(), nowhere < 0, z, None)
+        score = edits.gate.score(z)
+        _, fact = nearest(z, edits.conditions)
+        # float64 holds both exactly.
+        scores, rows = torch.stack([score.double(), fact.double()]).cpu()
+        score, fact = scores.float(), rows.long()
+        named = torch.ones(len(z), dtype=torch.bool)
+        if self.requires_subject:
+            named = subject_named(edits, queries, fact)
+        return Routing((score > edits.gate.threshold) & named, fact, score, named, z, edits)
+
+    def neurons(self, routing: Routing) -> tuple[Neurons | None, Tensor]:
+        """The neurons of the queries that were accepted.
+
+        Args:
+            routing: of a batch of B queries.
+
+        Returns:
+            Some neurons, None if no query was accepted; and int64 [B] on the CPU: the row of each
+            query's neuron among them, -1 if it has none.
+        """
+        rows = routing.accepted.nonzero()[:, 0]
+        index = torch.full((len(routing),), -1)
+        self.served.queries += len(routing)
+        self.served.edited += len(rows)
+        if not len(rows):
+            return None, index
+        edits = routing.edits
+        assert edits is not None  # nothing is accepted where nothing is edited
+        if self.config.snap:  # each fact's neuron is made once
+            facts, index[rows] = routing.fact[rows].unique(return_inverse=True)
+            z, keys = edits.conditions[facts], [edits.keys[row] for row in facts.tolist()]
+        else:
+            facts, index[rows] = routing.fact[rows], torch.arange(len(rows))
+            z = routing.z[rows]
+            keys = condition_keys(z)
+        return self._made(edits, facts, z, keys), index
+
+    def _made(self, edits: Edits, facts: Tensor, z: Tensor, keys: list[bytes]) -> Neurons:
+        """Neurons for conditions z [A, dim] whose nearest edited facts are facts [A]."""
+        if not edits.num_waiting:
+            return self._cache.generate(edits.generator, z, keys)
+        generated = edits.generated[facts]
+        rows = generated.nonzero()[:, 0].tolist()
+        made = self._cache.generate(edits.generator, z[rows], [keys[row] for row in rows])
+        self.served.reused += len(facts[~generated].unique())
+        flat = edits.layout.pack(edits.neurons[facts]).to(z.device)
+        flat[rows] = edits.layout.pack(made).to(flat.dtype)
+        return edits.layout.unpack(flat)
+
+
+def subject_named(edits: Edits, queries: Sequence[str], fact: Tensor) -> Tensor:
+    """[B] bool: whether each query names the subject of the edited fact in its row of `fact` [B].
+
+    True where the fact has no subject, or its own query does not name it.
+    """
+    near = (edits.facts[row] for row in fact.tolist())
+    named = [fact.is_named_in(query) for fact, query in zip(near, queries, strict=True)]
+    return torch.tensor(named, dtype=torch.bool)
