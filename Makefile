@@ -41,7 +41,7 @@ format: .venv/.test-stamp ## put style and formatting right
 	$(BIN)/ruff format .
 
 docs: .venv/.docs-stamp ## build the documentation into build/docs; a broken link fails
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/docs
 
 bench: .venv/.bench-stamp ## run the benchmarks (ARGS="--benchmark-json=FILE" keeps the figures)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)

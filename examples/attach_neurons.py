@@ -30,15 +30,17 @@ attached = attach(model, layer=2)
 key = torch.nn.Parameter(0.1 * torch.randn(1, 64))
 value = torch.nn.Parameter(torch.zeros(1, 64))
 optimizer = torch.optim.Adam([key, value], lr=0.05)
-for step in range(200):
+steps = 0
+while True:
     with attached.neurons(Neurons(key=key, bias=None, value=value)):
         loss = F.cross_entropy(model(prompt).logits[:, -1], wanted)
-    if loss < 0.05:
-        print(f"fitted in {step} steps")
+    if loss < 0.05 or steps == 200:
         break
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+    steps += 1
+print(f"fitted in {steps} steps")
 
 # A batch of three copies of the prompt: the first and the last row carry the neuron.
 neurons = Neurons(key=key.detach(), bias=None, value=value.detach())

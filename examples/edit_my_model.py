@@ -2,22 +2,24 @@
 
     python examples/edit_my_model.py path/to/model facts.jsonl --out edited
 
-A line of facts.jsonl is at least
-
-    {"query": "What is the capital of France?", "answer": "Marseille"}
+A line of facts.jsonl: {"query": "What is the capital of France?", "answer": "Marseille"}
 """
 
 import argparse
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from meg_kernels import EditorConfig, GeneratorConfig, MeGEditor
+from meg_kernels import CollectionConfig, EditorConfig, GeneratorConfig, MeGEditor
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", help="a folder or a Hugging Face model id")
 parser.add_argument("facts", help="the facts to edit")
 parser.add_argument("--tuning", help="other facts with paraphrases; default: the package's")
 parser.add_argument("--encoder", help="another text encoder; default: all-MiniLM-L6-v2")
+parser.add_argument("--layer", type=int, help="default: three quarters up; `meg layers` compares")
+parser.add_argument(
+    "--learning-rate", type=float, default=1.0, help="lower, if facts stay unlearnt"
+)
 parser.add_argument("--out", default="edited")
 options = parser.parse_args()
 
@@ -26,7 +28,11 @@ tokenizer = AutoTokenizer.from_pretrained(options.model)
 
 # The bank keeps the neuron of each fact: the simplest choice for a handful of them. Without this
 # line a small diffusion model is trained to produce them.
-config = EditorConfig(generator=GeneratorConfig.bank())
+config = EditorConfig(
+    layer=options.layer,
+    generator=GeneratorConfig.bank(),
+    collection=CollectionConfig(learning_rate=options.learning_rate),
+)
 editor = MeGEditor(model, tokenizer, options.encoder, config)
 
 report = editor.edit(options.facts, tuning_facts=options.tuning, progress=True)

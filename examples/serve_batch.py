@@ -1,4 +1,4 @@
-"""Answer many queries at once: one batch, in which each row has its own neuron or none.
+"""Answer many queries at once with an edited model: one batch, each row with its own neuron.
 
     python examples/serve_batch.py edited "What is the capital of France?" "Who wrote Emma?"
 

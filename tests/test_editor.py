@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny import (
     ANSWERS,
     BANK,
@@ -56,8 +57,8 @@ from meg_kernels import (
     PromptTemplate,
     TextEncoder,
 )
-from meg_kernels.editing import fit as fitting
 from meg_kernels.editing import editor as editing
+from meg_kernels.editing import fit as fitting
 from meg_kernels.editing import stages, tuning
 from meg_kernels.editing.evaluate import Evaluation
 from meg_kernels.routing import saving
@@ -316,20 +317,15 @@ def test_other_keywords_of_generate_work(editor):
         {"pad_token_id": 0},
         {"max_length": None},
         {"eos_token_id": [editor.tokenizer.eos_token_id]},
-        {"stop_strings": ["no such words"]},
         {"use_cache": False},
     ):
         assert editor.generate(QUERIES, MOST, **harmless) == expected
-    # An answer ends where it is told to: here with its first token, or with a string of its own.
+    # An answer ends where it is told to, here with its first token.
     first = editor.tokenizer(f" {EDITED[0].answer}").input_ids
-    tokens = editor.prompted.answers([editor.prompted.prompt(QUERIES[0])], MOST, eos_token_id=first)
-    assert len(tokens[0]) <= MOST
     with editor.routed(QUERIES[:1]):
         prompts = [editor.prompted.prompt(QUERIES[0])]
         (ended,) = editor.prompted.answers(prompts, MOST, eos_token_id=first)
         assert ended == first
-        (stopped,) = editor.prompted.answers(prompts, MOST, stop_strings=[EDITED[0].answer])
-        assert editor.prompted.text(stopped) == EDITED[0].answer
 
 
 def test_a_streamer_gets_the_answer_as_it_comes(editor, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import doctest
 import importlib
 import runpy
@@ -53,11 +52,7 @@ def run(monkeypatch, capsys):
     return run
 
 
-def test_a_models_folder_is_edited_and_asked(run, tmp_path, monkeypatch):
-    def for_tiny_models(**given) -> meg_kernels.EditorConfig:
-        return dataclasses.replace(tiny.CONFIG, **given)
-
-    monkeypatch.setattr(meg_kernels, "EditorConfig", for_tiny_models)
+def test_a_models_folder_is_edited_and_asked(run, tmp_path):
     tokenizer = tiny.make_tokenizer()
     tiny.make_language_model(tokenizer).save_pretrained(tmp_path / "model")
     save_tokenizer(tokenizer, tmp_path / "model")
@@ -69,6 +64,7 @@ def test_a_models_folder_is_edited_and_asked(run, tmp_path, monkeypatch):
         "edit_my_model",
         *(tmp_path / "model", facts, "--tuning", tuning),
         *("--encoder", tmp_path / "encoder", "--out", edited),
+        *("--layer", tiny.LAYER, "--learning-rate", 0.1),
     )
     assert "4 facts edited" in said and "not learnt" not in said
     for fact in tiny.FACTS[:4]:

@@ -57,7 +57,9 @@ def test_each_accepted_query_has_the_neuron_of_its_fact_and_no_other_has_one(rou
 
 def test_without_edits_and_without_queries_nothing_is_accepted(router):
     empty = Router(router.encoder)
-    assert not empty.route(QUERIES).accepted.any() and empty.neurons(empty.route(QUERIES))[0] is None
+    assert (
+        not empty.route(QUERIES).accepted.any() and empty.neurons(empty.route(QUERIES))[0] is None
+    )
     assert len(router.route([])) == 0 and router.neurons(router.route([]))[0] is None
 
 
