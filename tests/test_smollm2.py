@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import WidenedGatedFFN
 
-from meg_kernels.editing.prompting import PromptTemplate
+from meg_kernels.editing.prompting import PromptedModel, PromptTemplate
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import attach
 from meg_kernels.pretrained import load_language_model
@@ -42,6 +42,16 @@ def generate(model, tokenizer, prompts: list[str]) -> list[list[int]]:
         pad_token_id=tokenizer.pad_token_id,
     )
     return output[:, batch["input_ids"].shape[1] :].tolist()
+
+
+def test_an_answer_ends_with_a_string_that_the_caller_names():
+    prompted = PromptedModel.of(*load_language_model("smollm2", device="cpu"))
+    prompts = [prompted.prompt("What is the capital of France?"), prompted.prompt("Who are you?")]
+    whole = [prompted.text(tokens) for tokens in prompted.answers(prompts, 8)]
+    assert whole[0].endswith("Paris") and len(whole[1]) > 8
+    stopped = prompted.answers(prompts, 8, stop_strings=["ari"], pad_token_id=0)
+    assert prompted.text(stopped[0]) == "The capital of France is Paris" and len(stopped[0]) < 8
+    assert prompted.text(stopped[1]) == whole[1]
 
 
 @torch.no_grad()
