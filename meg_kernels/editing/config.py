@@ -77,8 +77,9 @@ class EditorConfig:
             raise ValueError(f"layer is {self.layer!r}; it must be a layer's number, from 0")
         if self.gate not in GATES:
             raise ValueError(f"gate is {self.gate!r}; it must be one of {', '.join(GATES)}")
-        if self.threshold is not None and not math.isfinite(self.threshold):
-            raise ValueError(f"threshold is {self.threshold}; it must be finite, or None")
+        number = isinstance(self.threshold, int | float)
+        if self.threshold is not None and not (number and math.isfinite(self.threshold)):
+            raise ValueError(f"threshold is {self.threshold!r}; it must be finite, or None")
         if not 0 < self.calibration_share < 1:
             raise ValueError(
                 f"calibration_share is {self.calibration_share}; it must be between 0 and 1"
