@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from meg_kernels.ops.softmax_entropy import softmax_entropy
+from meg_kernels.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class FamiliarityNetwork(nn.Module):
         self.train()
         with torch.random.fork_rng([conditions.device] if conditions.device.type == "cuda" else []):
             torch.manual_seed(seed)  # dropout draws from torch's own generator
-            for _ in tqdm(range(steps), desc="familiarity", disable=not progress, leave=False):
+            for _ in progress_bar(range(steps), desc="familiarity", shown=progress, leave=False):
                 rows = torch.randint(
                     len(conditions), (min(batch_size, len(conditions)),), generator=rng
                 )

@@ -11,9 +11,11 @@ import json
 import re
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny import (
     ANSWERS,
     BANK,
@@ -35,6 +37,7 @@ from tiny import (
     interrupt,
     load,
     make_editor,
+    make_encoder,
     make_language_model,
     make_tokenizer,
     own_neuron,
@@ -54,6 +57,7 @@ from meg_kernels import (
     PromptTemplate,
     TextEncoder,
 )
+from meg_kernels.editing import editor as editing
 from meg_kernels.editing import fit as fitting
 from meg_kernels.editing import stages, tuning
 from meg_kernels.editing.evaluate import Evaluation
@@ -275,6 +279,116 @@ def test_prompts_must_be_a_list(editor):
     assert editor.generate([]) == []
     with pytest.raises(TypeError, match=r"prompts is the text '.*'; it must be a list of texts"):
         editor.generate(QUERIES[0])
+
+
+@pytest.mark.parametrize("method", ["generate", "generate_base", "route", "perplexity"])
+@pytest.mark.parametrize("given", [QUERIES[0], [None], [[{"role": "user", "content": "Who?"}]], 7])
+def test_what_is_no_list_of_texts_is_refused(editor, method, given):
+    with pytest.raises(TypeError, match=r"^(prompts|queries|texts)(\[0\])? is .*; it must be"):
+        getattr(editor, method)(given)
+
+
+def test_prompts_may_come_in_a_tuple_or_one_after_the_other(editor):
+    expected = editor.generate(QUERIES, MOST)
+    assert editor.generate(tuple(QUERIES), MOST) == expected
+    assert editor.generate((query for query in QUERIES), MOST) == expected
+
+
+@pytest.mark.parametrize(
+    "keyword",
+    [
+        {"return_dict_in_generate": True},
+        {"max_length": 9},
+        {"input_ids": torch.ones(1, 1)},
+        {"tokenizer": "mine"},
+        {"output_scores": True},
+    ],
+)
+def test_keywords_of_generate_that_contradict_ours_are_refused_by_name(editor, keyword):
+    (name,) = keyword
+    with pytest.raises(TypeError, match=f"^{name} cannot be given here .*routed"):
+        editor.generate(QUERIES, MOST, **keyword)
+
+
+def test_other_keywords_of_generate_work(editor):
+    expected = editor.generate(QUERIES, MOST)
+    for harmless in (
+        {"return_dict_in_generate": False},
+        {"pad_token_id": 0},
+        {"max_length": None},
+        {"eos_token_id": [editor.tokenizer.eos_token_id]},
+        {"use_cache": False},
+    ):
+        assert editor.generate(QUERIES, MOST, **harmless) == expected
+    # An answer ends where it is told to, here with its first token.
+    first = editor.tokenizer(f" {EDITED[0].answer}").input_ids
+    with editor.routed(QUERIES[:1]):
+        prompts = [editor.prompted.prompt(QUERIES[0])]
+        (ended,) = editor.prompted.answers(prompts, MOST, eos_token_id=first)
+        assert ended == first
+
+
+def test_a_streamer_gets_the_answer_as_it_comes(editor, capsys):
+    streamer = transformers.TextStreamer(editor.tokenizer, skip_prompt=True)
+    (answer,) = editor.generate(QUERIES[:1], MOST, streamer=streamer)
+    assert answer and answer in capsys.readouterr().out
+
+
+def test_disabled_is_the_base_model_for_every_call_inside(editor):
+    base = make_editor()
+    texts = [editor.prompted.prompt(query) for query in QUERIES]
+    batch = editor.tokenizer(texts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        plain = base.model(**batch).logits
+        with editor.routed(QUERIES):
+            edited = editor.model(**batch).logits
+            with editor.disabled():
+                assert torch.equal(editor.model(**batch).logits, plain)
+            assert torch.equal(editor.model(**batch).logits, edited)
+        with editor.disabled(), editor.routed(QUERIES):
+            assert torch.equal(editor.model(**batch).logits, plain)
+    assert not torch.equal(edited, plain)
+    with editor.disabled():
+        assert editor.generate(QUERIES, MOST) == base.generate(QUERIES, MOST)
+    assert editor.generate(QUERIES, MOST) == ANSWERS
+
+
+def test_the_given_tokenizer_stays_as_it_is():
+    given = make_tokenizer()
+    given.pad_token, given.padding_side = None, "right"
+    editor = MeGEditor(make_language_model(make_tokenizer()), given, make_encoder(), BANK)
+    assert given.pad_token is None and given.padding_side == "right"
+    assert editor.tokenizer.padding_side == "left" and editor.tokenizer.pad_token is not None
+
+
+def test_the_repr_says_what_is_edited(editor):
+    assert repr(editor) == (
+        f"MeGEditor({editor.name!r}, layer 1, 5 facts edited, similarity gate, torch.float32 on "
+        "cpu)"
+    )
+
+
+def test_facts_come_as_dicts_too():
+    editor = make_editor(BANK)
+    edit(editor, [{"query": fact.query, "answer": fact.answer} for fact in EDITED])
+    editor.add({"query": FURTHER[0].query, "answer": FURTHER[0].answer})
+    assert editor.generate([*QUERIES, FURTHER[0].query], MOST) == [*ANSWERS, FURTHER[0].answer]
+
+
+def test_edits_are_pushed_with_a_card(editor, monkeypatch):
+    seen = {}
+
+    def upload(folder, repo_id, **options):
+        seen.update(options, repo_id=repo_id, files={path.name for path in Path(folder).iterdir()})
+        seen["card"] = (Path(folder) / "README.md").read_text(encoding="utf-8")
+        return "there"
+
+    monkeypatch.setattr(editing, "push_to_hub", upload)
+    assert editor.push_to_hub("me/edits", private=True) == "there"
+    assert {"meg.json", "README.md"} < seen["files"] and seen["private"] is True
+    assert "me/edits" in seen["card"] and "5" in seen["card"]
+    with pytest.raises(ValueError, match="my edits"):
+        editor.push_to_hub("my edits")
 
 
 def test_beams_equal_one_query_at_a_time(editor):
@@ -931,11 +1045,26 @@ def test_removing_everything_gives_the_base_model_back(editor):
 
 def test_an_unknown_id_removes_nothing(editor):
     before = state(editor)
-    with pytest.raises(KeyError, match="no edited fact has the id 'color-Mars'"):
+    with pytest.raises(KeyError, match="no edited fact has the id or the query 'color-Mars'"):
         editor.remove([EDITED[0].id, "color-Mars"])
     assert state(editor) == before
-    with pytest.raises(KeyError, match="no edited fact has the id 'x'"):
+    with pytest.raises(RuntimeError, match="nothing is edited yet"):
         base_editor().remove(["x"])
+
+
+@pytest.mark.parametrize(
+    "name", [EDITED[1].id, EDITED[1].query, f"  {EDITED[1].query.upper()} ", EDITED[1]]
+)
+def test_a_fact_is_removed_by_its_id_its_query_or_itself(editor, name):
+    editor.remove(name)
+    assert editor.facts == [EDITED[0], *EDITED[2:]]
+
+
+def test_an_id_is_looked_for_before_a_query(editor):
+    taken = dataclasses.replace(EDITED[1], id=EDITED[0].query)
+    editor.router.edits = dataclasses.replace(editor.edits, facts=(EDITED[0], taken, *EDITED[2:]))
+    editor.remove(EDITED[0].query)
+    assert editor.facts == [EDITED[0], *EDITED[2:]]
 
 
 # Keeping
@@ -955,8 +1084,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, kind, gate):
     loaded = load(tmp_path / "edited")
     assert state(loaded) == state(editor)
     assert loaded.config == editor.config
-    for name in ("queries",):
-        assert torch.equal(getattr(loaded.edits, name), getattr(editor.edits, name))
+    assert torch.equal(loaded.edits.conditions, editor.edits.conditions)
     pack = editor.attached.layout.pack
     for name in ("neurons", "initial"):
         assert torch.equal(pack(getattr(loaded.edits, name)), pack(getattr(editor.edits, name)))
@@ -1117,7 +1245,7 @@ def test_a_manifest_that_is_no_json_is_refused(folder):
 
 def test_files_of_another_configuration_are_refused(folder):
     config = json.loads((folder / "meg.json").read_text(encoding="utf-8"))["config"]
-    config["generator"]["mlp_width"] = 32
+    config["generator"]["width"] = 32
     change_manifest(folder, config=config)
     with pytest.raises(CorruptFileError, match=r"generator-.* does not fit its configuration"):
         load(folder)

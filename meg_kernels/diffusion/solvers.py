@@ -51,7 +51,7 @@ class NoiseLevel:
 
     @property
     def log_snr(self) -> float:
-        """The lambda of the solvers, log(alpha / sigma): half the logarithm of the signal-to-noise ratio."""
+        """The solvers' lambda, log(alpha / sigma): half the log of the signal-to-noise ratio."""
         return math.log(self.alpha / self.sigma)
 
 

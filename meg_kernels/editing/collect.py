@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from meg_kernels.editing.prompting import IGNORED, PromptedModel, TargetBatch
 from meg_kernels.facts import Fact
@@ -32,6 +31,7 @@ from meg_kernels.nn import Attached, LowerLayers, input_device, input_of
 from meg_kernels.nn.families import decoder_layers
 from meg_kernels.nn.packing import frozen_products
 from meg_kernels.precision import fast_dtype
+from meg_kernels.progress import progress_bar
 from meg_kernels.storage import WorkFolder, fingerprint, read_tensors, write_tensors
 
 PROMPTS_AT_ONCE_ON_CPU = 16
@@ -311,7 +311,7 @@ def collect(
     seconds_before = 0.0
     with (
         frozen_products([model], dtype) if dtype == model.dtype else nullcontext(),
-        tqdm(total=len(facts), desc="collecting", unit="fact", disable=not progress) as bar,
+        progress_bar(total=len(facts), desc="collecting", unit="fact", shown=progress) as bar,
     ):
         if initial is None:
             middle = batches[len(batches) // 2][:INITIAL_FACTS]

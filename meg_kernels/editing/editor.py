@@ -215,10 +215,9 @@ class MeGEditor(EditedModel):
 
         Raises:
             KeyError: one that is not edited.
+            RuntimeError: nothing is edited.
         """
         names = [facts] if isinstance(facts, str | Fact) else [*facts]
-        if self.router.edits is None:
-            raise KeyError("nothing is edited")
         gone = self.edits.rows_to_remove(names)
         if len(gone) == len(self.edits):
             self.router.edits = None

@@ -23,11 +23,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from meg_kernels.editing.general_ability import Perplexity
 from meg_kernels.editing.prompting import IGNORED, PromptedModel, answers_match
 from meg_kernels.facts import Fact
+from meg_kernels.progress import progress_bar
 from meg_kernels.routing.neuron_cache import Served
 from meg_kernels.storage import WorkFolder, fingerprint, read_json, write_json
 
@@ -336,7 +336,7 @@ class Evaluation:
         kept = kept or WorkFolder()
         answers = {} if answers is None else answers
         verdicts = []
-        bar = tqdm(self._batches, desc=f"evaluating {name}", disable=not progress, leave=False)
+        bar = progress_bar(self._batches, desc=f"evaluating {name}", shown=progress, leave=False)
         for number, asked in enumerate(bar):
             batch = [question for question in asked if among is None or among(question)]
             if not batch:

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from tqdm.auto import tqdm
 
 from meg_kernels.precision import fast_products
+from meg_kernels.progress import progress_bar
 from meg_kernels.routing.generators import NetworkGenerator
 from meg_kernels.storage import CorruptFileError, fingerprint, read_tensors, write_tensors
 
@@ -99,7 +99,9 @@ def fit(
     before = run.seconds[-1] if run.seconds else 0.0
     started = time.perf_counter() - before
     total_loss = 0.0
-    with tqdm(total=task.max_steps, initial=run.step, desc=task.name, disable=not progress) as bar:
+    with progress_bar(
+        total=task.max_steps, initial=run.step, desc=task.name, shown=progress
+    ) as bar:
         while run.step < task.max_steps and not (run.history and task.done(run.history)):
             loss = descend(run.optimizer, functools.partial(task.loss, run.step, run.rng), device)
             run.schedule.step()

@@ -15,9 +15,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
 
 from meg_kernels.editing.prompting import PromptedModel
+from meg_kernels.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def perplexity(
     longest = prompted.model.config.max_position_embeddings
     base_loss = edited_loss = 0.0  # nats
     accepted = counted = 0
-    for text in tqdm(texts, desc="reading", unit="passage", disable=not progress, leave=False):
+    for text in progress_bar(texts, desc="reading", unit="passage", shown=progress, leave=False):
         tokens = prompted.tokenizer(text).input_ids[:longest]
         if len(tokens) < 2:
             raise ValueError(f"the text {text!r} has {len(tokens)} tokens; two are needed at least")

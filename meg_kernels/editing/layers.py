@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from meg_kernels.editing.collect import CollectionConfig, collect
@@ -25,6 +24,7 @@ from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.facts import Fact
 from meg_kernels.nn import attach
 from meg_kernels.nn.families import decoder_layer, decoder_layers, feed_forward
+from meg_kernels.progress import progress_bar
 from meg_kernels.storage import WorkFolder, fingerprint, read_json, write_json
 
 
@@ -130,7 +130,7 @@ def compare_layers(
     evaluation = Evaluation(prompted, asked)
     settings = [asdict(config), [asdict(fact) for fact in asked], evaluation.protocol()]
     qualities, work = [], WorkFolder.of(work_folder)
-    for layer in (bar := tqdm(chosen, desc="comparing", unit="layer", disable=not progress)):
+    for layer in (bar := progress_bar(chosen, desc="comparing", unit="layer", shown=progress)):
         bar.set_postfix_str(f"layer {layer}")
         # Another model, fact or setting has another identity: results never mix.
         weights = feed_forward(model, layer).weights()

@@ -101,7 +101,7 @@ class EditedLM(HFLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text, with the neuron of its first sentence if it has one."""
+        """Log-likelihood of each whole text, with its first sentence's neuron if it has one."""
         answers = super().loglikelihood_rolling(requests, disable_tqdm)
         beginnings = [first_sentence(request.args[0]) for request in requests]
         accepted = self._accepted(beginnings)

@@ -1,0 +1,105 @@
+"""`Router`: the path of a query without a language model, from a folder that an editor saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+from tiny import BANK, EDITED, FURTHER, MIXED, QUERIES, UNRELATED, edit, make_editor
+
+from meg_kernels import Router, RoutingConfig
+
+
+@pytest.fixture(scope="module")
+def editor():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
+        editor = make_editor(BANK)
+        edit(editor)
+        editor.add(FURTHER)
+        yield editor
+
+
+@pytest.fixture(scope="module")
+def router(editor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edited")
+    editor.save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        # Whoever asks for a language model fails.
+        patch.setitem(sys.modules, "meg_kernels.editing", None)
+        patch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+        yield Router.from_pretrained(folder, "cpu")
+
+
+def test_a_router_finds_what_the_editor_finds(editor, router):
+    mine, theirs = router.route(MIXED), editor.route(MIXED)
+    for name in ("accepted", "fact", "score", "named", "z"):
+        assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+    assert mine.accepted.any() and not mine.accepted.all()
+    (neurons, index), (others, other_index) = router.neurons(mine), editor.router.neurons(theirs)
+    pack = router.edits.layout.pack
+    assert torch.equal(pack(neurons), pack(others)) and torch.equal(index, other_index)
+    assert router.protocol() == editor.router.protocol()
+
+
+def test_each_accepted_query_has_the_neuron_of_its_fact_and_no_other_has_one(router):
+    routing = router.route([*QUERIES, *UNRELATED])
+    neurons, index = router.neurons(routing)
+    assert (index >= 0).tolist() == routing.accepted.tolist()
+    pack, collected = router.edits.layout.pack, router.edits.neurons
+    for row, fact in enumerate(routing.fact.tolist()):
+        if routing.accepted[row]:
+            assert torch.equal(pack(neurons)[index[row]], pack(collected)[fact])
+    assert routing.fact[: len(EDITED)].tolist() == list(range(len(EDITED)))
+
+
+def test_without_edits_and_without_queries_nothing_is_accepted(router):
+    empty = Router(router.encoder)
+    assert (
+        not empty.route(QUERIES).accepted.any() and empty.neurons(empty.route(QUERIES))[0] is None
+    )
+    assert len(router.route([])) == 0 and router.neurons(router.route([]))[0] is None
+
+
+def test_a_routing_keeps_the_edits_that_it_was_decided_by(router):
+    routing, edits = router.route(QUERIES), router.edits
+    expected = edits.layout.pack(router.neurons(routing)[0])
+    try:
+        router.edits = edits.without({0, 1, 2})
+        assert torch.equal(edits.layout.pack(router.neurons(routing)[0]), expected)
+        assert router.route(QUERIES).fact.max() < len(edits) - 3
+    finally:
+        router.edits = edits
+
+
+def test_edits_that_leave_and_come_back_are_the_same(editor):
+    edits = editor.edits
+    last = len(edits) - 1
+    fewer = edits.without({last})
+    again = fewer.joined([edits.facts[last]], edits.conditions[[last]], edits.neurons[[last]])
+    assert again.facts == edits.facts and again.rows_of(edits.facts) == list(range(len(edits)))
+    assert torch.equal(again.conditions, edits.conditions)
+    assert fewer.rows_of([edits.facts[last]]) == [-1]
+    assert len(edits.identity()) == len(again.identity())
+
+
+def test_the_subject_is_required_from_many_facts_on_or_as_asked(router):
+    router = Router(router.encoder, router.edits)
+    assert not router.requires_subject
+    router.config = RoutingConfig(require_subject=True)
+    named = router.route([*QUERIES, "red blue gold"]).named
+    assert named[: len(QUERIES)].all() and not named[-1]
+    assert "7 facts" in repr(router)
+
+
+def test_a_batch_is_decided_with_one_copy_from_the_device(router, monkeypatch):
+    """On a GPU every `.cpu()` is a wait."""
+    copies, real = [], torch.Tensor.cpu
+    routing = router.route(QUERIES)
+    _ = router.edits.keys  # once for each `Edits`
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.shape) or real(self))
+    routing = dataclasses.replace(router.route(QUERIES))
+    router.neurons(routing)
+    assert copies == [(2, len(QUERIES))]
