@@ -31,20 +31,26 @@ with contextlib.suppress(ImportError):  # a borrowed machine with a GPU may lack
     settings.register_profile("short", deadline=None, max_examples=25)
     settings.load_profile("short")
 
-# What takes most of the suite's time: real models, compilers, and whole edits of tiny models.
-# `make test-fast` leaves these modules out.
+# What takes most of the suite's time: real models, compilers, Triton's interpreter, and whole edits
+# of tiny models. `make test-fast` leaves these modules out.
 SLOW = {
     "test_ahead_of_time",
     "test_attach_wrapped",
     "test_collect",
     "test_csrc",
     "test_distill",
+    "test_dynamic_neuron_triton",
     "test_editor",
     "test_evaluate",
     "test_layers",
     "test_linear_gelu",
     "test_models_tried",
+    "test_modulated_norm",
+    "test_quality_baselines",
+    "test_quality_study",
+    "test_short_attention",
     "test_smollm2",
+    "test_solver_step",
 }
 
 
