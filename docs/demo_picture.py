@@ -1,6 +1,6 @@
 """The picture of `meg demo` on the front page, from what the command printed.
 
-    FORCE_COLOR=1 COLUMNS=104 meg demo > demo.txt
+    FORCE_COLOR=1 COLUMNS=90 meg demo > demo.txt
     python docs/demo_picture.py demo.txt                # writes docs/demo.svg
 
 Run both on one machine: the picture says on which processor it was made. Only the table of answers
@@ -10,6 +10,7 @@ and that of metrics are shown, as they were printed.
 import io
 import os
 import platform
+import re
 import sys
 from datetime import date
 from importlib.metadata import version
@@ -18,7 +19,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-WIDTH = 104
 TABLES = ("Answers", "64 facts")  # how the tables' titles begin
 QUESTIONS = 4  # of the table of answers, to keep the picture small
 
@@ -37,9 +37,9 @@ def tables(printed: str) -> list[list[Text]]:
 
 
 def shortened(table: list[Text], rows: int) -> list[Text]:
-    """The first rows of a table; a row whose first cell is empty continues the one before."""
-    first = [line.plain[2:3] if line.plain.startswith("│ ") else "" for line in table]
-    begins = [i for i, letter in enumerate(first) if letter.strip()]
+    """The first rows of a table; a row begins with the line that fills its last cell."""
+    cells = [line.plain.split("│") for line in table]
+    begins = [i for i, row in enumerate(cells) if len(row) > 2 and row[-2].strip()]
     return table if len(begins) <= rows else [*table[: begins[rows]], table[-1]]
 
 
@@ -54,19 +54,22 @@ def processor() -> str:
 def main() -> None:
     """Write docs/demo.svg."""
     answers, metrics = tables(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
+    shown = [*shortened(answers, QUESTIONS), *metrics]
+    width = max(line.cell_len for line in shown)
+    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
     console.print("[bold]$ meg demo[/]")
-    for table in (shortened(answers, QUESTIONS), metrics):
-        for line in table:
-            console.print(line, no_wrap=True, overflow="ignore", crop=False)
+    for line in shown:
+        console.print(line)
     console.print(
         f"on {processor()}, no GPU; torch {version('torch')}, Python {platform.python_version()}, "
         f"{date.today():%Y-%m-%d}",
         style="dim",
         highlight=False,
     )
+    picture = console.export_svg(title="SmolLM2-135M-Instruct, 64 facts edited")
+    picture = re.sub(r"@font-face {.*?}", "", picture, flags=re.DOTALL)  # fetched from elsewhere
     path = Path(__file__).with_name("demo.svg")
-    console.save_svg(str(path), title="SmolLM2-135M-Instruct, 64 facts edited")
+    path.write_text(picture, encoding="utf-8")
     print(path)
 
 

@@ -31,6 +31,36 @@ with contextlib.suppress(ImportError):  # a borrowed machine with a GPU may lack
     settings.register_profile("short", deadline=None, max_examples=25)
     settings.load_profile("short")
 
+# What takes most of the suite's time: real models, compilers, Triton's interpreter, and whole edits
+# of tiny models. `make test-fast` leaves these modules out.
+SLOW = {
+    "test_ahead_of_time",
+    "test_attach_wrapped",
+    "test_collect",
+    "test_csrc",
+    "test_distill",
+    "test_dynamic_neuron_triton",
+    "test_editor",
+    "test_evaluate",
+    "test_layers",
+    "test_linear_gelu",
+    "test_models_tried",
+    "test_modulated_norm",
+    "test_quality_baselines",
+    "test_quality_study",
+    "test_short_attention",
+    "test_smollm2",
+    "test_solver_step",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the slow modules."""
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 VOCABULARY = 67
 _SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 _WIDE = {
