@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 from meg_kernels.editing.collect import CollectionConfig, collect
+from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import LowerLayers, attach, input_of
 from meg_kernels.nn.families import decoder_layers, feed_forward
@@ -430,16 +431,17 @@ def test_neurons_are_fitted_for_a_mixture_of_experts(tokenizer):
 
 
 def assert_fits(model, tokenizer):
-    config = CollectionConfig(learning_rate=0.1, max_steps=60)
+    config = CollectionConfig(learning_rate=0.1, max_steps=200)
     attached = attach(model, LAYER)
-    fitted = collect(attached, tokenizer, tiny.FACTS[:4], config)
+    prompted = PromptedModel.of(attached.model, tokenizer)
+    fitted = collect(prompted, attached, tiny.FACTS[:4], config)
     assert fitted.learnt.all() and (fitted.steps > 5).all()
 
 
 def test_a_model_without_an_output_layer_is_told_what_is_missing(tiny_model, tokenizer):
     attached = attach(tiny_model("llama").model, LAYER)
     with pytest.raises(ValueError, match=r"LlamaModel has no output layer.*AutoModelForCausalLM"):
-        collect(attached, tokenizer, tiny.FACTS[:1])
+        collect(PromptedModel.of(attached.model, tokenizer), attached, tiny.FACTS[:1])
 
 
 def test_an_index_may_be_a_list(tiny_model, ids):
