@@ -35,7 +35,10 @@ with contextlib.suppress(ImportError):  # a borrowed machine with a GPU may lack
 # of tiny models. `make test-fast` leaves these modules out.
 SLOW = {
     "test_ahead_of_time",
+    "test_attach",
     "test_attach_wrapped",
+    "test_backend",
+    "test_cli",
     "test_collect",
     "test_csrc",
     "test_distill",
