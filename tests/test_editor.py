@@ -507,9 +507,12 @@ def test_too_few_tuning_facts_are_refused():
         ({"most_tuning_facts": 0}, "most_tuning_facts is 0; it must be at least 1, or None"),
         ({"rejection_weight": 0.0}, "rejection_weight is 0.0; it must be positive"),
         ({"rejection_weight": math.inf}, "rejection_weight is inf; it must be positive"),
-        ({"encoder_tuning": None}, "encoder_tuning is None; it must be a EncoderTuningConfig"),
-        ({"collection": {}}, "collection is {}; it must be a CollectionConfig"),
-        ({"generator": "mlp"}, "generator is 'mlp'; it must be a GeneratorConfig"),
+        (
+            {"encoder_tuning": None},
+            "encoder_tuning is None; it must be an instance of EncoderTuningConfig",
+        ),
+        ({"collection": {}}, "collection is {}; it must be an instance of CollectionConfig"),
+        ({"generator": "mlp"}, "generator is 'mlp'; it must be an instance of GeneratorConfig"),
         ({"template": "Q: {}"}, "template is 'Q: {}'; it must be a PromptTemplate, or None"),
     ],
 )

@@ -70,7 +70,9 @@ class EditorConfig:
     def __post_init__(self) -> None:
         for name, kind in _STAGES.items():
             if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"{name} is {getattr(self, name)!r}; it must be a {kind.__name__}")
+                raise TypeError(
+                    f"{name} is {getattr(self, name)!r}; it must be an instance of {kind.__name__}"
+                )
         if not isinstance(self.template, PromptTemplate | None):
             raise TypeError(f"template is {self.template!r}; it must be a PromptTemplate, or None")
         if self.layer is not None and (not isinstance(self.layer, int) or self.layer < 0):
