@@ -287,6 +287,7 @@ class Edits:
             "gate": self.gate.kind,
             "generator": config["kind"],
             "sampler": config.get("sampler"),
+            "seed": config.get("training", {}).get("seed"),  # the generator's; a bank has none
             "edited_facts": len(self),
             "generated_facts": len(self) - self.num_waiting,
             "left_out": f"{self.report.num_left_out} facts that the base model answered so already",
