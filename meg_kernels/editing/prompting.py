@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.nn import input_device, last_feed_forward_sees
 from meg_kernels.pretrained import ready_to_pad
+from meg_kernels.texts import normalized
 
 IGNORED = -100
 
@@ -313,6 +314,5 @@ def answers_match(text: str, answer: str) -> bool:
     >>> answers_match("Paris. It is a city", "paris"), answers_match("Paris Hilton", "Paris")
     (True, False)
     """
-    said, wanted = (" ".join(words.split()).casefold() for words in (text, answer))
-    wanted = wanted.removesuffix(".")
+    said, wanted = normalized(text), normalized(answer).removesuffix(".")
     return said.removesuffix(".") == wanted or said.startswith(f"{wanted}. ")

@@ -179,7 +179,7 @@ class Edits:
         """What tells each fact's condition from others, on the host."""
         return condition_keys(self.conditions)
 
-    @property
+    @functools.cached_property
     def num_waiting(self) -> int:
         """How many facts have a neuron that the generator was not trained to make."""
         return int((~self.generated).sum())

@@ -43,7 +43,7 @@ from meg_kernels.text_encoder import TextEncoder
 
 FORMAT, VERSION = "meg-kernels", 1
 MANIFEST = "meg.json"
-_KINDS = ("facts", "edits", "gate", "generator", "encoder")
+KINDS = ("facts", "edits", "gate", "generator", "encoder")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Saved:
 def check_free(folder: Path) -> None:
     """Raise FileExistsError if `folder` holds anything but an edited model."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
-        left = [p for p in folder.iterdir() if p.name.split("-")[0].lstrip(".") not in _KINDS]
+        left = [p for p in folder.iterdir() if p.name.split("-")[0].lstrip(".") not in KINDS]
         if left:
             raise FileExistsError(
                 f"{folder} holds other files ({left[0].name}); choose an empty or new folder"
@@ -165,7 +165,7 @@ def save_edits(
         },
     )
     for path in folder.iterdir():
-        if path.name.split("-")[0] in _KINDS and path.name not in files.values():
+        if path.name.split("-")[0] in KINDS and path.name not in files.values():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
