@@ -156,6 +156,12 @@ def _machine(threads: int) -> dict[str, Any]:
     return {"processor": _processor(), "torch": torch.__version__, "threads": threads}
 
 
+def processor_name() -> str:
+    """What this machine's processor calls itself."""
+    said = _processor()
+    return str(said.get("model name") or said["name"] or said["architecture"])
+
+
 def _processor() -> dict[str, Any]:
     """The model of this machine's processor, and what PyTorch says that it can do."""
     fields = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
