@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bad_inputs import Case
-
 from meg_kernels import Fact, read_facts
 from meg_kernels.facts import FactsError
 
