@@ -497,23 +497,35 @@ def test_too_few_tuning_facts_are_refused():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"gate": "none"}, "gate is 'none'; it must be one of similarity, familiarity"),
-        ({"calibration_share": 0.0}, "calibration_share is 0.0; it must be between 0 and 1"),
-        ({"calibration_share": 1.0}, "calibration_share is 1.0; it must be between 0 and 1"),
-        ({"threshold": math.nan}, "threshold is nan; it must be finite, or None"),
-        ({"threshold": "high"}, "threshold is 'high'; it must be finite, or None"),
-        ({"layer": -1}, "layer is -1; it must be a layer's number, from 0"),
-        ({"layer": "mlp"}, "layer is 'mlp'; it must be a layer's number, from 0"),
-        ({"most_tuning_facts": 0}, "most_tuning_facts is 0; it must be at least 1, or None"),
-        ({"rejection_weight": 0.0}, "rejection_weight is 0.0; it must be positive"),
-        ({"rejection_weight": math.inf}, "rejection_weight is inf; it must be positive"),
+        ({"gate": "none"}, "gate is 'none'; it must be one of 'similarity', 'familiarity'"),
+        (
+            {"calibration_share": 0.0},
+            "calibration_share is 0.0; it must be a number, above 0 and below 1",
+        ),
+        (
+            {"calibration_share": 1.0},
+            "calibration_share is 1.0; it must be a number, above 0 and below 1",
+        ),
+        ({"threshold": math.nan}, "threshold is nan; it must be a number, finite, or None"),
+        ({"threshold": "high"}, "threshold is 'high'; it must be a number, finite, or None"),
+        ({"layer": -1}, "layer is -1; it must be an integer of at least 0, or None"),
+        ({"layer": "mlp"}, "layer is 'mlp'; it must be an integer of at least 0, or None"),
+        (
+            {"most_tuning_facts": 0},
+            "most_tuning_facts is 0; it must be an integer of at least 1, or None",
+        ),
+        ({"rejection_weight": 0.0}, "rejection_weight is 0.0; it must be a number, positive"),
+        ({"rejection_weight": math.inf}, "rejection_weight is inf; it must be a number, positive"),
         (
             {"encoder_tuning": None},
             "encoder_tuning is None; it must be an instance of EncoderTuningConfig",
         ),
         ({"collection": {}}, "collection is {}; it must be an instance of CollectionConfig"),
         ({"generator": "mlp"}, "generator is 'mlp'; it must be an instance of GeneratorConfig"),
-        ({"template": "Q: {}"}, "template is 'Q: {}'; it must be a PromptTemplate, or None"),
+        (
+            {"template": "Q: {}"},
+            "template is 'Q: {}'; it must be an instance of PromptTemplate, or None",
+        ),
     ],
 )
 def test_a_configuration_out_of_range_is_refused(change, message):
@@ -565,9 +577,9 @@ def test_a_threshold_can_be_chosen_and_a_gate_that_does_not_exist_cannot(editor)
     before = editor.edits.gate.threshold
     calibration = editor.set_gate("similarity", threshold=-2.0)
     assert calibration.threshold == before and editor.route(LOCALITY).accepted.all()
-    with pytest.raises(ValueError, match="it must be one of similarity, familiarity"):
+    with pytest.raises(ValueError, match="it must be one of 'similarity', 'familiarity'"):
         editor.set_gate("nearest")
-    with pytest.raises(ValueError, match="threshold is nan; it must be finite"):
+    with pytest.raises(ValueError, match="threshold is nan; it must be a number, finite"):
         editor.set_gate("similarity", threshold=float("nan"))
     gate = editor.edits.gate
     editor.set_gate("similarity", require_subject=False)  # which leaves it as it is
