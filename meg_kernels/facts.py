@@ -505,8 +505,8 @@ def _records(path: Path) -> Iterator[_Record]:
         raise FactsError(f"{path} is empty; it must hold at least one fact")
     is_array = text.lstrip().startswith("[")
     decoder = json.JSONDecoder(object_pairs_hook=_object)
-    position, number, line, counted = 0, 0, 1, 0
-    separators = " \t\n,[" if is_array else " \t\n"
+    position, number, line, counted = text.index("[") + 1 if is_array else 0, 0, 1, 0
+    separators = " \t\n," if is_array else " \t\n"
     while True:
         while position < len(text) and text[position] in separators:
             position += 1
