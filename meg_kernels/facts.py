@@ -355,18 +355,17 @@ FactsLike = str | os.PathLike[str] | Fact | Mapping[str, Any] | Iterable[Any]
 """What `as_facts` makes facts of."""
 
 
-def as_facts(facts: FactsLike, on_conflict: OnConflict | None = None) -> list[Fact]:
+def as_facts(facts: FactsLike) -> list[Fact]:
     """The facts in whatever a caller keeps them in.
 
     Args:
         facts: a path for `read_facts`; one fact; or an iterable of facts, such as a list, a
             generator, a `datasets.Dataset` or a pandas DataFrame. A fact is a `Fact` or a dict in
             one of the formats that `read_facts` recognises.
-        on_conflict: what to do with facts that contradict each other, as `read_facts` has it; None:
-            they are looked for in files alone.
 
     Returns:
-        The facts, in their order.
+        The facts, in their order. Facts that contradict each other are not looked for, except in a
+        file: `editable_facts` finds them.
 
     Raises:
         FactsError: some cannot be used; the message names each row (from 0) and its field.
@@ -377,7 +376,7 @@ def as_facts(facts: FactsLike, on_conflict: OnConflict | None = None) -> list[Fa
     'Me'
     """
     if isinstance(facts, (str, os.PathLike)):
-        return read_facts(os.fspath(facts), on_conflict=on_conflict or "error")
+        return read_facts(os.fspath(facts))
     if isinstance(facts, Fact):
         return [facts]
     if isinstance(facts, Mapping):
@@ -405,9 +404,31 @@ def as_facts(facts: FactsLike, on_conflict: OnConflict | None = None) -> list[Fa
             problems.append(f"facts[{i}]: {error}")
     if problems:
         raise FactsError(_listing(f"facts that cannot be used ({len(problems)})", problems))
-    if on_conflict is None:
-        return read
-    placed = [(fact, f"facts[{i}]") for i, fact in enumerate(read)]
+    return read
+
+
+def editable_facts(facts: FactsLike, on_conflict: OnConflict = "error") -> list[Fact]:
+    """Facts that can be edited together, in whatever a caller keeps them in.
+
+    Args:
+        facts: as `as_facts` takes them.
+        on_conflict: what to do with facts that contradict each other, as in `read_facts`.
+
+    Returns:
+        The facts, in their order, at least one. A repeated fact is kept once, with a warning.
+
+    Raises:
+        FactsError: there are none, some cannot be used, or they contradict each other.
+        FileNotFoundError: there is no file at the path.
+        TypeError: `facts` is nothing that holds facts.
+        ValueError: `on_conflict` is none of the three.
+    """
+    one_of(OnConflict)("on_conflict", on_conflict)
+    if isinstance(facts, (str, os.PathLike)):
+        return read_facts(os.fspath(facts), on_conflict=on_conflict)
+    placed = [(fact, f"facts[{i}]") for i, fact in enumerate(as_facts(facts))]
+    if not placed:
+        raise FactsError("facts is empty; there must be at least one fact to edit")
     return _one_of_each(placed, "the list of facts", on_conflict)
 
 
@@ -558,6 +579,7 @@ def read_facts(
         FileNotFoundError: there is no such file.
         ValueError: `limit`, `on_conflict` or `zsre_target` is out of range.
     """
+    one_of(OnConflict)("on_conflict", on_conflict)
     placed = _placed(path, limit, zsre_target)
     if not placed:
         raise FactsError(f"{path} holds no facts")
@@ -701,7 +723,6 @@ def unrelated_to(others: Iterable[Fact], edited: Iterable[Fact]) -> list[Fact]:
 
 def _one_of_each(placed: list[tuple[Fact, str]], name: str, on_conflict: OnConflict) -> list[Fact]:
     """Facts that fit together, in their order; what is left out is warned of, or refused."""
-    one_of(OnConflict)("on_conflict", on_conflict)
     last = on_conflict == "last"
     facts, duplicates, conflicts = _merge(placed, last)
     contradictions = _listing(f"{name} has contradictions ({len(conflicts)})", conflicts)

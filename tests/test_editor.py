@@ -459,7 +459,7 @@ def test_facts_that_cannot_be_learnt_are_reported(editor):
 @pytest.mark.parametrize(
     "facts, message",
     [
-        ([], "there are no facts to edit"),
+        ([], "facts is empty; there must be"),
         ([EDITED[0], dataclasses.replace(EDITED[0], answer="pink", id="")], "The color of Abo is"),
     ],
 )
@@ -1006,7 +1006,7 @@ def test_a_fact_that_is_edited_already_is_not_added(editor, fact, message):
     before = state(editor)
     with pytest.raises(FactsError, match=message):
         editor.add([FURTHER[0], fact])
-    with pytest.raises(FactsError, match="there are no facts to add"):
+    with pytest.raises(FactsError, match="facts is empty; there must be"):
         editor.add([])
     assert state(editor) == before
 

@@ -40,6 +40,7 @@ from meg_kernels.facts import (
     OnConflict,
     as_facts,
     check_facts,
+    editable_facts,
     warn_of_several_answers,
 )
 from meg_kernels.familiarity import Calibration
@@ -148,9 +149,7 @@ class MeGEditor(EditedModel):
             FactsError: facts that contradict each other, too few to tune with, or none that the
                 model does not answer already.
         """
-        facts = given = as_facts(facts, on_conflict)
-        if not facts:
-            raise FactsError("there are no facts to edit")
+        facts = given = editable_facts(facts, on_conflict)
         tuning = shipped_tuning_facts() if tuning_facts is None else as_facts(tuning_facts)
         unrelated = (
             shipped_unrelated_queries()
@@ -194,9 +193,7 @@ class MeGEditor(EditedModel):
             FactsError: a query or id is edited already.
             RuntimeError: nothing was edited yet; call `edit`.
         """
-        before, facts = self.edits, as_facts(facts, on_conflict)
-        if not facts:
-            raise FactsError("there are no facts to add")
+        before, facts = self.edits, editable_facts(facts, on_conflict)
         if replace:
             ids, queries = {fact.id for fact in facts}, {fact.normalized_query for fact in facts}
             taken = {f for f in before.facts if f.id in ids or f.normalized_query in queries}

@@ -13,7 +13,7 @@ from typing import Any
 
 from bad_inputs import Case
 from meg_kernels import Fact, LocalityQuery, read_facts
-from meg_kernels.facts import FactsError, as_facts, check_facts, written_facts
+from meg_kernels.facts import FactsError, as_facts, check_facts, editable_facts, written_facts
 
 CAPITAL = {"query": "What is the capital of France?", "answer": "Lyon"}
 RIVER = {"query": "Which river flows through Rome?", "answer": "the Danube"}
@@ -347,7 +347,7 @@ TOGETHER = [
     ),
     Case(
         "two answers in a list",
-        lambda _: as_facts([CAPITAL, RIVER, CAPITAL | {"answer": "Nice"}], "error"),
+        lambda _: editable_facts([CAPITAL, RIVER, CAPITAL | {"answer": "Nice"}]),
         FactsError,
         (r"facts\[0\] and facts\[2\].*'Lyon' and 'Nice'", "keep one of each"),
     ),
