@@ -9,14 +9,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from meg_kernels.texts import as_texts
+
+T = TypeVar("T")
 
 LARGEST_SEED = 2**63 - 1
 
@@ -57,6 +60,36 @@ def check_fields(instance: Any, **checks: Check) -> None:
     """Check fields of a dataclass, frozen or not, and keep their values as the checks give them."""
     for name, check in checks.items():
         object.__setattr__(instance, name, check(name, getattr(instance, name)))
+
+
+def from_fields(
+    kind: Callable[..., T], values: Any, name: str, **nested: Callable[[Any, str], Any]
+) -> T:
+    """A dataclass from its fields, as they stand in a file.
+
+    Args:
+        kind: the dataclass.
+        values: fields by their names; one that is absent has its default.
+        name: what the messages call it.
+        nested: by its name, what makes a field that is itself a dataclass of its value and a name.
+
+    Raises:
+        ValueError: there are no fields, a field is unknown, or a value is out of range.
+        TypeError: a field is missing that has no default.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} is {shown(values)}; it must be an object with its fields")
+    known = [field.name for field in dataclasses.fields(kind) if field.init]  # type: ignore[arg-type]
+    for field in values:
+        if field not in known:
+            raise ValueError(f"{name} has no field {field!r}; its fields are {', '.join(known)}")
+    made = {
+        field: nested[field](value, f"{field} of {name}")
+        if field in nested and value is not None
+        else value
+        for field, value in values.items()
+    }
+    return kind(**made)
 
 
 def shown(value: Any, most: int = 200) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from meg_kernels.checks import SEED, check_fields, instance_of, integer, number, one_of
+from meg_kernels.checks import SEED, check_fields, from_fields, instance_of, integer, number, one_of
 from meg_kernels.editing.collect import CollectionConfig
 from meg_kernels.editing.prompting import PromptTemplate
 from meg_kernels.routing.generators import GeneratorConfig
@@ -98,13 +99,17 @@ class EditorConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditorConfig:
-        """The configuration whose `to_dict` gave these values."""
-        nested = dict(values)
-        if nested["template"] is not None:
-            nested["template"] = PromptTemplate(**nested["template"])
-        lists = nested["collection"]
-        framings = {k: tuple(v) for k, v in lists.items() if isinstance(v, list)}
-        nested["collection"] = CollectionConfig(**(lists | framings))
-        nested["encoder_tuning"] = EncoderTuningConfig(**nested["encoder_tuning"])
-        nested["generator"] = GeneratorConfig.from_dict(nested["generator"])
-        return cls(**nested)
+        """The configuration whose `to_dict` gave these values.
+
+        Raises:
+            ValueError: a field is unknown, or a value is out of range.
+        """
+        return from_fields(
+            cls,
+            values,
+            "the editor's configuration",
+            template=functools.partial(from_fields, PromptTemplate),
+            collection=functools.partial(from_fields, CollectionConfig),
+            encoder_tuning=functools.partial(from_fields, EncoderTuningConfig),
+            generator=lambda given, _: GeneratorConfig.from_dict(given),
+        )

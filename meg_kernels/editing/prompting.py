@@ -34,7 +34,7 @@ class PromptTemplate:
     text: str = "Q: {}\nA:"
 
     def __post_init__(self) -> None:
-        if self.text.count("{}") != 1:
+        if not isinstance(self.text, str) or self.text.count("{}") != 1:
             raise ValueError(f"the template is {self.text!r}; it must hold one {{}}")
 
     def format(self, query: str) -> str:

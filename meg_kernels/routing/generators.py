@@ -17,6 +17,7 @@ Each kind has a configuration of its own, made by a name:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Mapping
@@ -27,7 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meg_kernels.checks import FLAG, SEED, check_fields, instance_of, integer, number
+from meg_kernels.checks import (
+    FLAG,
+    SEED,
+    check_fields,
+    from_fields,
+    instance_of,
+    integer,
+    number,
+    shown,
+)
 from meg_kernels.diffusion import (
     DiTConfig,
     Execution,
@@ -265,11 +275,18 @@ class GeneratorConfig:
         Raises:
             ValueError: the kind or a field is unknown, or a value is out of range.
         """
-        rest = dict(values)
-        kind = rest.pop("kind", None)
-        if kind not in GENERATORS:
-            raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(GENERATORS)}")
-        return _from_fields(GENERATORS[kind][0], rest, f"a generator of kind {kind!r}")
+        kind = values.get("kind") if isinstance(values, Mapping) else values
+        if not isinstance(kind, str) or kind not in GENERATORS:
+            raise ValueError(f"kind is {shown(kind)}; it must be one of {', '.join(GENERATORS)}")
+        rest = {name: value for name, value in values.items() if name != "kind"}
+        return from_fields(
+            GENERATORS[kind][0],
+            rest,
+            f"a generator of kind {kind!r}",
+            network=functools.partial(from_fields, DiTConfig),
+            sampler=functools.partial(from_fields, SamplerConfig),
+            training=functools.partial(from_fields, TrainingConfig),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,21 +380,6 @@ class BankConfig(GeneratorConfig):
     """The configuration of a `NeuronBank`, which has nothing to choose."""
 
     kind: str = field(default="bank", init=False)
-
-
-def _from_fields(config: type[Any], values: Mapping[str, Any], name: str) -> Any:
-    """A configuration from its fields, nested ones from theirs; `name` is for messages."""
-    nested = {"network": DiTConfig, "sampler": SamplerConfig, "training": TrainingConfig}
-    known = [f.name for f in dataclasses.fields(config) if f.init]
-    for key in values:
-        if key not in known:
-            raise ValueError(f"{name} has no field {key!r}; its fields are {', '.join(known)}")
-    return config(
-        **{
-            key: _from_fields(nested[key], value, f"{key} of {name}") if key in nested else value
-            for key, value in values.items()
-        }
-    )
 
 
 def _deviation(rows: Tensor) -> Tensor:
