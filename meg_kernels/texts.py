@@ -32,7 +32,8 @@ _ALIKE = {
 # Of the joiner, only that between emoji counts: it makes one of several.
 _JOINER = re.compile(r"\u200d(?=[\w\s\x00-\x7f]|$)")
 _QUOTED = re.compile(r"""(?<!\S)(["'])((?:(?!\1).)+)\1(?=[?!.:;,]*(?:\s|$))""")
-_BEFORE_QUERY, _BEHIND_QUERY, _BEHIND_ANSWER = "¿¡ ", "?!.:;,। ", ". "
+_BEFORE_QUERY, _BEHIND_QUERY = "¿¡ ", "?!.:;,। "
+_FULL_STOP = re.compile(r"(?<!\.)\.$")
 
 
 def _table() -> dict[int, str]:
@@ -81,7 +82,7 @@ def normalized_answer(text: str) -> str:
     True
     """
     text = _unquoted(normalized(text))
-    return text.rstrip(_BEHIND_ANSWER) or text
+    return _FULL_STOP.sub("", text) or text
 
 
 def _unquoted(text: str) -> str:

@@ -105,6 +105,7 @@ APART = [
     ("½", "12"),
     ("x", "χ"),
 ]
+OTHER_ANSWERS = [("gold", "gold.."), ("gold", "gold!"), ("gold", "gold. It is"), ("no", "no.1")]
 
 
 @pytest.mark.parametrize(("one", "other"), ASK_THE_SAME)
@@ -115,6 +116,11 @@ def test_queries_that_differ_in_how_they_are_written_ask_the_same(one, other):
 @pytest.mark.parametrize(("one", "other"), SAY_THE_SAME)
 def test_answers_that_differ_in_how_they_are_written_are_the_same(one, other):
     assert normalized_answer(one) == normalized_answer(other)
+
+
+@pytest.mark.parametrize(("one", "other"), OTHER_ANSWERS)
+def test_of_an_answer_only_the_full_stop_behind_it_does_not_count(one, other):
+    assert normalized_answer(one) != normalized_answer(other)
 
 
 @pytest.mark.parametrize(("one", "other"), APART)
