@@ -50,11 +50,19 @@ class _Carried:
         return _Carried, ()  # a copy of the model carries no neurons, and nobody has attached it
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
+        """The output y of the FFN that read x, with this call's neurons."""
         noted = self.noted
-        if noted.recalled is not None:
-            (mounted,) = noted.recalled
-            return y if mounted is None else mounted.add(y, x, noted.rows)
-        return self.place.add(y, x, noted.rows)
+        if not self.trained or torch.compiler.is_compiling() or not _runs_again():
+            return self.place.add(y, x, noted.rows)
+        recalled, noted.recalled = noted.recalled, None
+        if recalled is None and self.place.mounted is None:
+            raise RuntimeError(
+                "a backward pass runs the model again, outside of the `with` block in which "
+                "neurons were mounted; call backward() inside that block, or let the model "
+                "checkpoint its layers itself: model.gradient_checkpointing_enable()"
+            )
+        (mounted,) = recalled or (self.place.mounted,)
+        return y if mounted is None else mounted.add(y, x)
 
 
 def first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -71,30 +79,36 @@ def _before_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Non
     carried.noted.rows = hidden.shape[0]
     if torch.compiler.is_compiling():
         return
-    carried.noted.recalled = _recalled(carried, hidden) if module.training else None
-    if carried.place.mounted is not None:
-        _check_one_sequence_a_row(kwargs)
+    if carried.place.mounted is None:
+        return
+    _check_one_sequence_a_row(kwargs)
+    if module.training and not carried.trained:
+        carried.trained = True
+        for part in module.children():
+            vars(part).setdefault(_CARRIED, carried)
+            part.register_forward_pre_hook(_before_part, with_kwargs=True)
 
 
-def _recalled(carried: _Carried, hidden: Tensor) -> tuple[Mounted | None] | None:
-    """What was mounted when a checkpointed layer ran first, if a backward pass runs it again.
+def _runs_again() -> bool:
+    """Whether a backward pass is running this, because of a checkpoint around it."""
+    return torch._C._current_graph_task_id() != -1
 
-    Gradient checkpointing runs a layer again on the very storage that it read; what was mounted
-    then is noted there. Where the whole model runs again, that storage is another one.
+
+def _before_part(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Before a part of a decoder layer, once the model was trained with neurons mounted.
+
+    Gradient checkpointing runs a layer again on the very storage that its first part read. What is
+    mounted is noted there the first time.
     """
-    storage, mounted = hidden.untyped_storage(), carried.place.mounted
-    if torch._C._current_graph_task_id() == -1:  # no backward pass
-        carried.trained = carried.trained or mounted is not None
-        setattr(storage, _CHECKPOINTED, (mounted,))
-        return None
-    found = getattr(storage, _CHECKPOINTED, None)
-    if found is None and mounted is None:
-        raise RuntimeError(
-            "a backward pass runs the model again, outside of the `with` block in which neurons "
-            "were mounted; call backward() inside that block, or let the model checkpoint its "
-            "layers itself: model.gradient_checkpointing_enable()"
-        )
-    return found
+    carried: _Carried = getattr(module, _CARRIED)
+    if torch.compiler.is_compiling() or not carried.trained or not module.training:
+        return
+    storage = first_tensor(args, kwargs).untyped_storage()
+    if not _runs_again():
+        setattr(storage, _CHECKPOINTED, (carried.place.mounted,))
+        carried.noted.recalled = None
+    elif hasattr(storage, _CHECKPOINTED):
+        carried.noted.recalled = getattr(storage, _CHECKPOINTED)
 
 
 def _check_one_sequence_a_row(kwargs: dict[str, Any]) -> None:
@@ -135,17 +149,19 @@ def _add_neurons(module: nn.Module, args: tuple, kwargs: dict[str, Any], output:
     return type(output)([carried.add(output[0], source), *output[1:]])
 
 
-_HOOKS = (_before_layer, _note_source, _add_neurons)
+_HOOKS = (_before_layer, _before_part, _note_source, _add_neurons)
 
 
-def _unhook(module: nn.Module) -> None:
-    """Remove our hooks from a module, also from a copy of one that has them."""
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for number in [number for number, hook in hooks.items() if hook in _HOOKS]:
-            del hooks[number]
-            module._forward_hooks_with_kwargs.pop(number, None)
-            module._forward_pre_hooks_with_kwargs.pop(number, None)
-    vars(module).pop(_CARRIED, None)
+def _unhook(ffn: FeedForward) -> None:
+    """Remove our hooks from a layer, also from a copy of one that has them."""
+    layer = ffn.decoder_layer
+    for module in (layer, *layer.children(), ffn.entry, ffn.exit):
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for number in [number for number, hook in hooks.items() if hook in _HOOKS]:
+                del hooks[number]
+                module._forward_hooks_with_kwargs.pop(number, None)
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
+        vars(module).pop(_CARRIED, None)
 
 
 # Methods of a model that repeat rows, and those that pack requests into one row.
@@ -222,7 +238,7 @@ class Attached:
         self._carried = _Carried()
         self._carried.owner = weakref.ref(self)
         self._is_attached = True
-        for module in self._modules:
+        for module in (ffn.decoder_layer, ffn.entry, ffn.exit):
             vars(module)[_CARRIED] = self._carried
         ffn.decoder_layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
         if not ffn.is_block:
@@ -260,10 +276,6 @@ class Attached:
     def is_disabled(self) -> bool:
         """Whether this thread or task runs inside `disabled()`."""
         return self._carried.place.is_emptied
-
-    @property
-    def _modules(self) -> tuple[nn.Module, ...]:
-        return tuple({self.ffn.decoder_layer: 0, self.ffn.entry: 0, self.ffn.exit: 0})
 
     @property
     def _marked(self) -> nn.Module:
@@ -314,8 +326,7 @@ class Attached:
         if not self._is_attached:
             return
         self._is_attached = False
-        for module in self._modules:
-            _unhook(module)
+        _unhook(self.ffn)
         if type(self._marked) is _marked(self._kind):  # and no other library's class by now
             self._marked.__class__ = self._kind
         _unwatch(self.model, self._carried.place)
@@ -358,8 +369,7 @@ def attach(model: nn.Module, layer: int) -> Attached:
 
 def _abandon(model: PreTrainedModel, ffn: FeedForward, carried: _Carried) -> None:
     """Clear away the attachment of a model that was copied, or whose owner is gone."""
-    for module in (ffn.decoder_layer, ffn.entry, ffn.exit):
-        _unhook(module)
+    _unhook(ffn)
     marked = ffn.exit if ffn.is_block else ffn.decoder_layer
     for kind, made in _MARKED.items():
         if type(marked) is made:

@@ -58,6 +58,12 @@ class _Method:
 _CHANGING = threading.Lock()
 
 
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The module's forward as it is for those who have not replaced it."""
+    forward = module.forward
+    return forward.own if isinstance(forward, _Method) else forward
+
+
 @contextmanager
 def replaced(
     methods: Mapping[tuple[nn.Module, str], Callable[..., Any]], everywhere: bool = False

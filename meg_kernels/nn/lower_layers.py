@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from meg_kernels.nn.attached import first_tensor
-from meg_kernels.nn.changed import hooked, replaced, uncompiled
+from meg_kernels.nn.changed import hooked, own_forward, replaced, uncompiled
 from meg_kernels.nn.families import decoder_layers, feed_forward
 from meg_kernels.nn.partial import input_of, output_of
 
@@ -161,7 +161,10 @@ class LowerLayers:
 
             return record
 
-        parts = {self._part(n): recording(n, self._part(n).forward) for n in (*beside, ffn.writes)}
+        parts = {
+            self._part(name): recording(name, own_forward(self._part(name)))
+            for name in (*beside, ffn.writes)
+        }
         with _forward_replaced(parts), self.replaced_by(hidden):
             output_of(layer, self.model, inputs)
         names = [name for name, _ in returned]
