@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from meg_kernels.checks import instance_of
 from meg_kernels.editing.config import EditorConfig, GateKind
 from meg_kernels.editing.distill import Distillation
-from meg_kernels.editing.edited_model import EditedModel
+from meg_kernels.editing.edited_model import EditedModel, one_at_a_time
 from meg_kernels.editing.evaluate import EvaluationReport
 from meg_kernels.editing.layers import default_layer
 from meg_kernels.editing.prompting import PromptedModel
@@ -30,7 +30,6 @@ from meg_kernels.editing.stages import Stages
 from meg_kernels.editing.tuning import (
     calibrated_gate,
     regated,
-    unchanged_on_error,
     usable_for_tuning,
 )
 from meg_kernels.facts import (
@@ -39,7 +38,6 @@ from meg_kernels.facts import (
     FactsLike,
     OnConflict,
     as_facts,
-    check_facts,
     editable_facts,
     warn_of_several_answers,
 )
@@ -51,6 +49,7 @@ from meg_kernels.routing.generators import GeneratorConfig
 from meg_kernels.routing.hub import ModelCard, check_repo_id, push_to_hub
 from meg_kernels.routing.router import Router
 from meg_kernels.routing.saving import load_edits, save_edits
+from meg_kernels.scoped import OwnLock
 from meg_kernels.shipped import shipped_tuning_facts, shipped_unrelated_queries
 from meg_kernels.storage import write_text
 from meg_kernels.text_encoder import TextEncoder
@@ -86,6 +85,7 @@ class MeGEditor(EditedModel):
         router = Router(encoder, None, config.routing, model.device)
         super().__init__(prompted, attached, router, name or str(model.name_or_path))
         self.config = dataclasses.replace(config, layer=self.layer, template=self.template)
+        self.editing = OwnLock()
 
     @classmethod
     def for_model(
@@ -118,8 +118,9 @@ class MeGEditor(EditedModel):
         )
 
     # Editing: each of these makes a new `Edits` and puts it in place at the end, so that an error
-    # or an interruption leaves what was edited before.
+    # or an interruption leaves what was edited before, and others may ask meanwhile.
 
+    @one_at_a_time
     def edit(
         self,
         facts: FactsLike,
@@ -161,11 +162,11 @@ class MeGEditor(EditedModel):
         warn_of_several_answers(facts)
         wordings = usable_for_tuning(tuning, facts, self.config)
         stages = self._stages(work_folder, progress)
-        with unchanged_on_error(self.encoder):
-            edits = stages.first(facts, wordings, unrelated, len(given) - len(facts))
-        self._put(edits)
+        edits, encoder = stages.first(facts, wordings, unrelated, len(given) - len(facts))
+        self._put(edits, encoder)
         return edits.report
 
+    @one_at_a_time
     def add(
         self,
         facts: FactsLike,
@@ -193,21 +194,14 @@ class MeGEditor(EditedModel):
             FactsError: a query or id is edited already.
             RuntimeError: nothing was edited yet; call `edit`.
         """
-        before, facts = self.edits, editable_facts(facts, on_conflict)
-        if replace:
-            ids, queries = {fact.id for fact in facts}, {fact.normalized_query for fact in facts}
-            taken = {f for f in before.facts if f.id in ids or f.normalized_query in queries}
-            before = before.without({row for row, f in enumerate(before.facts) if f in taken})
-        try:
-            check_facts(facts, before.facts)
-        except FactsError as error:
-            hint = "with replace=True (meg add --replace) they take the place of the edited ones"
-            raise FactsError(f"{error}\n{hint}") from None
+        edited, facts = self.edits, editable_facts(facts, on_conflict)
+        before = edited.beside(facts, replace)
         warn_of_several_answers(facts, before.facts)
         edits, report = self._stages(work_folder, progress).added(before, facts)
         self._put(edits)
         return report
 
+    @one_at_a_time
     def remove(self, facts: str | Fact | Iterable[str | Fact]) -> None:
         """Take edits back: the base model answers their queries again.
 
@@ -221,10 +215,11 @@ class MeGEditor(EditedModel):
         """
         gone = self.edits.rows_to_remove(facts)
         if len(gone) == len(self.edits):
-            self.router.edits = None
+            self.router.put(None)
         elif gone:
             self._put(regated(self.edits.without(gone), self.config, progress=False))
 
+    @one_at_a_time
     def train(self, *, work_folder: str | Path | None = None, progress: bool = False) -> Training:
         """Train the generator further, on the collected neurons of all edited facts.
 
@@ -243,6 +238,7 @@ class MeGEditor(EditedModel):
             self._put(self._stages(work_folder, progress).trained(self.edits))
         return self.edits.training
 
+    @one_at_a_time
     def replace_generator(
         self,
         config: GeneratorConfig,
@@ -263,6 +259,7 @@ class MeGEditor(EditedModel):
         self._put(self._stages(work_folder, progress).replaced(self.edits, config))
         return self.edits.training
 
+    @one_at_a_time
     def set_gate(
         self,
         gate: GateKind | None = None,
@@ -300,10 +297,11 @@ class MeGEditor(EditedModel):
             made, calibration = calibrated_gate(edits.conditions, edits.held_out, config, progress)
             report = dataclasses.replace(edits.report, calibration=calibration)
             edits = dataclasses.replace(edits, gate=made, report=report)
-        self.config, self.router.config = config, config.routing
+        self.config = config
         self._put(edits)
         return edits.calibration
 
+    @one_at_a_time
     def distill(
         self,
         steps: int,
@@ -340,6 +338,7 @@ class MeGEditor(EditedModel):
 
     # Keeping
 
+    @one_at_a_time
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the edits, everything but the base model, to `folder`.
 
@@ -391,7 +390,7 @@ class MeGEditor(EditedModel):
                 f"these edits are for {base.identity}, but the given model is {found}; pass the "
                 "base model that was edited"
             )
-        editor.router.edits = saved.edits
+        editor.router.put(saved.edits)
         return editor
 
     def push_to_hub(
@@ -440,7 +439,7 @@ class MeGEditor(EditedModel):
     def _stages(self, work_folder: str | Path | None, progress: bool) -> Stages:
         return Stages(self.prompted, self.attached, self.router, self.config, work_folder, progress)
 
-    def _put(self, edits: Edits) -> None:
+    def _put(self, edits: Edits, encoder: TextEncoder | None = None) -> None:
         """Answer by these edits from now on."""
-        self.router.edits = edits
         self.config = dataclasses.replace(self.config, generator=edits.generator.config)
+        self.router.put(edits, encoder, self.config.routing)

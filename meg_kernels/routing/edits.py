@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from meg_kernels.checks import shown
-from meg_kernels.facts import Fact
+from meg_kernels.facts import Fact, FactsError, check_facts
 from meg_kernels.familiarity import Calibration, Gate, Rewording, transplant
 from meg_kernels.neuron import NeuronLayout, Neurons
 from meg_kernels.routing.generators import Generator, NeuronBank
@@ -249,6 +249,29 @@ class Edits:
                 self.report, unlearnt=tuple(f for f in self.report.unlearnt if f in left)
             ),
         )
+
+    def beside(self, facts: Sequence[Fact], replace: bool) -> Edits:
+        """These edits as further facts can be put beside them.
+
+        Args:
+            facts: the further ones, no two with one query or id.
+            replace: leave out what has the query or the id of one of them.
+
+        Raises:
+            FactsError: one of them has the query or the id of an edited fact; the message names
+                both.
+        """
+        left = self
+        if replace:
+            ids, queries = {fact.id for fact in facts}, {fact.normalized_query for fact in facts}
+            taken = {f for f in self.facts if f.id in ids or f.normalized_query in queries}
+            left = self.without({row for row, f in enumerate(self.facts) if f in taken})
+        try:
+            check_facts(facts, left.facts)
+        except FactsError as error:
+            hint = "with replace=True (meg add --replace) they take the place of the edited ones"
+            raise FactsError(f"{error}\n{hint}") from None
+        return left
 
     def joined(self, facts: Sequence[Fact], conditions: Tensor, neurons: Neurons) -> Edits:
         """These edits and further facts, whose collected neurons answer them.
