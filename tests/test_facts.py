@@ -18,9 +18,11 @@ from meg_kernels.facts import (
     LocalityQuery,
     as_facts,
     check_facts,
+    editable_facts,
     read_facts,
     unrelated_to,
     write_facts,
+    written_facts,
 )
 from meg_kernels.shipped import (
     demo_facts,
@@ -703,6 +705,77 @@ def test_the_first_of_contradicting_facts_is_kept_on_request(file):
     with pytest.warns(UserWarning, match=r"line 1 \(record 1\) and line 3 \(record 3\).*\n.*first"):
         facts = read_facts(file([CAPITAL, RIVER, other]), on_conflict="first")
     assert [f.answer for f in facts] == ["Lyon", "the Danube"]
+
+
+def test_the_last_of_contradicting_facts_is_kept_on_request(file):
+    records = [CAPITAL, RIVER, {**CAPITAL, "answer": "Nice"}, {**RIVER, "answer": "the Danube."}]
+    with pytest.warns(UserWarning) as caught:
+        facts = read_facts(file(records), on_conflict="last")
+    assert [f.answer for f in facts] == ["Nice", "the Danube."]
+    contradiction, repetition = (str(warning.message) for warning in caught)
+    assert "line 1 (record 1) and line 3 (record 3)" in contradiction
+    assert "'Lyon' and 'Nice'\nthe last of each is kept" in contradiction
+    assert "line 2 (record 2) and line 4 (record 4)" in repetition
+
+
+def test_the_last_of_facts_with_one_id_is_kept_on_request(file):
+    records = [{**CAPITAL, "id": "x"}, {**RIVER, "id": "x"}]
+    with pytest.warns(UserWarning, match=r"line 1 .* and line 2 .* share the id 'x'"):
+        (fact,) = read_facts(file(records), on_conflict="last")
+    assert fact.answer == "the Danube"
+
+
+def test_a_contradiction_names_both_ways_in_which_the_query_is_written(file):
+    other = {"query": "What is the capital of “France”", "answer": "Nice"}
+    with pytest.raises(FactsError) as error:
+        read_facts(file([CAPITAL, other]))
+    assert (
+        "'What is the capital of France?', or 'What is the capital of “France”', is answered with "
+        "both 'Lyon' and 'Nice'"
+    ) in str(error.value)
+
+
+def test_which_answer_of_zsre_was_taken_is_said_unless_it_was_chosen(file):
+    path = file([ZSRE, CAPITAL])
+    with pytest.warns(UserWarning, match=r"1 of 2 records are ZsRE with both.*answers are taken"):
+        assert read_facts(path)[0].answer == "Aspidoceratidae"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_facts(path, zsre_target="answers")[0].answer == "Aspidoceratidae"
+        assert read_facts(path, zsre_target="alt")[0].answer == "Noctuidae"
+        read_facts(file([{**ZSRE, "alt": None}]))
+
+
+def test_facts_that_were_written_are_read_even_if_they_ask_the_same(tmp_path):
+    facts = [Fact("Who?", "I", id="a"), Fact("who", "You", id="b"), Fact("Who ?", "I", id="c")]
+    write_facts(tmp_path / "facts.jsonl", facts)
+    assert written_facts(tmp_path / "facts.jsonl") == facts
+
+
+def test_facts_in_a_list_fit_together_as_those_of_a_file_do(file):
+    records = [CAPITAL, {**CAPITAL, "answer": "lyon."}, RIVER]
+    with pytest.warns(UserWarning, match=r"facts\[0\] and facts\[1\]: 'What is"):
+        facts = editable_facts(records)
+    with pytest.warns(UserWarning, match=r"line 1 \(record 1\) and line 2 \(record 2\): 'What is"):
+        assert facts == editable_facts(file(records)) == editable_facts(str(file(records)))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_are_counted_whatever_they_end_with(file, end):
+    lines = [json.dumps(CAPITAL), "", "{}"]
+    with pytest.raises(FactsError, match=r"line 3 \(record 2\)"):
+        read_facts(file(end.join(lines)))
+
+
+def test_an_id_made_of_a_query_has_no_control_characters():
+    assert Fact("Who\tis\x1b\nit?", "I").id == "Who is  it? -> I"
+
+
+def test_a_subject_is_named_whatever_way_it_is_written():
+    fact = Fact("Who is Ana’s son?", "Bo", subject="Ana's")
+    assert fact.is_named_in("the son of ana’s") and not fact.is_named_in("Who is Bo's son?")
+    heroes = Fact("Who sang “Heroes” first?", "I", subject='"Heroes"')
+    assert heroes.is_named_in("Who first sang Heroes?") and not heroes.is_named_in("Who sang it?")
 
 
 def test_two_facts_with_one_id_are_refused(file):
