@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from meg_kernels.checks import integer, one_of, shown
 from meg_kernels.storage import write_text
-from meg_kernels.texts import is_ordered, normalized_answer, normalized_query
+from meg_kernels.texts import is_ordered, is_unicode, normalized_answer, normalized_query
 
 OnConflict = Literal["error", "first", "last"]
 """What to do with facts that contradict each other."""
@@ -178,19 +178,11 @@ def _check_text(name: str, value: Any, optional: bool = False) -> None:
     if not isinstance(value, str) or not value.strip():
         or_none = ", or None" if optional else ""
         raise FactsError(f"{name} is {shown(value)}; it must be text that is not blank{or_none}")
-    if "\0" in value or not _is_unicode(value):
+    if "\0" in value or not is_unicode(value):
         raise FactsError(
             f"{name} is {shown(value)}; it must be text without NUL and halves of surrogate pairs, "
             "which no file and no tokenizer takes"
         )
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_control(sign: str) -> bool:

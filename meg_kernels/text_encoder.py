@@ -196,8 +196,7 @@ class TextEncoder(nn.Module):
             ValueError: `batch_size` is below 1.
         """
         texts = as_texts("texts", texts)
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        batch_size = integer(1)("batch_size", batch_size)
         if not texts:
             return torch.empty(0, self.dim, device=self.model.device)
         # Texts of one length together: padding costs as much as text.

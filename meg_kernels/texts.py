@@ -96,6 +96,15 @@ def is_ordered(value: Any) -> TypeGuard[Iterable[Any]]:
     return isinstance(value, Iterable) and not unfit
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: it holds no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def as_texts(name: str, value: Iterable[str]) -> list[str]:
     """The texts in a list, a tuple or any other iterable that has an order.
 
@@ -109,6 +118,7 @@ def as_texts(name: str, value: Iterable[str]) -> list[str]:
     Raises:
         TypeError: `value` is a single text, has no order or is no iterable, or one of its items is
             not text.
+        ValueError: a text holds half of a surrogate pair.
 
     >>> as_texts("prompts", ("Who?", "Where?"))
     ['Who?', 'Where?']
@@ -121,4 +131,9 @@ def as_texts(name: str, value: Iterable[str]) -> list[str]:
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"{name}[{i}] is {text!r}; it must be text")
+        if not is_unicode(text):
+            raise ValueError(
+                f"{name}[{i}] is {text!r}; it must be text without halves of surrogate pairs, "
+                "which no tokenizer takes"
+            )
     return texts

@@ -654,7 +654,7 @@ def test_what_a_user_can_mend_is_one_clear_line(edited, edited_dit, tmp_path, mo
         (["distill", tmp_path / "absent", "--steps", 1], "holds no edited model"),
         (["remove", edited[0], *(fact.id for fact in EDITED)], "instead, delete the folder"),
         (["distill", edited[0], "--steps", 1], "mlp and bank already take one step"),
-        (["distill", edited_dit, "--steps", 5], "steps is 5; it must be 1 to 4"),
+        (["distill", edited_dit, "--steps", 5], "steps is 5; it must be an integer in 1 to 4"),
         (["distill", edited_dit, "--steps", 2, "--teacher-steps", 2], "teacher_steps is 2"),
     ):
         said = fails(monkeypatch, capsys, *arguments)

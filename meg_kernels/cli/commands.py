@@ -716,7 +716,7 @@ def _tuning_facts(
     tuning: list[Path] | None,
     edited: list[Fact],
     wanted: int,
-    zsre_target: ZsreTarget | None,
+    zsre_target: ZsreTarget | None = None,
 ) -> list[Fact]:
     """The tuning files' facts, or those of the file that are not edited, filled up with ours."""
     from meg_kernels.shipped import shipped_tuning_facts

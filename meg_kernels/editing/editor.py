@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.checks import instance_of
+from meg_kernels.checks import FLAG, instance_of
 from meg_kernels.editing.config import EditorConfig, GateKind
 from meg_kernels.editing.distill import Distillation
 from meg_kernels.editing.edited_model import EditedModel, one_at_a_time
@@ -150,6 +150,7 @@ class MeGEditor(EditedModel):
             FactsError: facts that contradict each other, too few to tune with, or none that the
                 model does not answer already.
         """
+        skip_known = FLAG("skip_known", skip_known)
         facts = given = editable_facts(facts, on_conflict)
         tuning = shipped_tuning_facts() if tuning_facts is None else as_facts(tuning_facts)
         unrelated = (
@@ -194,6 +195,7 @@ class MeGEditor(EditedModel):
             FactsError: a query or id is edited already.
             RuntimeError: nothing was edited yet; call `edit`.
         """
+        replace = FLAG("replace", replace)
         edited, facts = self.edits, editable_facts(facts, on_conflict)
         before = edited.beside(facts, replace)
         warn_of_several_answers(facts, before.facts)

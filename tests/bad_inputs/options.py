@@ -30,6 +30,7 @@ from meg_kernels import (
 )
 from meg_kernels.checks import LARGEST_SEED
 from meg_kernels.diffusion import Execution
+from meg_kernels.editing.layers import compare_layers
 from meg_kernels.neuron import NeuronLayout
 from meg_kernels.routing.generators import TrainingConfig, build_generator
 from meg_kernels.routing.router import RoutingConfig
@@ -230,6 +231,21 @@ METHODS = [
         _method("edit", FURTHER, tuning_facts=[]),
         FactsError,
         ("0 of 0 tuning facts", "are needed"),
+    ),
+    Case("half a character", _method("route", ["a\ud800"]), ValueError, (r"\[0\]", "surrogate")),
+    Case("a known as text", _method("edit", FURTHER, skip_known="no"), ValueError, ("'no'", FLAG)),
+    Case("a replace of 1", _method("add", FURTHER, replace=1), ValueError, ("replace is 1", FLAG)),
+    Case(
+        "a batch of no texts",
+        lambda _: _editor().encoder.encode(["a"], batch_size=0),
+        ValueError,
+        ("batch_size is 0", INTEGER),
+    ),
+    Case(
+        "layers in one text",
+        lambda _: compare_layers(_editor().prompted, EDITED, "4"),  # type: ignore[arg-type]
+        TypeError,
+        ("layers is '4'", r"such as \[4, 8\]"),
     ),
     Case("no gate", _method("set_gate", "none"), ValueError, ("gate is 'none'", "'similarity'")),
     Case("a gate at NaN", _method("set_gate", threshold=NAN), ValueError, ("nan", "finite")),
