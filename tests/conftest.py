@@ -1,4 +1,4 @@
-"""What every test shares: one thread, short property tests, tiny random language models.
+"""What every test shares: few threads, short property tests, tiny random language models.
 
 And, for those who test kernels: every backend in turn, a faster Triton interpreter, which
 multiplies bfloat16, csrc/ as compiled by g++, poisoned memory, and tensors too large for 32 bits.
@@ -21,7 +21,7 @@ import transformers
 from meg_kernels.ops import native
 from meg_kernels.ops.backend import backend
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("MEG_KERNELS_TEST_THREADS", "1")))
 # No timing decides what a test runs.
 os.environ.setdefault("MEG_KERNELS_PACKING", "always")
 os.environ.setdefault("MEG_KERNELS_BFLOAT16", "always")
