@@ -22,9 +22,9 @@ from meg_kernels.ops import native
 from meg_kernels.ops.backend import backend
 
 torch.set_num_threads(int(os.environ.get("MEG_KERNELS_TEST_THREADS", "1")))
-# No timing decides what a test runs.
-os.environ.setdefault("MEG_KERNELS_PACKING", "always")
-os.environ.setdefault("MEG_KERNELS_BFLOAT16", "always")
+# Neither timing nor what this processor happens to multiply decides what a test runs.
+os.environ["MEG_KERNELS_PACKING"] = "always"
+os.environ["MEG_KERNELS_BFLOAT16"] = "never"
 with contextlib.suppress(ImportError):  # a borrowed machine with a GPU may lack it
     from hypothesis import settings
 
