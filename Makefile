@@ -70,10 +70,11 @@ bench: $(VENV)/.bench-stamp ## run the benchmarks (ARGS="--benchmark-json=FILE" 
 gpu: ## build, test and measure on a machine with a GPU (OUT=folder for the figures)
 	$(PYTHON) -m benchmarks.on_gpu $(OUT)
 
+# NumPy 2.4, on a newer Python, breaks the interpreter of Triton 3.6.
 build/minimum.txt: pyproject.toml Makefile
 	@mkdir -p build
-	sed -n 's/^ *"\([a-z]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml > $@
-	echo 'numpy<2.4' >> $@ # later ones, on a newer Python, break the interpreter of Triton 3.6
+	@versions=$$(sed -n 's/^ *"\([a-z]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml); \
+	test -n "$$versions" && printf '%s\n' $$versions 'numpy<2.4' > $@
 
 clean: ## remove .venv, builds and caches
 	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

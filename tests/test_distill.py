@@ -489,7 +489,7 @@ def test_a_loss_that_becomes_nan_says_what_helps():
 
 
 @pytest.fixture(scope="module")
-def dit_folder(float32, tmp_path_factory):
+def dit_folder(tmp_path_factory):
     config = dataclasses.replace(CONFIG, generator=GENERATORS["dit"])
     return saved_editor(tmp_path_factory, "dit", config)
 

@@ -69,12 +69,12 @@ from meg_kernels.storage import read_tensors, write_tensors
 
 
 @pytest.fixture(scope="module")
-def mlp_folder(float32, tmp_path_factory):
+def mlp_folder(tmp_path_factory):
     return saved_editor(tmp_path_factory, "mlp", CONFIG)
 
 
 @pytest.fixture(scope="module")
-def bank_folder(float32, tmp_path_factory):
+def bank_folder(tmp_path_factory):
     return saved_editor(tmp_path_factory, "bank", BANK)
 
 

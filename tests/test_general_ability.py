@@ -33,7 +33,7 @@ ON_OTHER_THINGS = [f"{text}. {text}? {EDITED[0].query} red." for text in UNRELAT
 
 
 @pytest.fixture(scope="module")
-def editor(float32):
+def editor():
     editor = make_editor(BANK)
     edit(editor)
     return editor

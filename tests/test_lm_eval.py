@@ -45,7 +45,7 @@ def quiet():
 
 
 @pytest.fixture(scope="module")
-def editor(quiet_float32):
+def editor():
     editor = make_editor(BANK)
     edit(editor)
     return editor
