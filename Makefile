@@ -34,16 +34,17 @@ help: ## list the targets
 demo: $(VENV)/.demo-stamp ## edit a small model and ask it about the edits (ARGS="..." go to meg demo)
 	$(BIN)/meg demo $(ARGS)
 
-test: $(VENV)/.test-stamp ## run the tests (no GPU and no network needed once installed; ARGS="..." go to pytest)
+test: $(VENV)/.test-stamp ## run the tests (no GPU and no network needed once installed; ARGS goes to pytest)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests $(ARGS)
 
 test-fast: $(VENV)/.test-stamp ## run the tests that are not marked slow
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m "not slow" $(ARGS)
 
-# Each of PyTorch's ways to multiply is held to the oldest instructions that it knows.
+# Each library that multiplies for PyTorch keeps to the oldest instructions that it knows. A thread that
+# waits leaves its core to others.
 test-plain-cpu: ## run the tests as a plain processor rounds, on two threads
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
-	MEG_KERNELS_TEST_THREADS=2 $(MAKE) test
+	MEG_KERNELS_TEST_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(MAKE) test
 
 test-minimum: build/minimum.txt ## run the tests with the oldest versions that pyproject.toml admits
 	@echo "The oldest versions: Python $(FLOOR), $$(paste -sd' ' build/minimum.txt)"
