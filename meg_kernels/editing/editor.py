@@ -47,7 +47,7 @@ from meg_kernels.routing.edits import EditReport, Edits, Training
 from meg_kernels.routing.generators import GeneratorConfig
 from meg_kernels.routing.hub import ModelCard, check_repo_id, push_to_hub
 from meg_kernels.routing.router import Router
-from meg_kernels.routing.saving import load_edits, save_edits
+from meg_kernels.routing.saving import load_edited, save_edits
 from meg_kernels.shipped import shipped_tuning_facts, shipped_unrelated_queries
 from meg_kernels.storage import write_text
 from meg_kernels.text_encoder import TextEncoder
@@ -83,6 +83,7 @@ class MeGEditor(EditedModel):
         router = Router(encoder, None, config.routing, model.device)
         super().__init__(prompted, attached, router, name or str(model.name_or_path))
         self.config = dataclasses.replace(config, layer=self.layer, template=self.template)
+        self._states: dict[Path, str] = {}  # of the folders that these edits are in, or were
 
     @classmethod
     def for_model(
@@ -344,10 +345,13 @@ class MeGEditor(EditedModel):
         An interruption at any point leaves what was saved there before.
 
         Raises:
-            RuntimeError: nothing is edited.
-            FileExistsError: the folder holds something else.
+            RuntimeError: nothing is edited, another process writes there, or has saved there since
+                this editor loaded the folder or saved to it.
+            OSError: the folder holds something else, or cannot be written.
         """
-        save_edits(folder, self.edits, self.encoder, self.base, self.config.to_dict())
+        path, config = Path(folder).resolve(), self.config.to_dict()
+        loaded = self._states.get(path)
+        self._states[path] = save_edits(folder, self.edits, self.encoder, self.base, config, loaded)
 
     @classmethod
     def from_pretrained(
@@ -376,13 +380,13 @@ class MeGEditor(EditedModel):
         """
         if (model is None) != (tokenizer is None):
             raise ValueError("pass both model and tokenizer, or neither")
-        saved = load_edits(folder, device if model is None else model.device)
+        saved, encoder = load_edited(folder, device if model is None else model.device)
         base = saved.base
         if model is None or tokenizer is None:
             dtype = dtype or getattr(torch, base.dtype)
             model, tokenizer = load_language_model(base.name, dtype, device, **model_options)
-        config = EditorConfig.from_dict(saved.config)
-        editor = cls(model, tokenizer, saved.load_encoder(), config, base.name)
+        config = saved.parsed_config(EditorConfig.from_dict)
+        editor = cls(model, tokenizer, encoder, config, base.name)
         if (found := editor.base.identity) != base.identity:
             editor.detach()
             raise ValueError(
@@ -390,6 +394,7 @@ class MeGEditor(EditedModel):
                 "base model that was edited"
             )
         editor.router.edits = saved.edits
+        editor._states[Path(folder).resolve()] = saved.state
         return editor
 
     def push_to_hub(

@@ -22,7 +22,7 @@ from meg_kernels.familiarity import nearest
 from meg_kernels.neuron import Neurons
 from meg_kernels.routing.edits import Edits, condition_keys
 from meg_kernels.routing.neuron_cache import NeuronCache, Served
-from meg_kernels.routing.saving import load_edits
+from meg_kernels.routing.saving import load_edited
 from meg_kernels.text_encoder import TextEncoder
 
 MANY_FACTS = 1000  # among which one comes close to many a query about another subject
@@ -116,9 +116,9 @@ class Router:
             FileNotFoundError: there are no edits.
             CorruptFileError: a file is damaged, or of a newer version of the format.
         """
-        saved = load_edits(folder, device)
+        saved, encoder = load_edited(folder, device)
         config = RoutingConfig(saved.config["snap"], saved.config["require_subject"])
-        return cls(saved.load_encoder(), saved.edits, config, saved.edits.conditions.device)
+        return cls(encoder, saved.edits, config, saved.edits.conditions.device)
 
     def __repr__(self) -> str:
         edited = 0 if self.edits is None else len(self.edits)
