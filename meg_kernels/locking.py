@@ -18,6 +18,7 @@ import shlex
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -78,18 +79,44 @@ def _lock(handle: int, wait: bool) -> None:
 class WriterLock:
     """Who holds it is the one writer of a folder.
 
+    Its file says who holds it, and for what. It goes when the lock is released: one that is found
+    is of a writer that was killed, and says what that one was at.
+
     Args:
         folder: which is there.
-        name: of the lock's file in it, which says who holds it and goes when it is released.
+        name: of the lock's file in it.
+        work: what tells the work that it is held for from any other; None: none that is gone on
+            with.
+
+    Attributes:
+        before: what a killed writer had noted, by `note`, when it began the same work; None: there
+            was none.
 
     Raises:
         LockedError: another process, or thread, holds it; the message says which, and since when.
         OSError: no file can be written there.
     """
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str, work: str | None = None):
         self.folder, self.path = folder, folder / name
+        self._about: dict[str, Any] = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "since": datetime.datetime.now().isoformat(" ", "seconds"),
+            "work": work,
+        }
         self.handle = self._open()
+
+    @property
+    def before(self) -> Any:
+        """What was noted when this work began."""
+        return self._about.get("before")
+
+    def note(self, before: Any) -> None:
+        """Note, for who goes on with the same work after a kill, what it began with."""
+        self._about["before"] = before
+        self._write(self.handle)
 
     def _open(self) -> int:
         try:
@@ -100,28 +127,35 @@ class WriterLock:
                 "ended, or write to another folder"
             ) from None
         try:
-            about = {
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-                "since": datetime.datetime.now().isoformat(" ", "seconds"),
-            }
-            os.ftruncate(handle, 0)
-            os.write(handle, json.dumps(about).encode())
+            left = self._read()
+            work = self._about["work"]
+            if "before" in left and work is not None and left.get("work") == work:
+                self._about["before"] = left["before"]
+            self._write(handle)
         except BaseException:
             self._close(handle)
             raise
         return handle
 
-    def _holder(self) -> str:
+    def _write(self, handle: int) -> None:
+        # In one line, over the old one: a kill leaves one of the two.
+        line = json.dumps(self._about).encode() + b"\n"
+        os.lseek(handle, 0, os.SEEK_SET)
+        os.write(handle, line)
+        os.ftruncate(handle, len(line))
+
+    def _read(self) -> dict[str, Any]:
         try:
-            about = json.loads(self.path.read_text(encoding="utf-8"))
-            return (
-                f"process {about['pid']} on {about['host']} ({about['command']}), since "
-                f"{about['since']}"
-            )
-        except (OSError, ValueError, KeyError, TypeError):  # it is just starting, or ending
+            left = json.loads(self.path.read_text(encoding="utf-8").partition("\n")[0])
+        except (OSError, ValueError):
+            return {}
+        return left if isinstance(left, dict) else {}
+
+    def _holder(self) -> str:
+        about = self._read()
+        if not {"pid", "host", "command", "since"} <= about.keys():  # it is starting, or ending
             return "another process"
+        return "process {pid} on {host} ({command}), since {since}".format(**about)
 
     def renew(self) -> None:
         """Take it again if its file is gone, as when the folder was deleted and made anew."""
@@ -130,8 +164,12 @@ class WriterLock:
             os.close(gone)
 
     def release(self) -> None:
-        """Let others write."""
+        """Let others write: the work has ended."""
         self._close(self.handle)
+
+    def abandon(self) -> None:
+        """Let others write, as a kill does: the work has not ended."""
+        os.close(self.handle)
 
     def _close(self, handle: int) -> None:
         with contextlib.suppress(OSError):

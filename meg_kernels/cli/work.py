@@ -14,14 +14,11 @@ import typer
 from meg_kernels.cli.tables import console
 from meg_kernels.locking import LockedError, WriterLock
 from meg_kernels.storage import (
-    CorruptFileError,
     cache_folder,
     content_digest,
     fingerprint,
     make_folder,
-    read_kept_json,
     remove_empty,
-    write_kept_json,
 )
 
 if TYPE_CHECKING:
@@ -36,59 +33,37 @@ class Change:
     Args:
         writer: of that folder; there is no other until the command has ended.
         work: where finished work is kept, in that folder.
-        identity: what tells the command, its arguments and what it changes from others.
     """
 
     writer: Writer
     work: Path
-    identity: str
 
     def save(self, editor: MeGEditor) -> None:
         """Put the editor's edits into the folder."""
-        self.writer.save(
-            editor.edits,
-            editor.encoder,
-            editor.base,
-            editor.config.to_dict(),
-            made_by=self.identity,
-        )
+        self.writer.save(editor.edits, editor.encoder, editor.base, editor.config.to_dict())
 
 
 @contextmanager
 def changing(context: typer.Context, out: Path, source: Path | None = None) -> Iterator[Change]:
     """Let one command write `out`, from before it loads the edits that it changes.
 
-    An interrupted command resumes when it is run again, and one that was interrupted when it had
-    saved already does nothing more: its note in the folder says that it had not ended, and the
-    edits say what made them.
+    An interrupted command resumes when it is run again; one that was interrupted when it had saved
+    already does nothing more.
 
     Args:
         context: of the command.
         out: where it writes its result.
         source: where the edits are that it changes; None: it makes new ones.
     """
-    from meg_kernels.routing.manifest import read_manifest
     from meg_kernels.routing.saving import WORK, writing
 
-    if source is not None:
-        read_manifest(source)  # which says so if nothing is edited there
     command = str(context.command.name)
-    work, note = out / WORK / command, out / WORK / f"{command}.json"
-    with writing(out) as writer:
-        identity = _identity(context, out, source)
-        done = writer.made_by == identity and _state_before(note, writer) != writer.state
+    work = out / WORK / command
+    with writing(out, _identity(context, out, source)) as writer:
+        done = writer.has_saved
         if not done:
-            before = writer.state
-            write_kept_json(note, before)
-            try:
-                yield Change(writer, work, identity)
-            except BaseException:
-                if writer.state == before and not work.exists():  # nothing to resume
-                    note.unlink(missing_ok=True)
-                    remove_empty([work.parent])
-                raise
+            yield Change(writer, work)
         shutil.rmtree(work, ignore_errors=True)
-        note.unlink(missing_ok=True)  # last: until then, the command has not ended
         remove_empty([work.parent])
     if done:
         console.print(
@@ -98,23 +73,16 @@ def changing(context: typer.Context, out: Path, source: Path | None = None) -> I
         raise typer.Exit
 
 
-def _state_before(note: Path, writer: Writer) -> str | None:
-    """The folder's state when an interrupted command began; the present one if there was none."""
-    try:
-        return read_kept_json(note)
-    except (FileNotFoundError, CorruptFileError):
-        return writer.state
-
-
 def _identity(context: typer.Context, out: Path, source: Path | None) -> str:
     """What tells this command, its arguments and what it changes from others."""
     from meg_kernels import __version__
     from meg_kernels.routing.manifest import read_manifest
 
+    # Says so if nothing is edited there.
+    before = None if source is None else read_manifest(source)["digest"]
     given = {name: _said(value) for name, value in context.params.items() if name != "out"}
-    # Of a folder that it changes in place, nobody knows the state before.
-    in_place = source is None or out.resolve() == source.resolve()
-    before = None if source is None or in_place else read_manifest(source)["digest"]
+    if source is not None and out.resolve() == source.resolve():
+        before = None  # which nobody knows any more once it has been changed in place
     return f"{context.command.name} {fingerprint(__version__, given, before)}"
 
 

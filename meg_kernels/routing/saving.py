@@ -15,9 +15,7 @@ what its name says; anything else in the folder is the user's.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import logging
 import os
 import shutil
@@ -126,28 +124,24 @@ def check_free(folder: Path) -> None:
     above = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     if not above.is_dir():
         what = "a link to nothing" if above.is_symlink() and not above.exists() else "a file"
-        raise NotADirectoryError(
-            errno.ENOTDIR, f"{above} is {what}; choose another folder for the edited model"
-        )
+        raise NotADirectoryError(f"{above} is {what}; choose another folder for the edited model")
     if above != folder:
         return
     for name, is_ours in ((LOCK, Path.is_file), (SAVING, Path.is_dir), (WORK, Path.is_dir)):
         path = folder / name
         if os.path.lexists(path) and (path.is_symlink() or not is_ours(path)):
-            raise FileExistsError(
-                errno.EEXIST, f"{path} is not what this package makes there; move it away"
-            )
+            raise FileExistsError(f"{path} is not what this package makes there; move it away")
     if (folder / MANIFEST).exists():
         return
     ours = {LOCK, SAVING, WORK, f".{MANIFEST}{TEMPORARY}", *_noted_names(folder / SAVING / _NAMES)}
     if left := sorted(path.name for path in folder.iterdir() if path.name not in ours):
         raise FileExistsError(
-            errno.EEXIST, f"{folder} holds other files ({left[0]}); choose an empty or new folder"
+            f"{folder} holds other files ({left[0]}); choose an empty or new folder"
         )
 
 
 @contextmanager
-def writing(folder: str | Path) -> Iterator[Writer]:
+def writing(folder: str | Path, work: str | None = None) -> Iterator[Writer]:
     """The one writer of a folder: from before its edits are loaded until new ones are saved.
 
     What an interrupted writer left is tidied up. A folder that is made for this, and nothing is
@@ -155,6 +149,7 @@ def writing(folder: str | Path) -> Iterator[Writer]:
 
     Args:
         folder: a new or empty folder, or one that holds an edited model.
+        work: what tells a command that can be interrupted from others.
 
     Raises:
         LockedError: another process writes there; the message says which.
@@ -164,19 +159,27 @@ def writing(folder: str | Path) -> Iterator[Writer]:
     folder = Path(folder)
     check_free(folder)
     made: list[Path] = []
-    with contextlib.ExitStack() as last:
-        last.callback(lambda: remove_empty(made))
+    lock = writer = None
+    try:
         try:
-            made += make_folder(folder)
-            lock = WriterLock(folder, LOCK)
-            last.callback(lock.release)
-            writer = Writer(folder, lock)
+            made = make_folder(folder)
+            lock = WriterLock(folder, LOCK, work)
+            writer = Writer(folder, lock, work)
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise OSError(
                 error.errno, f"{folder} cannot be written ({reason}); choose another folder"
             ) from error
         yield writer
+    except BaseException:
+        if lock is not None and work is not None and writer is not None and writer.has_saved:
+            lock.abandon()  # so that the work is not done twice
+            lock = None
+        raise
+    finally:
+        if lock is not None:
+            lock.release()
+        remove_empty(made)
 
 
 class Writer:
@@ -185,22 +188,24 @@ class Writer:
     Args:
         folder: which is there.
         lock: of it.
+        work: what tells the command that writes from others; what it saves is marked so.
 
     Attributes:
         state: what tells the folder's state from others; None: it holds no edits that are whole.
+        has_saved: whether this writer has saved, or one that was at the same work and killed then.
     """
 
-    def __init__(self, folder: Path, lock: WriterLock):
-        self.folder, self._lock = folder, lock
+    def __init__(self, folder: Path, lock: WriterLock, work: str | None = None):
+        self.folder, self._lock, self._work = folder, lock, work
         self._tidy()
         for path in (folder / WORK).rglob(f".*{TEMPORARY}"):  # nobody else is at work there
             path.unlink()
         self.state = _state(folder)
-
-    @property
-    def made_by(self) -> str | None:
-        """What made the edits that are there now, as `save` was told it."""
-        return None if self.state is None else read_manifest(self.folder)["made_by"]
+        made_by = None if self.state is None else read_manifest(folder)["made_by"]
+        began_with = [self.state] if lock.before is None else lock.before
+        self.has_saved = work is not None and made_by == work and began_with != [self.state]
+        if work is not None:
+            lock.note(began_with)
 
     def save(
         self,
@@ -210,7 +215,6 @@ class Writer:
         config: Mapping[str, Any],
         *,
         loaded: str | None = None,
-        made_by: str | None = None,
     ) -> str:
         """Write an edited model; an interruption at any point leaves what was saved before.
 
@@ -222,7 +226,6 @@ class Writer:
                 `require_subject` in it say how to answer.
             loaded: the folder's state that these edits were made from; None: from no edits that
                 were there.
-            made_by: what tells the command that made these edits from others.
 
         Returns:
             The folder's state from now on.
@@ -240,7 +243,7 @@ class Writer:
                 "undo that. Save to another folder, or load it again and repeat the change"
             )
         try:
-            manifest = self._written(edits, encoder, base, config, made_by)
+            manifest = self._written(edits, encoder, base, config)
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise OSError(
@@ -249,8 +252,8 @@ class Writer:
             ) from error
         finally:
             self._tidy()
-        self.state = manifest["digest"]
-        return self.state
+        self.state, self.has_saved = manifest["digest"], True
+        return manifest["digest"]
 
     def _written(
         self,
@@ -258,7 +261,6 @@ class Writer:
         encoder: TextEncoder,
         base: BaseModel,
         config: Mapping[str, Any],
-        made_by: str | None,
     ) -> dict[str, Any]:
         folder, new = self.folder, self.folder / SAVING
         layout, report = edits.layout, edits.report
@@ -298,7 +300,7 @@ class Writer:
                     "num_left_out": report.num_left_out,
                 },
                 "files": names,
-                "made_by": made_by,
+                "made_by": self._work,
             }
         )
         before = _named(folder / MANIFEST)
@@ -480,6 +482,9 @@ def _read_encoder(folder: Path, manifest: dict[str, Any], edits: Edits) -> TextE
         encoder = TextEncoder.from_pretrained(path, manifest["pooling"], edits.conditions.device)
     except (OSError, ValueError, SafetensorError) as error:
         raise CorruptFileError(f"{path} is damaged ({error}); {MENDING}") from error
+    for name, tensor in encoder.model.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise CorruptFileError(f"{path}: {name} holds NaN or infinity; {MENDING}")
     if encoder.dim != edits.conditions.shape[1]:
         raise CorruptFileError(
             f"{path} makes vectors of length {encoder.dim}, but the edits' have "
