@@ -214,6 +214,16 @@ def test_evaluate_writes_the_report_that_it_shows(edited, tmp_path):
     assert content["protocol"]["edited_facts"] == len(EDITED)
 
 
+def test_evaluate_writes_nothing_to_the_folder_and_needs_no_cache(edited, tmp_path, monkeypatch):
+    out = edited[0]
+    before = {path: path.stat().st_mtime_ns for path in [out, *out.rglob("*")]}
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEG_KERNELS_CACHE", str(tmp_path / "file" / "cache"))
+    shown = run("evaluate", out, "--limit", 1)
+    assert shown.count("not resumable after an interruption") == 1 and "Reliability" in shown
+    assert before == {path: path.stat().st_mtime_ns for path in [out, *out.rglob("*")]}
+
+
 def test_evaluate_asks_the_facts_of_another_file_up_to_the_limit(edited, facts_file, tmp_path):
     out, _ = edited
     report = tmp_path / "report.json"
