@@ -152,11 +152,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     tokenizer.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    for entry in ("is_local", "local_files_only"):  # how this one was loaded: not what it is
-        config.pop(entry, None)
     if config.get("tokenizer_class") == "TokenizersBackend":  # version 5's name of the same class
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def ready_to_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -32,6 +32,9 @@ def saved(tmp_path_factory):
     tiny.edit(editor)
     editor.save_pretrained(folder)
     editor.detach()
+    editor = tiny.load(folder)
+    editor.save_pretrained(folder)  # as a tokenizer notes that it was loaded from a folder
+    editor.detach()
     return folder
 
 
@@ -158,6 +161,7 @@ def test_a_state_is_on_the_disk_before_the_one_before_it_is_removed(editor, fold
     ]
     for kind in KINDS:
         if after[kind] != before[kind]:
+            assert kind != "encoder"
             put = events.index(("rename", after[kind]))
             assert ("fsync", folder.name) in events[put:there]
             assert events.index(("unlink", before[kind])) > there + 1
