@@ -32,6 +32,7 @@ from meg_kernels import (
     GeneratorConfig,
     MeGEditor,
     cli,
+    read_facts,
     shipped,
     write_facts,
 )
@@ -363,6 +364,20 @@ def test_a_folder_of_other_things_is_refused_before_the_work(
         said = fails(monkeypatch, capsys, *arguments, "--out", tmp_path)
         assert "holds other files (notes.txt)" in said
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_commands_own_input_is_safe_in_the_folder_that_it_writes(
+    edited, models, tuning_file, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "p"
+    write_facts(out / "facts-mine.jsonl", [FACTS[4]])
+    arguments = ("edit", out / "facts-mine.jsonl", *models, "--tuning", tuning_file)
+    said = fails(monkeypatch, capsys, *arguments, "--out", out)
+    assert "holds other files (facts-mine.jsonl)" in said
+    shutil.copytree(edited[0], out, dirs_exist_ok=True)
+    run("add", out, out / "facts-mine.jsonl")
+    assert read_facts(out / "facts-mine.jsonl") == [FACTS[4]]
+    assert MeGEditor.from_pretrained(out).facts == [*EDITED, FACTS[4]]
 
 
 def test_facts_are_added_changed_and_removed(edited, tmp_path):
