@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import builtins
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -55,7 +56,7 @@ MINE = {
 }
 TAKE_SPACE = ("open", "mkdir", "fsync", "write", "save")
 HAVE_MIDDLES = ("write", "save")
-BRIEF = {"max_steps": 4, "check_every": 2}
+BRIEF = {"max_steps": 2, "check_every": 1}
 
 
 def configure(**given: Any) -> EditorConfig:
@@ -65,7 +66,7 @@ def configure(**given: Any) -> EditorConfig:
     if chosen.kind != "bank":
         generator = generator.with_training(**BRIEF, seed=chosen.training.seed)
     stages = {
-        "collection": tiny.CONFIG.collection,
+        "collection": dataclasses.replace(tiny.CONFIG.collection, max_steps=2),
         "encoder_tuning": EncoderTuningConfig(epochs=1, batch_size=8, alike_batches=False),
     }
     return EditorConfig(**(given | {"generator": generator} | stages))
