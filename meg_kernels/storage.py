@@ -163,7 +163,7 @@ def read_json(path: str | Path) -> Any:
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of numbers with too many digits
         raise CorruptFileError(
             f"{path} is not valid JSON ({error}); restore or rewrite it"
         ) from error

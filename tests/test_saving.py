@@ -174,7 +174,7 @@ def test_a_state_is_on_the_disk_before_the_one_before_it_is_removed(editor, fold
 
 def test_a_reader_who_is_overtaken_by_a_writer_reads_the_new_state(editor, folder, monkeypatch):
     editor.remove(tiny.EDITED[0])
-    read, overtaken = saving.read_facts, []
+    read, overtaken = saving.written_facts, []
 
     def slow(path):
         if not overtaken:
@@ -182,7 +182,7 @@ def test_a_reader_who_is_overtaken_by_a_writer_reads_the_new_state(editor, folde
         return read(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "read_facts", slow)
+        patch.setattr(saving, "written_facts", slow)
         found, _ = load_edited(folder, "cpu")
     assert overtaken and [*found.edits.facts] == editor.facts
 

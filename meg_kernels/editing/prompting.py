@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.nn import input_device, last_feed_forward_sees
+from meg_kernels.nn.changed import hooked
 from meg_kernels.pretrained import ready_to_pad
-from meg_kernels.texts import normalized
+from meg_kernels.texts import normalized, normalized_answer
 
 IGNORED = -100
 
@@ -34,7 +35,7 @@ class PromptTemplate:
     text: str = "Q: {}\nA:"
 
     def __post_init__(self) -> None:
-        if self.text.count("{}") != 1:
+        if not isinstance(self.text, str) or self.text.count("{}") != 1:
             raise ValueError(f"the template is {self.text!r}; it must hold one {{}}")
 
     def format(self, query: str) -> str:
@@ -119,12 +120,12 @@ def score_targets(model: PreTrainedModel, batch: TargetBatch) -> TargetScores:
     def keep_targets(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (args[0][:, -counted.shape[1] :][counted],)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep_targets)
-    try:
-        with last_feed_forward_sees(model, columns=counted.shape[1]):
-            logits = model(**batch.inputs, use_cache=False).logits  # [targets, vocabulary]
-    finally:
-        hook.remove()
+    head = model.get_output_embeddings()
+    with (
+        hooked(head.register_forward_pre_hook, keep_targets),
+        last_feed_forward_sees(model, columns=counted.shape[1]),
+    ):
+        logits = model(**batch.inputs, use_cache=False).logits  # [targets, vocabulary]
     logits = logits.float()
     labels = batch.labels[counted]
     rows = counted.nonzero()[:, 0]
@@ -314,5 +315,5 @@ def answers_match(text: str, answer: str) -> bool:
     >>> answers_match("Paris. It is a city", "paris"), answers_match("Paris Hilton", "Paris")
     (True, False)
     """
-    said, wanted = normalized(text), normalized(answer).removesuffix(".")
-    return said.removesuffix(".") == wanted or said.startswith(f"{wanted}. ")
+    wanted = normalized_answer(answer)
+    return normalized_answer(text) == wanted or normalized(text).startswith(f"{wanted}. ")

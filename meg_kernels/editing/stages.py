@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from meg_kernels.checks import instance_of
 from meg_kernels.editing.answered import answers_with
 from meg_kernels.editing.collect import Collection, collect
 from meg_kernels.editing.config import EditorConfig
@@ -30,7 +31,7 @@ from meg_kernels.editing.tuning import (
     Stopwatch,
     calibrated_gate,
     regated,
-    tune_encoder,
+    tuned_router,
 )
 from meg_kernels.facts import Fact
 from meg_kernels.familiarity import Rewording
@@ -44,7 +45,7 @@ from meg_kernels.routing.generators import (
     build_generator,
 )
 from meg_kernels.routing.router import Router
-from meg_kernels.text_encoder import Wordings
+from meg_kernels.text_encoder import TextEncoder, Wordings
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Stages:
     Args:
         prompted: the language model.
         attached: where in it the neurons sit.
-        router: whose encoder makes the conditions; `first` tunes it, in place.
+        router: whose encoder makes the conditions; `first` tunes a copy of it.
         config: how to edit.
         work_folder: keeps finished work, so that an interrupted stage resumes; None: nothing.
         progress: show progress bars.
@@ -73,8 +74,8 @@ class Stages:
         wordings: Sequence[Wordings],
         unrelated: Sequence[str],
         num_left_out: int,
-    ) -> Edits:
-        """Edits of these facts alone.
+    ) -> tuple[Edits, TextEncoder]:
+        """Edits of these facts alone, and the tuned encoder.
 
         Args:
             facts: with the new answers.
@@ -83,12 +84,14 @@ class Stages:
             num_left_out: how many facts the model answered already.
         """
         stopwatch, config = Stopwatch(), self.config
+        # First, so that a network that cannot be built is not refused after hours.
+        generator = build_generator(config.generator, self.attached.layout, self.router.encoder.dim)
         collection = self._collect(facts, None, stopwatch)
         with stopwatch.stage("encoder"):
-            held_out, before = tune_encoder(
+            router, held_out, before = tuned_router(
                 self.router, wordings, unrelated, config, self.work_folder, self.progress
             )
-            conditions = self.router.encode([fact.query for fact in facts])
+            conditions = router.encode([fact.query for fact in facts])
         stopwatch.add("encoder", before)
         with stopwatch.stage("gate"):
             gate, calibration = calibrated_gate(conditions, held_out, config, self.progress)
@@ -99,13 +102,13 @@ class Stages:
             collection.initial,
             held_out,
             gate,
-            build_generator(config.generator, self.attached.layout, conditions.shape[1]),
+            generator,
             torch.ones(len(facts), dtype=torch.bool),
             EditReport(collection.unlearnt(facts), calibration, None, {}, num_left_out),
         )
         training = self._train(edits, edits.generator, stopwatch)
         report = dataclasses.replace(edits.report, training=training, seconds=stopwatch.seconds)
-        return dataclasses.replace(edits, report=report)
+        return dataclasses.replace(edits, report=report), router.encoder
 
     def added(self, before: Edits, facts: Sequence[Fact]) -> tuple[Edits, EditReport]:
         """`before` and further facts, answered by their collected neurons; and how that went."""
@@ -139,6 +142,7 @@ class Stages:
     def replaced(self, before: Edits, config: GeneratorConfig) -> Edits:
         """`before` with another generator, trained from the start on the neurons of all facts."""
         stopwatch = Stopwatch()
+        instance_of(GeneratorConfig)("config", config)
         generator = build_generator(config, self.attached.layout, before.conditions.shape[1])
         training = self._train(before, generator, stopwatch)
         kept = {k: v for k, v in before.report.seconds.items() if k not in ("generator", "distill")}

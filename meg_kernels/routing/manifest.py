@@ -50,7 +50,8 @@ def is_name(kind: str, name: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, as an integer may be too large for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _is_count(value: Any) -> bool:
@@ -154,6 +155,7 @@ _CONFIG = {
     "generator": _Value("the configuration of a generator", _is_generator),
     "snap": _TRUTH,
     "require_subject": _TRUTH_OR_NONE,
+    "serve_unlearnt": _TRUTH,
 }
 
 

@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from meg_kernels.facts import FactsError, read_facts, write_facts
+from meg_kernels.facts import FactsError, write_facts, written_facts
 from meg_kernels.familiarity import Calibration, FamiliarityNetwork, Gate, SimilarityGate
 from meg_kernels.locking import WriterLock
 from meg_kernels.neuron import NeuronLayout
@@ -103,7 +103,7 @@ class Saved:
     folder: Path
     state: str
 
-    def parsed_config(self, parse: Callable[[dict[str, Any]], T]) -> T:
+    def parsed(self, parse: Callable[[dict[str, Any]], T]) -> T:
         """The configuration as `parse` reads it; CorruptFileError if that cannot be."""
         try:
             return parse(self.config)
@@ -430,7 +430,7 @@ def _read_edits(folder: Path, manifest: dict[str, Any], device: torch.device) ->
         if kind != "encoder":  # which is checked when it is loaded
             _check_content(path)
     try:
-        facts = tuple(read_facts(files["facts"]))
+        facts = tuple(written_facts(files["facts"]))
     except FactsError as error:
         raise CorruptFileError(f"{error}; {MENDING}") from error
     tensors, layout = _finite(files["edits"]), NeuronLayout(**manifest["layout"])

@@ -184,7 +184,8 @@ MANIFESTS = [
         ("format version 9; this release reads version 1", "upgrade meg-kernels"),
     ),
     _wrong("a negative layer", "config.layer", -1, "config is unusable .*layer is -1", load=_edit),
-    _wrong("no collection", "config.collection", ..., "config is unusable", load=_edit),
+    _wrong("a collection of nothing", "config.collection", 3, "config is unusable", load=_edit),
+    _wrong("unlearnt facts served by a number", "config.serve_unlearnt", 1),
     _wrong("an unknown setting", "config.color", "red", "config is unusable .*color", load=_edit),
 ]
 
