@@ -343,9 +343,7 @@ class MeGEditor(EditedModel):
 
     @one_at_a_time
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the edits, everything but the base model, to `folder`.
-
-        An interruption at any point leaves what was saved there before.
+        """Write the edits, everything but the base model, to `folder`: whole or not at all.
 
         Raises:
             RuntimeError: nothing is edited, or another process writes there, or did since loading.
