@@ -34,12 +34,14 @@ from meg_kernels import (
     GeneratorConfig,
     MeGEditor,
     cli,
+    read_facts,
     shipped,
     write_facts,
 )
 from meg_kernels.cli import commands, tables
 from meg_kernels.editing.distill import Distillation, Quality
 from meg_kernels.editing.evaluate import METRICS
+from meg_kernels.routing.manifest import sealed
 
 EDITED = FACTS[:4]
 COMMANDS = (
@@ -60,7 +62,7 @@ SHARES = {*METRICS, "score"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tiny_settings():
+def tiny_settings(tmp_path_factory):
     """The stages' settings as the tiny models need them, tables in full width."""
 
     def configure(**given) -> EditorConfig:
@@ -78,6 +80,7 @@ def tiny_settings():
         # The tiny encoder takes 32 tokens.
         patch.setattr("meg_kernels.editing.edited_model.shipped_passages", lambda: UNRELATED)
         patch.setattr(tables.console, "width", 300, raising=False)
+        patch.setenv("MEG_KERNELS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
@@ -213,6 +216,16 @@ def test_evaluate_writes_the_report_that_it_shows(edited, tmp_path):
     assert content["protocol"]["edited_facts"] == len(EDITED)
 
 
+def test_evaluate_writes_nothing_to_the_folder_and_needs_no_cache(edited, tmp_path, monkeypatch):
+    out = edited[0]
+    before = {path: path.stat().st_mtime_ns for path in [out, *out.rglob("*")]}
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEG_KERNELS_CACHE", str(tmp_path / "file" / "cache"))
+    shown = run("evaluate", out, "--limit", 1)
+    assert shown.count("not resumable after an interruption") == 1 and "Reliability" in shown
+    assert before == {path: path.stat().st_mtime_ns for path in [out, *out.rglob("*")]}
+
+
 def test_evaluate_asks_the_facts_of_another_file_up_to_the_limit(edited, facts_file, tmp_path):
     out, _ = edited
     report = tmp_path / "report.json"
@@ -294,8 +307,8 @@ def test_list_shows_each_fact_and_where_its_neuron_comes_from(edited, tmp_path, 
     run("add", out, tmp_path / "more.jsonl")
     manifest = json.loads((out / "meg.json").read_text(encoding="utf-8"))
     manifest["report"]["unlearnt"] = [EDITED[1].id]
-    manifest["model"] = "absent"  # which list does not look for
-    (out / "meg.json").write_text(json.dumps(manifest), encoding="utf-8")
+    manifest["base"]["name"] = "absent"  # which list does not look for
+    (out / "meg.json").write_text(json.dumps(sealed(manifest)), encoding="utf-8")
     monkeypatch.setattr(MeGEditor, "from_pretrained", lambda *given: pytest.fail("it was loaded"))
     shown = run("list", out, "--json", tmp_path / "list.json")
     content = json.loads((tmp_path / "list.json").read_text(encoding="utf-8"))
@@ -380,6 +393,20 @@ def test_a_folder_of_other_things_is_refused_before_the_work(
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_commands_own_input_is_safe_in_the_folder_that_it_writes(
+    edited, models, tuning_file, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "p"
+    write_facts(out / "facts-mine.jsonl", [FACTS[4]])
+    arguments = ("edit", out / "facts-mine.jsonl", *models, "--tuning", tuning_file)
+    said = fails(monkeypatch, capsys, *arguments, "--out", out)
+    assert "holds other files (facts-mine.jsonl)" in said
+    shutil.copytree(edited[0], out, dirs_exist_ok=True)
+    run("add", out, out / "facts-mine.jsonl")
+    assert read_facts(out / "facts-mine.jsonl") == [FACTS[4]]
+    assert MeGEditor.from_pretrained(out).facts == [*EDITED, FACTS[4]]
+
+
 def test_facts_are_added_changed_and_removed(edited, tmp_path):
     out = shutil.copytree(edited[0], tmp_path / "edited")
     further = FACTS[4]
@@ -415,7 +442,7 @@ def test_facts_are_added_changed_and_removed(edited, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["edited", "more.jsonl"]
 
 
-def test_an_interrupted_further_training_is_kept_beside_the_folder(edited, tmp_path, monkeypatch):
+def test_an_interrupted_further_training_is_kept_in_the_folder(edited, tmp_path, monkeypatch):
     out = shutil.copytree(edited[0], tmp_path / "edited")
     write_facts(tmp_path / "more.jsonl", [FACTS[4]])
     run("add", out, tmp_path / "more.jsonl")
@@ -423,7 +450,7 @@ def test_an_interrupted_further_training_is_kept_beside_the_folder(edited, tmp_p
         patch.setattr("meg_kernels.editing.editor.MeGEditor._put", interrupt)
         result = CliRunner().invoke(cli.app, ["train", str(out)])
     assert result.exit_code != 0
-    assert list((tmp_path / ".edited.train").glob("generator-*.safetensors"))
+    assert list((out / ".meg-work" / "train").glob("generator-*.safetensors"))
     steps = []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a: steps.append(1) or step(*a))
@@ -516,7 +543,7 @@ def test_distill_says_that_another_solver_is_replaced(edited_dit, tmp_path):
     manifest = json.loads((out / "meg.json").read_text(encoding="utf-8"))
     sampler = {"solver": "ddpm", "num_steps": 6, "spacing": "respaced"}
     manifest["config"]["generator"]["sampler"] |= sampler
-    (out / "meg.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (out / "meg.json").write_text(json.dumps(sealed(manifest)), encoding="utf-8")
     shown = run("distill", out, "--steps", 2, "--teacher-steps", 6)
     assert "sampled with ddim from now on, no longer with ddpm" in shown
     assert MeGEditor.from_pretrained(out).config.generator.sampler.solver == "ddim"
@@ -530,12 +557,12 @@ def test_an_interrupted_distillation_goes_on_where_it_was(
     monkeypatch.setattr(sys, "argv", ["meg", *map(str, arguments)])
 
     with monkeypatch.context() as patch:
-        patch.setattr(MeGEditor, "save_pretrained", interrupt)
+        patch.setattr("meg_kernels.routing.saving.Writer.save", interrupt)
         with pytest.raises(SystemExit) as exit_:
             cli.main()
     assert exit_.value.code == 130
     assert "start it again with the same arguments" in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "few").exists()
+    assert [path.name for path in (tmp_path / "few").iterdir()] == [".meg-work"]
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", interrupt)
         run(*arguments)
@@ -587,12 +614,13 @@ def test_an_interrupted_edit_goes_on_where_it_was(
             cli.main()
     assert exit_.value.code == 130
     assert "start it again with the same arguments" in " ".join(capsys.readouterr().err.split())
-    assert not out.exists()
+    assert [path.name for path in out.iterdir()] == [".meg-work"]
     with monkeypatch.context() as patch:
         patch.setattr("meg_kernels.editing.collect._Fit.run", interrupt)
         run(*arguments)
     assert MeGEditor.from_pretrained(out).facts == EDITED
     assert [path.name for path in out.parent.iterdir()] == ["edited"]
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
 
 
 def test_facts_that_contradict_each_other_are_refused_or_the_first_kept(

@@ -65,6 +65,7 @@ from meg_kernels.editing import fit as fitting
 from meg_kernels.editing import stages, tuning
 from meg_kernels.editing.evaluate import Evaluation
 from meg_kernels.routing import saving
+from meg_kernels.routing.manifest import sealed
 from meg_kernels.routing.neuron_cache import Served
 from meg_kernels.routing.router import RoutingConfig
 from meg_kernels.storage import read_tensors, write_tensors
@@ -1228,7 +1229,7 @@ def test_saving_again_leaves_no_stale_files(editor, folder):
     assert state(load(folder)) == state(editor)
 
 
-@pytest.mark.parametrize("stage", ["write_facts", "write_tensors", "_write_encoder", "write_json"])
+@pytest.mark.parametrize("stage", ["write_facts", "write_tensors", "sync_files", "write_json"])
 def test_an_interruption_while_saving_leaves_what_was_saved(editor, folder, monkeypatch, stage):
     before = state(editor)
     editor.add(FURTHER)
@@ -1270,7 +1271,7 @@ def file_of(folder, kind):
 def test_a_truncated_file_is_named(folder, kind):
     path = file_of(folder, kind)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(CorruptFileError, match=f"{path.name} is truncated"):
+    with pytest.raises(CorruptFileError, match=f"{path.name} does not hold what was saved"):
         load(folder)
 
 
@@ -1294,7 +1295,7 @@ def test_facts_with_other_content_are_named(folder):
 def test_a_truncated_encoder_is_named(folder):
     (path,) = file_of(folder, "encoder").glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(CorruptFileError, match=f"{path.parent.name} is damaged"):
+    with pytest.raises(CorruptFileError, match=f"{path.parent.name} does not hold what was saved"):
         load(folder)
 
 
@@ -1318,7 +1319,7 @@ def test_a_missing_file_is_named(folder, kind):
 def change_manifest(folder, **changes):
     path = folder / "meg.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(manifest | changes), encoding="utf-8")
+    path.write_text(json.dumps(sealed(manifest | changes)), encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The command `meg`: edit facts into a language model, ask it, evaluate it.
 
 commands.py    the commands and their options
+work.py        the folders that they write, and work in
 tables.py      what they print
 plots.py       what they draw
 """

@@ -48,7 +48,7 @@ from meg_kernels.routing.edits import EditReport, Edits, Training
 from meg_kernels.routing.generators import GeneratorConfig
 from meg_kernels.routing.hub import ModelCard, check_repo_id, push_to_hub
 from meg_kernels.routing.router import Router
-from meg_kernels.routing.saving import load_edits, save_edits
+from meg_kernels.routing.saving import load_edited, save_edits
 from meg_kernels.scoped import OwnLock
 from meg_kernels.shipped import shipped_tuning_facts, shipped_unrelated_queries
 from meg_kernels.storage import write_text
@@ -85,6 +85,7 @@ class MeGEditor(EditedModel):
         router = Router(encoder, None, config.routing, model.device)
         super().__init__(prompted, attached, router, name or str(model.name_or_path))
         self.config = dataclasses.replace(config, layer=self.layer, template=self.template)
+        self._states: dict[Path, str] = {}  # of the folders that these edits are in, or were
         self.editing = OwnLock()
 
     @classmethod
@@ -342,15 +343,15 @@ class MeGEditor(EditedModel):
 
     @one_at_a_time
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the edits, everything but the base model, to `folder`.
-
-        An interruption at any point leaves what was saved there before.
+        """Write the edits, everything but the base model, to `folder`: whole or not at all.
 
         Raises:
-            RuntimeError: nothing is edited.
-            FileExistsError: the folder holds something else.
+            RuntimeError: nothing is edited, or another process writes there, or did since loading.
+            OSError: the folder holds something else, or cannot be written.
         """
-        save_edits(folder, self.edits, self.encoder, self.base, self.config.to_dict())
+        path, config = Path(folder).resolve(), self.config.to_dict()
+        state = self._states.get(path)
+        self._states[path] = save_edits(folder, self.edits, self.encoder, self.base, config, state)
 
     @classmethod
     def from_pretrained(
@@ -379,13 +380,12 @@ class MeGEditor(EditedModel):
         """
         if (model is None) != (tokenizer is None):
             raise ValueError("pass both model and tokenizer, or neither")
-        saved = load_edits(folder, device if model is None else model.device)
+        saved, encoder = load_edited(folder, device if model is None else model.device)
         base = saved.base
         if model is None or tokenizer is None:
             dtype = dtype or getattr(torch, base.dtype)
             model, tokenizer = load_language_model(base.name, dtype, device, **model_options)
-        config = EditorConfig.from_dict(saved.config)
-        editor = cls(model, tokenizer, saved.load_encoder(), config, base.name)
+        editor = cls(model, tokenizer, encoder, saved.parsed(EditorConfig.from_dict), base.name)
         if (found := editor.base.identity) != base.identity:
             editor.detach()
             raise ValueError(
@@ -393,6 +393,7 @@ class MeGEditor(EditedModel):
                 "base model that was edited"
             )
         editor.router.put(saved.edits)
+        editor._states[Path(folder).resolve()] = saved.state
         return editor
 
     def push_to_hub(

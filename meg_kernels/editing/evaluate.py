@@ -29,7 +29,7 @@ from meg_kernels.editing.prompting import IGNORED, PromptedModel, answers_match
 from meg_kernels.facts import Fact
 from meg_kernels.progress import progress_bar
 from meg_kernels.routing.neuron_cache import Served
-from meg_kernels.storage import WorkFolder, fingerprint, read_json, write_json
+from meg_kernels.storage import WorkFolder, fingerprint, read_kept_json, write_kept_json
 
 METRICS = (
     "reliability_ag",
@@ -345,7 +345,7 @@ class Evaluation:
                 batch = [replace(q, prompt=prompting(q.query, q.fact)) for q in batch]
             answer = functools.partial(self._answer, batch, mounting)
             (said, hits, seconds), found = kept.once(
-                f"batch-{number:05d}.json", answer, write_json, read_json
+                f"batch-{number:05d}.json", answer, write_kept_json, read_kept_json
             )
             self.seconds_before += seconds if found else 0.0
             answers.update(zip(batch, said, strict=True))

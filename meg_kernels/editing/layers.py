@@ -26,7 +26,7 @@ from meg_kernels.facts import Fact
 from meg_kernels.nn import attach
 from meg_kernels.nn.families import decoder_layer, decoder_layers, feed_forward
 from meg_kernels.progress import progress_bar
-from meg_kernels.storage import WorkFolder, fingerprint, read_json, write_json
+from meg_kernels.storage import WorkFolder, fingerprint, read_kept_json, write_kept_json
 from meg_kernels.texts import is_ordered
 
 
@@ -141,8 +141,8 @@ def compare_layers(
         quality, _ = work.once(
             f"layer-{layer}-{fingerprint(settings, *weights)}.json",
             functools.partial(_measure, evaluation, layer, config, progress),
-            lambda file, quality: write_json(file, asdict(quality)),
-            lambda file: LayerQuality(**read_json(file)),
+            lambda file, quality: write_kept_json(file, asdict(quality)),
+            lambda file: LayerQuality(**read_kept_json(file)),
         )
         qualities.append(quality)
     wanted = ("prompt_template", "decoding", "ag", "queries", "dtype", "device")

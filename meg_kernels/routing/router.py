@@ -24,7 +24,7 @@ from meg_kernels.familiarity import nearest
 from meg_kernels.neuron import Neurons
 from meg_kernels.routing.edits import Edits, condition_keys
 from meg_kernels.routing.neuron_cache import NeuronCache, Served
-from meg_kernels.routing.saving import load_edits
+from meg_kernels.routing.saving import load_edited
 from meg_kernels.scoped import OwnLock
 from meg_kernels.text_encoder import TextEncoder
 
@@ -144,10 +144,10 @@ class Router:
             FileNotFoundError: there are no edits.
             CorruptFileError: a file is damaged, or of a newer version of the format.
         """
-        saved = load_edits(folder, device)
+        saved, encoder = load_edited(folder, device)
         names = (f.name for f in dataclasses.fields(RoutingConfig))
-        config = RoutingConfig(**{n: saved.config[n] for n in names if n in saved.config})
-        return cls(saved.load_encoder(), saved.edits, config, saved.edits.conditions.device)
+        config = RoutingConfig(**{name: saved.config[name] for name in names})
+        return cls(encoder, saved.edits, config, saved.edits.conditions.device)
 
     @property
     def encoder(self) -> TextEncoder:
