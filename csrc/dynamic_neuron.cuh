@@ -23,27 +23,45 @@ struct Activated {
 };
 
 __device__ inline Activated activate(Activation activation, float a) {
+    // Where the formulas of gelu and silu have no values, at infinity, and beyond 1e19 where they square,
+    // those at +-1024 stand in: 1 or 0, as everywhere from there on. NaN stays NaN.
+    constexpr float kSaturated = 1024.0f;
+    const float low = a < -kSaturated ? -kSaturated : a;
+    const float near = low > kSaturated ? kSaturated : low;
     switch (activation) {
         case Activation::kGelu: {  // a * Phi(a)
-            const float below = 0.5f * (1.0f + erff(a * 0.70710678118654752f));
-            return {a * below, fmaf(a, 0.39894228040143268f * expf(-0.5f * a * a), below)};
+            const float below = 0.5f * (1.0f + erff(near * 0.70710678118654752f));
+            return {low * below, fmaf(near, 0.39894228040143268f * expf(-0.5f * near * near), below)};
         }
         case Activation::kGeluTanh: {  // a * below, where below approximates Phi(a)
             constexpr float kScale = 0.79788456080286536f, kCubic = 0.044715f;
-            const float t = tanhf(kScale * (a + kCubic * a * a * a));
+            const float t = tanhf(kScale * (near + kCubic * near * near * near));
             const float below = 0.5f * (1.0f + t);
-            const float inner = kScale * (1.0f + 3.0f * kCubic * a * a);
-            return {a * below, fmaf(0.5f * a * (1.0f - t * t), inner, below)};
+            const float inner = kScale * (1.0f + 3.0f * kCubic * near * near);
+            return {low * below, fmaf(0.5f * near * (1.0f - t * t), inner, below)};
         }
         case Activation::kSilu: {
-            const float gate = 1.0f / (1.0f + expf(-a));
-            return {a * gate, gate * (1.0f + a * (1.0f - gate))};
+            const float gate = 1.0f / (1.0f + expf(-near));
+            return {low * gate, gate * (1.0f + near * (1.0f - gate))};
         }
         case Activation::kRelu:  // written so that NaN stays NaN
             return {a < 0.0f ? 0.0f : a, a <= 0.0f ? 0.0f : 1.0f};
         default:
             return {a, 1.0f};
     }
+}
+
+// The sum of a row's products: `sum`, or where that overflowed on the way, the sum once more in double,
+// by each thread for itself.
+template <typename T>
+__device__ inline float in_range(float sum, const T* a, const T* b, int64_t width) {
+    if (sum - sum == 0.0f) return sum;  // neither infinite nor NaN
+    double again = 0.0;
+#pragma unroll 1
+    for (int64_t j = 0; j < width; ++j) {
+        again += static_cast<double>(to_float(a[j])) * static_cast<double>(to_float(b[j]));
+    }
+    return static_cast<float>(again);
 }
 
 // The token that a group of threads serves; the last block may have groups without one.
@@ -109,7 +127,9 @@ __global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
     T* to = token.row_of<T>(args.out);
     const int64_t j = int64_t{out.chunks} * out.kLanes + out.thread;  // of the tail, by element
     if (edited) {
-        const float h = activate(args.neurons.activation, pre[0] + bias_of<T>(args.neurons, i)).value;
+        const float sum =
+            in_range(pre[0], token.row_of<const T>(args.x), row_of<T>(args.neurons.key, i), args.shape.d_in);
+        const float h = activate(args.neurons.activation, sum + bias_of<T>(args.neurons, i)).value;
         for (int c = out.thread;;) {
             for (int u = 0; u < out.kChunks; ++u) {
                 for (int l = 0; l < out.kLanes; ++l) {
@@ -158,9 +178,10 @@ __global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
 
     float dpre = 0.0f;
     if (edited) {
-        const float pre = sums[0] + bias_of<T>(args.neurons, i);
-        const Activated h = activate(args.neurons.activation, pre);
-        dpre = h.slope * sums[1];
+        const float pre = in_range(sums[0], token.row_of<const T>(args.x), key, args.shape.d_in);
+        const Activated h = activate(args.neurons.activation, pre + bias_of<T>(args.neurons, i));
+        dpre = h.slope * in_range(sums[1], token.row_of<const T>(args.grad),
+                                  row_of<T>(args.neurons.value, i), args.shape.d_out);
         if (args.hidden && in.thread == 0) {
             args.hidden[token.m] = h.value;
             args.dpre[token.m] = dpre;

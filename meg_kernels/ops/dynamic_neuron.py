@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from meg_kernels.arguments import check_floating, check_instance, check_tensors, check_written
 from meg_kernels.kernels.launching import rows_adjacent
 from meg_kernels.kernels.limits import DTYPES
-from meg_kernels.neuron import ACTIVATIONS, Neurons
+from meg_kernels.neuron import ACTIVATIONS, SATURATED, Neurons
 from meg_kernels.ops import native
 from meg_kernels.ops.backend import backend, choose, forced_backend
 
@@ -53,7 +55,7 @@ def _reference(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> Tensor:
     # that is not its own, out of the result but not out of the gradients, where 0 * NaN is NaN.
     x = x.to(accumulate).masked_fill(unedited, 0)
     key = used.key.masked_fill((index < 0)[:, None], 0)
-    pre = torch.einsum("b...d,bd->b...", x, key)  # pre-activations, [B, T] or [M]
+    pre = _reference_sums(x, key)  # pre-activations, [B, T] or [M]
     if used.bias is not None:
         pre = pre + used.bias.masked_fill(index < 0, 0).view(spread)
     hidden = ACTIVATIONS[used.activation](pre)
@@ -61,13 +63,41 @@ def _reference(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> Tensor:
     return torch.where(unedited, y, (y.to(accumulate) + added).to(y.dtype))
 
 
+def _reference_sums(x: Tensor, key: Tensor) -> Tensor:
+    """[B, T] or [M]: each x . key, of whatever size its products are."""
+    sums = torch.einsum("b...d,bd->b...", x, key)
+    # Where they overflow on the way, they are added up once more, scaled by a power of two.
+    down = 2.0 ** (-80 if sums.dtype == torch.float32 else -640)
+    scaled = torch.einsum("b...d,bd->b...", x * down, key * down)
+    return torch.where(sums.isfinite(), sums, scaled / down / down)
+
+
+def _saturating(backward: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """`backward`, with the slopes 0 and 1 where its formula has none."""
+    return lambda gradient, a: backward(gradient, a.clamp(-SATURATED, SATURATED))
+
+
 _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of (gradient, pre-activation)
     "identity": lambda gradient, a: gradient,
-    "gelu": torch.ops.aten.gelu_backward,
-    "gelu_tanh": functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
-    "silu": torch.ops.aten.silu_backward,
+    "gelu": _saturating(torch.ops.aten.gelu_backward),
+    "gelu_tanh": _saturating(functools.partial(torch.ops.aten.gelu_backward, approximate="tanh")),
+    "silu": _saturating(torch.ops.aten.silu_backward),
     "relu": functools.partial(torch.ops.aten.threshold_backward, threshold=0),
 }
+
+
+def _sums(a: Tensor, b: Tensor) -> Tensor:
+    """Each a . b along the last axis, of whatever size its products are.
+
+    Not a matrix product: its order of summation would depend on the batch. Sums that overflow on
+    the way are added up once more, in float64.
+    """
+    sums = (a * b).sum(-1)
+    if sums.dtype == torch.float32 and not math.isfinite(float(sums.sum())):
+        again = ~sums.isfinite()
+        a, b = (part.expand(*sums.shape, -1)[again].double() for part in (a, b))
+        sums[again] = (a * b).sum(-1).float()
+    return sums
 
 
 class _EditedRows:
@@ -85,8 +115,7 @@ class _EditedRows:
         used = neurons[self.neuron].to(self.dtype)
         self.x = self.of(x)  # [R, d_in] or [R, T, d_in]
         self.key, self.value = (self._spread(part, x.dim()) for part in (used.key, used.value))
-        # Not a matrix product: its order of summation would depend on the batch.
-        pre = (self.x * self.key).sum(-1)  # pre-activations, [R] or [R, T]
+        pre = _sums(self.x, self.key)  # pre-activations, [R] or [R, T]
         if used.bias is not None:
             pre = pre + self._spread(used.bias, x.dim() - 1)
         self.pre, self.activation = pre, used.activation
@@ -131,7 +160,7 @@ def _eager_backward(
 ) -> native.Gradients:
     edited = _EditedRows(x, neurons, index, grad.dtype)
     upstream = edited.of(grad)  # [R, (T,) d_out]
-    dhidden = (upstream * edited.value).sum(-1)  # [R, (T)]
+    dhidden = _sums(upstream, edited.value)  # [R, (T)]
     dpre = _DERIVATIVES[neurons.activation](dhidden, edited.pre).unsqueeze(-1)  # [R, (T,) 1]
 
     def of_neurons(like: Tensor, rows: Tensor) -> Tensor:
@@ -179,7 +208,7 @@ def _is_empty(x: Tensor, neurons: Neurons) -> bool:
 def _as_kernels_read(key: Tensor, bias: Tensor | None, value: Tensor, activation: str) -> Neurons:
     """The neurons, copied where the elements of their rows are not adjacent."""
     bias = None if bias is None else bias.contiguous()
-    return Neurons(rows_adjacent(key), bias, rows_adjacent(value), activation)
+    return Neurons.trusted(rows_adjacent(key), bias, rows_adjacent(value), activation)
 
 
 def _forward_into(out: Tensor, y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> None:
@@ -234,7 +263,15 @@ def _dynamic_neuron_(
     index: Tensor,
     activation: str,
 ) -> None:
+    x, key, value, index = (_apart(part, y) for part in (x, key, value, index))
+    bias = None if bias is None else _apart(bias, y)
     _forward_into(y, y, x, _as_kernels_read(key, bias, value, activation), index)
+
+
+def _apart(read: Tensor, written: Tensor) -> Tensor:
+    """`read`, copied if it may be changed by writing to `written`."""
+    shared = read.untyped_storage().data_ptr() == written.untyped_storage().data_ptr()
+    return read.clone() if shared and not read.is_meta else read
 
 
 @torch.library.impl(_LIBRARY, "dynamic_neuron_backward", "CompositeExplicitAutograd")
@@ -325,11 +362,19 @@ class _Differentiable(torch.autograd.Function):
 
 
 def check_index(index: Tensor, neurons: Neurons) -> None:
-    """ValueError unless `index` is an int64 vector of neuron numbers, -1 for none."""
+    """Raise unless `index` is an int64 vector of neuron numbers, -1 for none.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it has another dtype or shape, or (on the CPU) holds no neuron's number.
+    """
+    check_tensors(index=index)
     if index.dim() != 1 or index.dtype != torch.int64:
+        number = "index.long() makes one of whole numbers"
+        mask = "for a mask, torch.where(mask, numbers, -1) does"
         raise ValueError(
             f"index is {index.dtype} {tuple(index.shape)}; it must be an int64 vector of neuron "
-            "numbers (-1 for none)"
+            f"numbers (-1 for none): {mask if index.dtype == torch.bool else number}"
         )
     # On a GPU reading the index would make the host wait; there the caller's word is taken,
     # and a compiler that traces the op has no values yet.
@@ -342,15 +387,21 @@ def check_index(index: Tensor, neurons: Neurons) -> None:
             )
 
 
-def _check(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> None:
-    layout = neurons.layout
-    if x.dim() not in (2, 3) or x.shape[-1] != layout.d_in:
-        raise ValueError(
-            f"x is {tuple(x.shape)}; it must be [B, T, {layout.d_in}] or [M, {layout.d_in}]"
-        )
-    expected = (*x.shape[:-1], layout.d_out)
+def _check(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None) -> Tensor:
+    """Raise unless the arguments fit; the index, which is 0, 1, ... where it is left out."""
+    check_instance(
+        "neurons", neurons, Neurons, "Neurons(key, bias, value, activation) makes one of tensors"
+    )
+    check_floating(y=y, x=x)
+    d_in, d_out = neurons.key.shape[1], neurons.value.shape[1]
+    if x.dim() not in (2, 3) or x.shape[-1] != d_in:
+        raise ValueError(f"x is {tuple(x.shape)}; it must be [B, T, {d_in}] or [M, {d_in}]")
+    expected = (*x.shape[:-1], d_out)
     if tuple(y.shape) != expected:
         raise ValueError(f"y is {tuple(y.shape)}; beside x {tuple(x.shape)} it must be {expected}")
+    if index is None:
+        index = _default_index(x, neurons)
+    check_tensors(index=index)
     if index.shape != x.shape[:1]:
         raise ValueError(
             f"index is {tuple(index.shape)}; it must be [{x.shape[0]}], one neuron number "
@@ -360,12 +411,13 @@ def _check(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> None:
     if not len({x.device, y.device, index.device, neurons.device}) == 1:
         raise ValueError(
             f"x is on {x.device}, y on {y.device}, index on {index.device} and the neurons on "
-            f"{neurons.device}; they must share one device"
+            f"{neurons.device}; they must share one device: move them with .to()"
         )
+    return index
 
 
 def _default_index(x: Tensor, neurons: Neurons) -> Tensor:
-    if x.dim() and len(neurons) != x.shape[0]:
+    if len(neurons) != x.shape[0]:
         raise ValueError(
             f"x has {x.shape[0]} rows and there are {len(neurons)} neurons; "
             "pass index to say which row gets which"
@@ -386,11 +438,11 @@ def dynamic_neuron(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None 
         A contiguous tensor like y. Rows with index -1 hold the bits of y.
 
     Raises:
+        TypeError: an argument is no tensor, or neurons no `Neurons`.
         ValueError: shapes, dtypes, devices or (on the CPU) index values do not fit.
         RuntimeError: the backend that is forced (`meg_kernels.ops.backend`) cannot run.
     """
-    index = _default_index(x, neurons) if index is None else index
-    _check(y, x, neurons, index)
+    index = _check(y, x, neurons, index)
     arguments = (y, x, *_parts(neurons), index, neurons.activation)
     if _wants_gradient(y, x, neurons):
         return _Differentiable.apply(*arguments)
@@ -401,7 +453,8 @@ def dynamic_neuron_(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None
     """Add each row's own neuron to y in place; differentiable once in y, x and the neurons.
 
     Args:
-        y: the layer's output, [B, T, d_out] or [M, d_out]; it is changed.
+        y: the layer's output, [B, T, d_out] or [M, d_out]; it is changed. Others may lie in its
+            memory: what they held before the call counts.
         x: what the key reads, [B, T, d_in] or [M, d_in].
         neurons: N neurons with that d_in and d_out.
         index: int64 [B] or [M]: the row's neuron, -1 for none. Default: row m has neuron m.
@@ -410,12 +463,19 @@ def dynamic_neuron_(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None
         y itself. Rows with index -1 are not touched.
 
     Raises:
-        ValueError: shapes, dtypes, devices or (on the CPU) index values do not fit.
-        RuntimeError: the backend that is forced (`meg_kernels.ops.backend`) cannot run.
+        TypeError: an argument is no tensor, or neurons no `Neurons`.
+        ValueError: shapes, dtypes, devices or (on the CPU) index values do not fit, or elements of
+            y share their memory.
+        RuntimeError: y is a leaf that requires a gradient, or the backend that is forced (`meg_kernels.ops.backend`) cannot run.
     """
-    index = _default_index(x, neurons) if index is None else index
-    _check(y, x, neurons, index)
+    index = _check(y, x, neurons, index)
+    check_written("y", y)
     if _wants_gradient(y, x, neurons):
+        if y.is_leaf and y.requires_grad:
+            raise RuntimeError(
+                "y is a leaf that requires a gradient, which cannot be changed in place; use "
+                "dynamic_neuron, which leaves it as it is"
+            )
         return y.copy_(dynamic_neuron(y, x, neurons, index))
     torch.ops.meg_kernels.dynamic_neuron_(y, x, *_parts(neurons), index, neurons.activation)
     return y

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meg_kernels.arguments import check_alike, check_floating, check_tensors
 from meg_kernels.kernels.limits import DTYPES
 from meg_kernels.ops.backend import choose, forced_backend, refuse_gradient
 
@@ -71,6 +72,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         [B, T, N] or [M, N], contiguous, in the dtype of x.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes, dtypes or devices do not fit.
         RuntimeError: a gradient is asked for, or the backend that is forced
             (`meg_kernels.ops.backend`) cannot run.
@@ -84,7 +86,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    if x.dim() not in (2, 3) or not x.is_floating_point():
+    check_tensors(x=x, weight=weight, bias=bias)
+    check_floating(x=x)
+    if x.dim() not in (2, 3):
         raise ValueError(
             f"x is {x.dtype} {tuple(x.shape)}; it must be floating-point [B, T, K] or [M, K]"
         )
@@ -98,9 +102,4 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
             f"bias is {tuple(bias.shape)}; beside x {tuple(x.shape)} and weight "
             f"{tuple(weight.shape)} it must be ({len(weight)},)"
         )
-    for name, part in (("weight", weight), ("bias", bias)):
-        if part.dtype != x.dtype or part.device != x.device:
-            raise ValueError(
-                f"{name} is {part.dtype} on {part.device}, x {x.dtype} on {x.device}; convert "
-                "them to one dtype, and move them to one device"
-            )
+    check_alike(x, weight=weight, bias=bias)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from meg_kernels.arguments import check_floating
 from meg_kernels.kernels.launching import rows_adjacent
 from meg_kernels.kernels.limits import DTYPES, MAX_CLASSES
 from meg_kernels.ops import native
@@ -62,6 +63,7 @@ def softmax_entropy(logits: Tensor) -> Tensor:
         -infinity.
 
     Raises:
+        TypeError: logits is no tensor.
         ValueError: logits has another shape or dtype.
         RuntimeError: a gradient is asked for, or the backend that is forced
             (`meg_kernels.ops.backend`) cannot run.
@@ -69,7 +71,8 @@ def softmax_entropy(logits: Tensor) -> Tensor:
     >>> softmax_entropy(torch.tensor([[0.0, 0.0], [9.0, 0.0]]))
     tensor([0.6931, 0.0012])
     """
-    if logits.dim() != 2 or not logits.is_floating_point():
+    check_floating(logits=logits)
+    if logits.dim() != 2:
         raise ValueError(
             f"logits is {logits.dtype} {tuple(logits.shape)}; it must be floating-point [B, C]"
         )
