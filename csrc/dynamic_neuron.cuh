@@ -51,18 +51,19 @@ __device__ inline Activated activate(Activation activation, float a) {
     }
 }
 
-// The sum of a row's products: `sum`, or where that overflowed on the way, the sum once more in double,
-// by each thread for itself.
+// The sum of a row's products once more, in double, by each thread for itself: for a sum in fp32 that
+// is not finite. It may have overflowed only on the way.
 template <typename T>
-__device__ inline float in_range(float sum, const T* a, const T* b, int64_t width) {
-    if (sum - sum == 0.0f) return sum;  // neither infinite nor NaN
-    double again = 0.0;
+__device__ inline float sum_again(const T* a, const T* b, int64_t width) {
+    double sum = 0.0;
 #pragma unroll 1
     for (int64_t j = 0; j < width; ++j) {
-        again += static_cast<double>(to_float(a[j])) * static_cast<double>(to_float(b[j]));
+        sum += static_cast<double>(to_float(a[j])) * static_cast<double>(to_float(b[j]));
     }
-    return static_cast<float>(again);
+    return static_cast<float>(sum);
 }
+
+__device__ inline bool is_finite(float a) { return a - a == 0.0f; }
 
 // The token that a group of threads serves; the last block may have groups without one.
 struct Token {
@@ -108,14 +109,14 @@ __global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
     const int64_t i = token.exists ? args.index[token.sample] : -1;
     const bool edited = i >= 0;
     const Walk<T, kVector> in(args.shape.d_in), out(args.shape.d_out);
+    const T* x = token.row_of<const T>(args.x);
     const T* y = token.row_of<const T>(args.y);
+    const T* key = row_of<T>(args.neurons.key, i);
     const T* value = row_of<T>(args.neurons.value, i);
 
     float pre[1] = {0.0f};
     Batch<T, kVector> y_batch, value_batch;
     if (edited) {
-        const T* x = token.row_of<const T>(args.x);
-        const T* key = row_of<T>(args.neurons.key, i);
         const Batch<T, kVector> x_batch = in.load_token(x, in.thread);
         const Batch<T, kVector> key_batch = in.load_neuron(key, in.thread);
         y_batch = out.load_token(y, out.thread);
@@ -127,9 +128,8 @@ __global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
     T* to = token.row_of<T>(args.out);
     const int64_t j = int64_t{out.chunks} * out.kLanes + out.thread;  // of the tail, by element
     if (edited) {
-        const float sum =
-            in_range(pre[0], token.row_of<const T>(args.x), row_of<T>(args.neurons.key, i), args.shape.d_in);
-        const float h = activate(args.neurons.activation, sum + bias_of<T>(args.neurons, i)).value;
+        if (!is_finite(pre[0])) pre[0] = sum_again(x, key, args.shape.d_in);
+        const float h = activate(args.neurons.activation, pre[0] + bias_of<T>(args.neurons, i)).value;
         for (int c = out.thread;;) {
             for (int u = 0; u < out.kChunks; ++u) {
                 for (int l = 0; l < out.kLanes; ++l) {
@@ -160,17 +160,19 @@ __global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
     const int64_t i = token.exists ? args.index[token.sample] : -1;
     const bool edited = i >= 0;
     const Walk<T, kVector> in(args.shape.d_in), out(args.shape.d_out);
+    const T* x = token.row_of<const T>(args.x);
+    const T* grad = token.row_of<const T>(args.grad);
     const T* key = row_of<T>(args.neurons.key, i);
+    const T* value = row_of<T>(args.neurons.value, i);
 
     float sums[2] = {0.0f, 0.0f};  // x . K and grad . V
+    float bias = 0.0f;
     if (edited) {
-        const T* x = token.row_of<const T>(args.x);
-        const T* grad = token.row_of<const T>(args.grad);
-        const T* value = row_of<T>(args.neurons.value, i);
         const Batch<T, kVector> x_batch = in.load_token(x, in.thread);
         const Batch<T, kVector> key_batch = in.load_neuron(key, in.thread);
         const Batch<T, kVector> grad_batch = out.load_token(grad, out.thread);
         const Batch<T, kVector> value_batch = out.load_neuron(value, out.thread);
+        bias = bias_of<T>(args.neurons, i);
         sums[0] = in.dot_rows(x, key, x_batch, key_batch);
         sums[1] = out.dot_rows(grad, value, grad_batch, value_batch);
     }
@@ -178,10 +180,10 @@ __global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
 
     float dpre = 0.0f;
     if (edited) {
-        const float pre = in_range(sums[0], token.row_of<const T>(args.x), key, args.shape.d_in);
-        const Activated h = activate(args.neurons.activation, pre + bias_of<T>(args.neurons, i));
-        dpre = h.slope * in_range(sums[1], token.row_of<const T>(args.grad),
-                                  row_of<T>(args.neurons.value, i), args.shape.d_out);
+        if (!is_finite(sums[0])) sums[0] = sum_again(x, key, args.shape.d_in);
+        if (!is_finite(sums[1])) sums[1] = sum_again(grad, value, args.shape.d_out);
+        const Activated h = activate(args.neurons.activation, sums[0] + bias);
+        dpre = h.slope * sums[1];
         if (args.hidden && in.thread == 0) {
             args.hidden[token.m] = h.value;
             args.dpre[token.m] = dpre;

@@ -192,8 +192,7 @@ class Neurons:
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Neurons:
         """The neurons of these rows; an int would drop the row axis: use `[i : i + 1]`."""
         # A list of bools would pick neurons 0 and 1, where a mask was meant.
-        numbers = isinstance(rows, Sequence) and not isinstance(rows, str)
-        if numbers and all(type(row) is int for row in rows):
+        if isinstance(rows, list | tuple | range) and all(type(row) is int for row in rows):
             beyond = [row for row in rows if not -len(self) <= row < len(self)]
             if beyond:
                 raise IndexError(f"there is no neuron {beyond[0]}; there are {len(self)}")

@@ -466,7 +466,8 @@ def dynamic_neuron_(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None
         TypeError: an argument is no tensor, or neurons no `Neurons`.
         ValueError: shapes, dtypes, devices or (on the CPU) index values do not fit, or elements of
             y share their memory.
-        RuntimeError: y is a leaf that requires a gradient, or the backend that is forced (`meg_kernels.ops.backend`) cannot run.
+        RuntimeError: y is a leaf that requires a gradient, or the backend that is forced
+            (`meg_kernels.ops.backend`) cannot run.
     """
     index = _check(y, x, neurons, index)
     check_written("y", y)
