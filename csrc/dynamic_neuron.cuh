@@ -56,7 +56,6 @@ __device__ inline Activated activate(Activation activation, float a) {
 template <typename T>
 __device__ inline float sum_again(const T* a, const T* b, int64_t width) {
     double sum = 0.0;
-#pragma unroll 1
     for (int64_t j = 0; j < width; ++j) {
         sum += static_cast<double>(to_float(a[j])) * static_cast<double>(to_float(b[j]));
     }

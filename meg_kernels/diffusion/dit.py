@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from meg_kernels.arguments import FLOATING, check_instance, check_number, check_size, check_tensors
+
 from .schedule import Prediction, check_choice
 
 FREQUENCY_DIM = 256  # of the sinusoidal time embedding
@@ -69,16 +71,15 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "width", "depth", "num_heads"):
-            _check_size(name, getattr(self, name))
+            check_size(name, getattr(self, name))
         if self.width % self.num_heads or self.width % 2:
             raise ValueError(
                 f"width is {self.width}; it must be even and a multiple of num_heads, "
                 f"{self.num_heads}"
             )
         for name in ("mlp_ratio", "condition_dropout"):
-            if type(value := getattr(self, name)) not in (int, float):
-                raise ValueError(f"{name} is {value!r}; it must be a number")
-        if not self.mlp_ratio < math.inf or round(self.width * self.mlp_ratio) < 1:
+            check_number(name, getattr(self, name))
+        if round(self.width * self.mlp_ratio) < 1:
             raise ValueError(
                 f"mlp_ratio is {self.mlp_ratio}; it must be finite, and give the MLP a hidden "
                 f"width, mlp_ratio * {self.width}, of at least 1"
@@ -119,6 +120,7 @@ class NeuronDiT(nn.Module):
         condition_dim: length of a condition, the text encoder's output.
 
     Raises:
+        TypeError: config is no DiTConfig.
         ValueError: neuron_dim or condition_dim is not a positive integer.
 
     >>> dit = NeuronDiT(DiTConfig(width=64, depth=1), neuron_dim=200, condition_dim=32)
@@ -131,8 +133,9 @@ class NeuronDiT(nn.Module):
 
     def __init__(self, config: DiTConfig, neuron_dim: int, condition_dim: int) -> None:
         super().__init__()
-        _check_size("neuron_dim", neuron_dim)
-        _check_size("condition_dim", condition_dim)
+        check_instance("config", config, DiTConfig, "DiTConfig() has the defaults")
+        check_size("neuron_dim", neuron_dim)
+        check_size("condition_dim", condition_dim)
         self.config, self.neuron_dim, self.condition_dim = config, neuron_dim, condition_dim
         width, num_tokens = config.width, self.num_tokens
         # A buffer: fixed, yet in the state dict, where released checkpoints have it.
@@ -257,6 +260,7 @@ class NeuronDiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def _check_inputs(self, x_t: Tensor, t: Tensor, condition: Tensor) -> None:
+        check_tensors(x_t=x_t, t=t, condition=condition)
         batch = x_t.shape[0] if x_t.ndim else 0
         expected = {
             "x_t": (x_t, (batch, self.neuron_dim), "neuron_dim"),
@@ -267,8 +271,10 @@ class NeuronDiT(nn.Module):
                 raise ValueError(
                     f"{name} has shape {tuple(tensor.shape)}; it must be {shape}, [B, {field}]"
                 )
-            if not tensor.is_floating_point():
-                raise TypeError(f"{name} is {tensor.dtype}; it must be floating point")
+            if tensor.dtype not in FLOATING:
+                raise TypeError(
+                    f"{name} is {tensor.dtype}; it must be floating point: use {name}.float()"
+                )
         if t.shape != (batch,):
             raise ValueError(f"t has shape {tuple(t.shape)}; it must be {(batch,)}, one per row")
         if t.dtype != torch.int64:
@@ -276,12 +282,10 @@ class NeuronDiT(nn.Module):
         device = self.inLinear.weight.device
         for name, tensor in (("x_t", x_t), ("t", t), ("condition", condition)):
             if tensor.device != device:
-                raise ValueError(f"{name} is on {tensor.device}; the parameters are on {device}")
-
-
-def _check_size(name: str, value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+                raise ValueError(
+                    f"{name} is on {tensor.device}; the parameters are on {device}: call "
+                    f"{name}.to({str(device)!r})"
+                )
 
 
 class TimestepEmbedder(nn.Module):

@@ -16,6 +16,8 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from meg_kernels.arguments import check_number, check_size, check_tensors
+
 Prediction = Literal["x0", "v", "noise"]
 """What a denoiser predicts: the clean weights, the velocity, or the noise."""
 
@@ -46,8 +48,9 @@ class NoiseSchedule:
     beta_end: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.num_timesteps < 1:
-            raise ValueError(f"num_timesteps is {self.num_timesteps}; it must be at least 1")
+        check_size("num_timesteps", self.num_timesteps)
+        check_number("beta_start", self.beta_start)
+        check_number("beta_end", self.beta_end)
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"beta_start is {self.beta_start} and beta_end is {self.beta_end}; "
@@ -140,6 +143,8 @@ class NoiseSchedule:
                 ends, as the released code does.
         """
         fewest, most = _step_limits(spacing, self.num_timesteps)
+        if type(num_steps) is not int:
+            raise ValueError(f"num_steps is {num_steps!r}; it must be an integer, from {fewest}")
         if not fewest <= num_steps <= most:
             raise ValueError(
                 f"num_steps is {num_steps}; spacing {spacing!r} over {self.num_timesteps} "
@@ -169,6 +174,7 @@ class NoiseSchedule:
         return alpha_cumprod.sqrt().to(dtype), (1 - alpha_cumprod).sqrt().to(dtype)
 
     def _check(self, t: Tensor, samples: dict[str, Tensor]) -> None:
+        check_tensors(**samples, t=t)
         (first_name, first), *_ = samples.items()
         for name, sample in samples.items():
             if sample.ndim != 2:
@@ -217,7 +223,7 @@ def x0_coefficients(
 
 def check_choice(name: str, value: object, choices: object) -> None:
     """Raise unless `value` is one of the strings of a `Literal`."""
-    if value not in get_args(choices):
+    if not isinstance(value, str) or value not in get_args(choices):
         listed = ", ".join(repr(choice) for choice in get_args(choices))
         raise ValueError(f"{name} is {value!r}; it must be one of {listed}")
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from meg_kernels.arguments import check_floating, check_instance
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn.mounted import Mounted
 
@@ -62,9 +63,13 @@ class MeGLinear(nn.Linear):
                 Default: sample b has neuron b.
 
         Raises:
+            TypeError: neurons is no `Neurons`.
             ValueError: the neurons write another width, or index is not int64 [B] or (on the
                 CPU) holds a number that is no neuron's.
         """
+        check_instance(
+            "neurons", neurons, Neurons, "Neurons(key, bias, value, activation) makes one"
+        )
         if neurons.layout.d_out != self.out_features:
             raise ValueError(
                 f"neurons write outputs of width {neurons.layout.d_out}, but this layer's are "
@@ -104,6 +109,7 @@ class MeGLinear(nn.Linear):
             source: what the keys read, x's shape but for its width; default x itself.
 
         Raises:
+            TypeError: source is no tensor.
             ValueError: neurons are mounted for another number of samples, or x and source do
                 not fit together.
         """
@@ -111,6 +117,7 @@ class MeGLinear(nn.Linear):
         if self._mounted is None:
             return y
         source = x if source is None else source
+        check_floating(source=source)
         if y.shape[:-1] != source.shape[:-1]:
             raise ValueError(
                 f"x is {tuple(x.shape)} and source {tuple(source.shape)}; they must have the same "
