@@ -208,7 +208,10 @@ def test_extra_parameters_exist_only_where_an_option_needs_them():
         ({"mlp_ratio": 0.01}, r"mlp_ratio is 0.01; .* mlp_ratio \* 16, of at least 1"),
         ({"mlp_ratio": "4"}, "mlp_ratio is '4'; it must be a finite number"),
         ({"condition_dropout": 1.0}, r"condition_dropout is 1.0; it must be in \[0, 1\)"),
-        ({"condition_dropout": float("nan")}, r"condition_dropout is nan; it must be a finite number"),
+        (
+            {"condition_dropout": float("nan")},
+            r"condition_dropout is nan; it must be a finite number",
+        ),
         ({"token_condition": None}, "token_condition is None; it must be True or False"),
         ({"learns_variance": 1}, "learns_variance is 1; it must be True or False"),
         ({"prediction": "eps"}, "prediction is 'eps'"),
