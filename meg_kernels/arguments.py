@@ -72,7 +72,7 @@ def check_size(name: str, value: object, low: int = 1, high: int | None = None) 
 def check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
     """ValueError unless `value` is a finite number from `low` to `high`."""
     number = isinstance(value, int | float | Real) and not isinstance(value, bool)
-    if not number or not low <= value <= high or math.isinf(value):  # type: ignore[operator, arg-type]
+    if not number or not low <= value <= high or abs(value) == math.inf:  # type: ignore[operator, arg-type]
         bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"at most {high:g}"] * (
             high < math.inf
         )
