@@ -24,25 +24,26 @@ SATURATED = 1024.0
 
 Their formulas have no values there: they multiply infinity by 0, and square or cube what they get.
 """
+FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
+"""The activations from -SATURATED to SATURATED."""
 
 
-def _saturating(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`function`, with the values and slopes that it tends to where its formula has none."""
-
-    def activation(x: Tensor) -> Tensor:
-        near = function(x.clamp(-SATURATED, SATURATED))
-        return torch.where(x > SATURATED, x, near)
-
-    return activation
+def _saturating(formula: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`formula`, with the values and slopes that it tends to beyond its range."""
+    return lambda x: torch.where(x > SATURATED, x, formula(x.clamp(-SATURATED, SATURATED)))
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda x: x,
-    "gelu": _saturating(F.gelu),
-    "gelu_tanh": _saturating(lambda x: F.gelu(x, approximate="tanh")),
-    "silu": _saturating(F.silu),
-    "relu": F.relu,
+    name: formula if name in ("identity", "relu") else _saturating(formula)
+    for name, formula in FORMULAS.items()
 }
+"""The activations, of numbers of any size."""
 
 
 def _check_activation(activation: object) -> None:

@@ -35,7 +35,7 @@ from torch import Tensor
 from meg_kernels.arguments import check_floating, check_instance, check_tensors, check_written
 from meg_kernels.kernels.launching import rows_adjacent
 from meg_kernels.kernels.limits import DTYPES
-from meg_kernels.neuron import ACTIVATIONS, SATURATED, Neurons
+from meg_kernels.neuron import ACTIVATIONS, FORMULAS, SATURATED, Neurons
 from meg_kernels.ops import native
 from meg_kernels.ops.backend import backend, choose, forced_backend
 
@@ -96,18 +96,19 @@ _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of (gradient,
 }
 
 
-def _sums(a: Tensor, b: Tensor) -> Tensor:
-    """Each a . b along the last axis, of whatever size its products are.
+def _sums(a: Tensor, b: Tensor) -> tuple[Tensor, float]:
+    """Each a . b along the last axis, of whatever size its products are, and the largest of them.
 
     Not a matrix product: its order of summation would depend on the batch. Sums that overflow on
     the way are added up once more, in float64.
     """
     sums = (a * b).sum(-1)
-    if sums.dtype == torch.float32 and not math.isfinite(float(sums.sum())):
+    largest = float(torch.linalg.vector_norm(sums, math.inf)) if sums.numel() else 0.0
+    if sums.dtype == torch.float32 and not math.isfinite(largest):
         again = ~sums.isfinite()
         a, b = (part.expand(*sums.shape, -1)[again].double() for part in (a, b))
         sums[again] = (a * b).sum(-1).float()
-    return sums
+    return sums, largest
 
 
 class _EditedRows:
@@ -125,9 +126,11 @@ class _EditedRows:
         used = neurons[self.neuron].to(self.dtype)
         self.x = self.of(x)  # [R, d_in] or [R, T, d_in]
         self.key, self.value = (self._spread(part, x.dim()) for part in (used.key, used.value))
-        pre = _sums(self.x, self.key)  # pre-activations, [R] or [R, T]
+        pre, largest = _sums(self.x, self.key)  # pre-activations, [R] or [R, T]
         if used.bias is not None:
             pre = pre + self._spread(used.bias, x.dim() - 1)
+            largest = float(torch.linalg.vector_norm(pre, math.inf)) if pre.numel() else 0.0
+        self.saturates = not largest <= SATURATED
         self.pre, self.activation = pre, used.activation
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -139,7 +142,8 @@ class _EditedRows:
         return part if part.dim() == dim else part.unsqueeze(1)
 
     def hidden(self) -> Tensor:
-        return ACTIVATIONS[self.activation](self.pre)
+        formulas = ACTIVATIONS if self.saturates else FORMULAS
+        return formulas[self.activation](self.pre)
 
 
 _IN_CACHE = 2**18  # numbers that a CPU's caches hold: more are worked on in blocks of samples
@@ -170,7 +174,7 @@ def _eager_backward(
 ) -> native.Gradients:
     edited = _EditedRows(x, neurons, index, grad.dtype)
     upstream = edited.of(grad)  # [R, (T,) d_out]
-    dhidden = _sums(upstream, edited.value)  # [R, (T)]
+    dhidden, _ = _sums(upstream, edited.value)  # [R, (T)]
     dpre = _DERIVATIVES[neurons.activation](dhidden, edited.pre).unsqueeze(-1)  # [R, (T,) 1]
 
     def of_neurons(like: Tensor, rows: Tensor) -> Tensor:
@@ -273,15 +277,16 @@ def _dynamic_neuron_(
     index: Tensor,
     activation: str,
 ) -> None:
-    x, key, value, index = (_apart(part, y) for part in (x, key, value, index))
-    bias = None if bias is None else _apart(bias, y)
-    _forward_into(y, y, x, _as_kernels_read(key, bias, value, activation), index)
+    memory = y.untyped_storage().data_ptr()
 
+    def apart(read: Tensor) -> Tensor:
+        """Copied if writing to y may change it."""
+        return read.clone() if read.untyped_storage().data_ptr() == memory else read
 
-def _apart(read: Tensor, written: Tensor) -> Tensor:
-    """`read`, copied if it may be changed by writing to `written`."""
-    shared = read.untyped_storage().data_ptr() == written.untyped_storage().data_ptr()
-    return read.clone() if shared and not read.is_meta else read
+    neurons = _as_kernels_read(
+        apart(key), None if bias is None else apart(bias), apart(value), activation
+    )
+    _forward_into(y, y, apart(x), neurons, apart(index))
 
 
 @torch.library.impl(_LIBRARY, "dynamic_neuron_backward", "CompositeExplicitAutograd")
@@ -411,8 +416,7 @@ def _check(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None) -> Tens
         raise ValueError(f"y is {tuple(y.shape)}; beside x {tuple(x.shape)} it must be {expected}")
     if index is None:
         index = _default_index(x, neurons)
-    check_tensors(index=index)
-    if index.shape != x.shape[:1]:
+    if isinstance(index, Tensor) and index.shape != x.shape[:1]:
         raise ValueError(
             f"index is {tuple(index.shape)}; it must be [{x.shape[0]}], one neuron number "
             "(or -1 for none) for each row of x"

@@ -15,8 +15,8 @@ t = K + 4K A/s + (2K A/s)^2,
     |out - exact| <= E + eps' (|exact| + E) + tiny
     E = |1 + scale| (2K A/s (1 + t) + |z| (t + 8u)) + 4u (|z (1 + scale)| + |shift|)
 
-with eps' and tiny of the dtype, while t <= 1/2: the spread of a row for which t is larger is drowned
-by the rounding of its mean. The stream errs by 4u (|x| + |gate update|) and one rounding.
+with eps' and tiny of the dtype, while t <= 1/2: the spread of a row for which t is larger is
+drowned by the rounding of its mean. The stream errs by 4u (|x| + |gate update|) and one rounding.
 """
 
 from __future__ import annotations
@@ -29,10 +29,8 @@ from meg_kernels.kernels.launching import rows_adjacent
 from meg_kernels.kernels.limits import DTYPES, MAX_WIDTH
 from meg_kernels.ops.backend import choose, refuse_gradient
 
-MIN_EPS, MAX_EPS = (
-    1e-30,
-    1e30,
-)  # in float32 neither 0, which constant rows would divide by, nor infinity
+# In float32 neither 0, which a constant row would be divided by, nor infinity.
+MIN_EPS, MAX_EPS = 1e-30, 1e30
 SUPPORTED = {"triton": DTYPES, "cpu": None, "reference": None}
 
 

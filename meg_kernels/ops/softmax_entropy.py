@@ -60,8 +60,8 @@ def softmax_entropy(logits: Tensor) -> Tensor:
 
     Returns:
         float32 [B], from 0 to log C, off by at most (C + 16) u (1 + sum p |l| + sum p l^2) with
-        l = logit - max and u = 2^-23, for all finite logits; NaN for a row that holds a NaN or +infinity, or nothing but
-        -infinity.
+        l = logit - max and u = 2^-23, for all finite logits; NaN for a row that holds a NaN or
+        +infinity, or nothing but -infinity.
 
     Raises:
         TypeError: logits is no tensor.

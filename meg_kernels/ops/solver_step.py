@@ -140,8 +140,8 @@ def solver_step(
         x0: float32 [B, dim], the clean sample that the prediction implies, contiguous.
 
         Each errs by at most 8u times the sum of its terms' magnitudes, u = 2^-23 (x_next by d times
-        the error of x0 more, and its noise by 16u times the magnitude of std's exponent more), where
-        every term is within float32's range.
+        the error of x0 more, and its noise by 16u times the magnitude of std's exponent more),
+        where every term is within float32's range.
 
     Raises:
         TypeError: an argument is no tensor.
