@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.editing.config import EditorConfig
 from meg_kernels.editing.distill import Distillation
-from meg_kernels.editing.edited_model import EditedModel
+from meg_kernels.editing.edited_model import EditedModel, one_at_a_time
 from meg_kernels.editing.evaluate import EvaluationReport
 from meg_kernels.editing.layers import default_layer
 from meg_kernels.editing.prompting import PromptedModel
@@ -29,7 +29,6 @@ from meg_kernels.editing.stages import Stages
 from meg_kernels.editing.tuning import (
     calibrated_gate,
     regated,
-    unchanged_on_error,
     usable_for_tuning,
 )
 from meg_kernels.facts import (
@@ -48,6 +47,7 @@ from meg_kernels.routing.generators import GeneratorConfig
 from meg_kernels.routing.hub import ModelCard, check_repo_id, push_to_hub
 from meg_kernels.routing.router import Router
 from meg_kernels.routing.saving import load_edits, save_edits
+from meg_kernels.scoped import OwnLock
 from meg_kernels.shipped import shipped_tuning_facts, shipped_unrelated_queries
 from meg_kernels.storage import write_text
 from meg_kernels.text_encoder import TextEncoder
@@ -83,6 +83,7 @@ class MeGEditor(EditedModel):
         router = Router(encoder, None, config.routing, model.device)
         super().__init__(prompted, attached, router, name or str(model.name_or_path))
         self.config = dataclasses.replace(config, layer=self.layer, template=self.template)
+        self.editing = OwnLock()
 
     @classmethod
     def for_model(
@@ -115,8 +116,9 @@ class MeGEditor(EditedModel):
         )
 
     # Editing: each of these makes a new `Edits` and puts it in place at the end, so that an error
-    # or an interruption leaves what was edited before.
+    # or an interruption leaves what was edited before, and others may ask meanwhile.
 
+    @one_at_a_time
     def edit(
         self,
         facts: FactsLike,
@@ -159,11 +161,11 @@ class MeGEditor(EditedModel):
         warn_of_several_answers(facts)
         wordings = usable_for_tuning(tuning, facts, self.config)
         stages = self._stages(work_folder, progress)
-        with unchanged_on_error(self.encoder):
-            edits = stages.first(facts, wordings, unrelated, len(given) - len(facts))
-        self._put(edits)
+        edits, encoder = stages.first(facts, wordings, unrelated, len(given) - len(facts))
+        self._put(edits, encoder)
         return edits.report
 
+    @one_at_a_time
     def add(
         self,
         facts: FactsLike,
@@ -207,6 +209,7 @@ class MeGEditor(EditedModel):
         self._put(edits)
         return report
 
+    @one_at_a_time
     def remove(self, facts: str | Fact | Iterable[str | Fact]) -> None:
         """Take edits back: the base model answers their queries again.
 
@@ -220,10 +223,11 @@ class MeGEditor(EditedModel):
         names = [facts] if isinstance(facts, str | Fact) else [*facts]
         gone = self.edits.rows_to_remove(names)
         if len(gone) == len(self.edits):
-            self.router.edits = None
+            self.router.put(None)
         elif gone:
             self._put(regated(self.edits.without(gone), self.config, progress=False))
 
+    @one_at_a_time
     def train(self, *, work_folder: str | Path | None = None, progress: bool = False) -> Training:
         """Train the generator further, on the collected neurons of all edited facts.
 
@@ -242,6 +246,7 @@ class MeGEditor(EditedModel):
             self._put(self._stages(work_folder, progress).trained(self.edits))
         return self.edits.training
 
+    @one_at_a_time
     def replace_generator(
         self,
         config: GeneratorConfig,
@@ -262,6 +267,7 @@ class MeGEditor(EditedModel):
         self._put(self._stages(work_folder, progress).replaced(self.edits, config))
         return self.edits.training
 
+    @one_at_a_time
     def set_gate(
         self,
         gate: Literal["similarity", "familiarity"] | None = None,
@@ -298,10 +304,11 @@ class MeGEditor(EditedModel):
             made, calibration = calibrated_gate(edits.conditions, edits.held_out, config, progress)
             report = dataclasses.replace(edits.report, calibration=calibration)
             edits = dataclasses.replace(edits, gate=made, report=report)
-        self.config, self.router.config = config, config.routing
+        self.config = config
         self._put(edits)
         return edits.calibration
 
+    @one_at_a_time
     def distill(
         self,
         steps: int,
@@ -338,6 +345,7 @@ class MeGEditor(EditedModel):
 
     # Keeping
 
+    @one_at_a_time
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the edits, everything but the base model, to `folder`.
 
@@ -389,7 +397,7 @@ class MeGEditor(EditedModel):
                 f"these edits are for {base.identity}, but the given model is {found}; pass the "
                 "base model that was edited"
             )
-        editor.router.edits = saved.edits
+        editor.router.put(saved.edits)
         return editor
 
     def push_to_hub(
@@ -438,7 +446,7 @@ class MeGEditor(EditedModel):
     def _stages(self, work_folder: str | Path | None, progress: bool) -> Stages:
         return Stages(self.prompted, self.attached, self.router, self.config, work_folder, progress)
 
-    def _put(self, edits: Edits) -> None:
+    def _put(self, edits: Edits, encoder: TextEncoder | None = None) -> None:
         """Answer by these edits from now on."""
-        self.router.edits = edits
         self.config = dataclasses.replace(self.config, generator=edits.generator.config)
+        self.router.put(edits, encoder, self.config.routing)

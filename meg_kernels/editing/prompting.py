@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.nn import input_device, last_feed_forward_sees
+from meg_kernels.nn.changed import hooked
 from meg_kernels.pretrained import ready_to_pad
 from meg_kernels.texts import normalized
 
@@ -119,12 +120,12 @@ def score_targets(model: PreTrainedModel, batch: TargetBatch) -> TargetScores:
     def keep_targets(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (args[0][:, -counted.shape[1] :][counted],)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep_targets)
-    try:
-        with last_feed_forward_sees(model, columns=counted.shape[1]):
-            logits = model(**batch.inputs, use_cache=False).logits  # [targets, vocabulary]
-    finally:
-        hook.remove()
+    head = model.get_output_embeddings()
+    with (
+        hooked(head.register_forward_pre_hook, keep_targets),
+        last_feed_forward_sees(model, columns=counted.shape[1]),
+    ):
+        logits = model(**batch.inputs, use_cache=False).logits  # [targets, vocabulary]
     logits = logits.float()
     labels = batch.labels[counted]
     rows = counted.nonzero()[:, 0]
