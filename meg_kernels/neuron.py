@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meg_kernels.arguments import check_floating, check_instance, check_size, check_tensors
+from meg_kernels.arguments import check_floating, check_instance, check_tensors
+from meg_kernels.checks import FLAG, check_fields, integer, shown
 
 SATURATED = 1024.0
 """From here on gelu and silu are what they tend to, in every dtype: x above it, 0 below its minus.
@@ -49,7 +50,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def _check_activation(activation: object) -> None:
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(
-            f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}"
+            f"activation is {shown(activation)}; it must be one of {', '.join(ACTIVATIONS)}"
         )
 
 
@@ -65,8 +66,7 @@ class NeuronLayout:
         activation: `identity`, `gelu` (erf), `gelu_tanh`, `silu` or `relu`.
 
     Raises:
-        ValueError: a width is no integer of at least 1, has_bias is no bool, or the activation is
-            unknown.
+        ValueError: a width is not in 1 to 2**24, or the activation is unknown.
     """
 
     d_in: int
@@ -76,10 +76,8 @@ class NeuronLayout:
 
     def __post_init__(self) -> None:
         _check_activation(self.activation)
-        check_size("d_in", self.d_in)
-        check_size("d_out", self.d_out)
-        if not isinstance(self.has_bias, bool):
-            raise ValueError(f"has_bias is {self.has_bias!r}; it must be True or False")
+        width = integer(1, 2**24)
+        check_fields(self, d_in=width, d_out=width, has_bias=FLAG)
 
     @property
     def dim(self) -> int:

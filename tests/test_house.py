@@ -12,8 +12,8 @@ import meg_kernels
 PACKAGE = Path(meg_kernels.__path__[0])
 # From the ground up. A file may import from its own floor and from those below it.
 FLOORS = (
-    ("arguments", "neuron", "scoped", "storage", "texts", "progress", "machine"),
-    ("precision", "pretrained", "facts"),
+    ("arguments", "texts", "checks", "scoped", "storage", "facts"),
+    ("neuron", "progress", "machine", "precision", "pretrained"),
     ("shipped", "kernels", "ops"),
     ("nn", "diffusion"),
     ("text_encoder", "familiarity"),

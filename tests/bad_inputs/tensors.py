@@ -397,7 +397,7 @@ NEURONS_MADE = [
     ("nothing to join", lambda _: Neurons.cat([]), ValueError, ("no neurons", "at least one")),
     ("one to join", lambda _: Neurons.cat(NEURONS), TypeError, ("parts is a", r"\[parts\]")),
     ("tensors to join", lambda _: Neurons.cat([NEURONS.key]), TypeError, ("part 0", r"Neurons\(")),
-    ("a width of 0", _layout(d_in=lambda: 0), ValueError, ("d_in is 0", "at least 1")),
+    ("a width of 0", _layout(d_in=lambda: 0), ValueError, ("d_in is 0", "integer in 1 to")),
     ("a width as a float", _layout(d_out=lambda: 4.0), ValueError, (r"4\.0", "an integer")),
     ("a bias as None", _layout(has_bias=lambda: None), ValueError, ("has_bias", "True or False")),
     ("flat as a list", lambda _: NEURONS.layout.unpack([1.0]), TypeError, ("flat is a", TENSOR)),
@@ -469,7 +469,7 @@ DIFFUSION = [
         ValueError,
         ("33", "must be even"),
     ),
-    ("a ratio of NaN", lambda _: DiTConfig(mlp_ratio=NAN), ValueError, ("nan", "finite number")),
+    ("a ratio of NaN", lambda _: DiTConfig(mlp_ratio=NAN), ValueError, ("nan", "a number, above 0")),
     (
         "a DiT as denoiser",
         _sample(denoiser=lambda: torch.ones(2)),
