@@ -121,9 +121,10 @@ def _in_range(
     """
     if total.dtype == tl.float32:  # noqa: SIM102  # known when compiling; the next is not
         if (total - total) != 0:  # infinite or NaN
-            columns = tl.arange(0, BLOCK)
-            sums = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, width, BLOCK):
+            # In halves of a block, lest this rare loop take registers from the usual path's loads.
+            columns = tl.arange(0, BLOCK // 2)
+            sums = tl.zeros([BLOCK // 2], tl.float32)
+            for start in range(0, width, BLOCK // 2):
                 a_block = _load(a, start + columns, width, A_ALIGNED).to(tl.float32)
                 b_block = _load(b, start + columns, width, B_ALIGNED).to(tl.float32)
                 sums += (a_block * 8.271806125530277e-25) * (b_block * 8.271806125530277e-25)

@@ -469,7 +469,12 @@ DIFFUSION = [
         ValueError,
         ("33", "must be even"),
     ),
-    ("a ratio of NaN", lambda _: DiTConfig(mlp_ratio=NAN), ValueError, ("nan", "a number, above 0")),
+    (
+        "a ratio of NaN",
+        lambda _: DiTConfig(mlp_ratio=NAN),
+        ValueError,
+        ("nan", "a number, above 0"),
+    ),
     (
         "a DiT as denoiser",
         _sample(denoiser=lambda: torch.ones(2)),
