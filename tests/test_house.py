@@ -12,7 +12,7 @@ import meg_kernels
 PACKAGE = Path(meg_kernels.__path__[0])
 # From the ground up. A file may import from its own floor and from those below it.
 FLOORS = (
-    ("texts", "checks", "scoped", "locking", "storage", "facts"),
+    ("texts", "arguments", "checks", "scoped", "locking", "storage", "facts"),
     ("neuron", "progress", "machine", "precision", "pretrained"),
     ("shipped", "kernels", "ops"),
     ("nn", "diffusion"),
