@@ -15,6 +15,20 @@ def normalized(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
+def unreadable(text: str) -> str | None:
+    r"""What keeps a text from being written as UTF-8, as tokenizers want it; None if nothing does.
+
+    >>> unreadable("caf\udce9")
+    "has half a character, '\\udce9', at 3, as undecodable bytes leave it"
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        return f"has half a character, {half}, at {error.start}, as undecodable bytes leave it"
+    return None
+
+
 def as_texts(name: str, value: Iterable[str]) -> list[str]:
     """The texts in a list, a tuple or any other iterable that has an order.
 
@@ -28,6 +42,7 @@ def as_texts(name: str, value: Iterable[str]) -> list[str]:
     Raises:
         TypeError: `value` is a single text, has no order or is no iterable, or one of its items is
             not text.
+        ValueError: a text holds half a character, which no tokenizer takes.
 
     >>> as_texts("prompts", ("Who?", "Where?"))
     ['Who?', 'Where?']
@@ -41,4 +56,6 @@ def as_texts(name: str, value: Iterable[str]) -> list[str]:
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"{name}[{i}] is {text!r}; it must be text")
+        if reason := unreadable(text):
+            raise ValueError(f"{name}[{i}] {reason}; decode it with errors='replace'")
     return texts

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from meg_kernels.editing.general_ability import Perplexity, perplexity
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.facts import Fact, FactsLike, as_facts
 from meg_kernels.nn import Attached
+from meg_kernels.nn.identity import compare, identity
 from meg_kernels.nn.packing import frozen_products
 from meg_kernels.routing.edits import Edits
 from meg_kernels.routing.router import Router, Routing
@@ -67,11 +69,32 @@ class EditedModel:
 
     @property
     def base(self) -> BaseModel:
-        """The language model as it is known outside: its name, dtype and shape."""
-        config = self.model.config
-        names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-        identity = {name: getattr(config, name) for name in names} | {"layer": self.layer}
-        return BaseModel(self.name, str(self.model.dtype).removeprefix("torch."), identity)
+        """The language model as it is known outside: its name, dtype, shape and weights."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return BaseModel(self.name, dtype, identity(self.model, self.layer))
+
+    def check_base(self, noted: BaseModel) -> None:
+        """Refuse to answer for another language model than the noted one.
+
+        Raises:
+            ValueError: its shape or its weights are others; the model is as it was before.
+        """
+        found = self.base
+        compared = compare(noted.identity, noted.dtype, found.identity, found.dtype)
+        if compared.different:
+            self.attached.detach()
+            raise ValueError(
+                f"these edits are for another model than {self.name!r} as it is now: "
+                f"{'; '.join(compared.different)}. Pass the base model that was edited, or edit "
+                "this one"
+            )
+        if compared.unknown:
+            warnings.warn(
+                f"whether {self.name!r} is the model that was edited cannot be told from the "
+                f"weights of its {' and '.join(compared.unknown)}, which are not noted or stored "
+                "in another way; if it is another one, its answers are not those of the edits",
+                stacklevel=3,
+            )
 
     def route(self, queries: Iterable[str]) -> Routing:
         """Which queries are edited ones in some wording, and the edited fact nearest to each."""
@@ -176,8 +199,8 @@ class EditedModel:
         """
         edits = self.edits
         facts = self.facts if facts is None else as_facts(facts)
-        identity = [dataclasses.asdict(self.router.config), self.layer, *edits.identity()]
-        evaluation = Evaluation(self.prompted, facts, work_folder=work_folder, identity=identity)
+        neurons = [dataclasses.asdict(self.router.config), self.layer, *edits.identity()]
+        evaluation = Evaluation(self.prompted, facts, work_folder=work_folder, identity=neurons)
         rows = edits.rows_of(facts)
 
         def mount_own(queries: Sequence[str], owners: Sequence[int]):

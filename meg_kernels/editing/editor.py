@@ -41,7 +41,9 @@ from meg_kernels.facts import (
     warn_of_several_answers,
 )
 from meg_kernels.familiarity import Calibration
+from meg_kernels.gradients import methods_with_gradients, with_gradients
 from meg_kernels.nn import attach
+from meg_kernels.nn.families import feed_forward, language_model
 from meg_kernels.pretrained import DEFAULT_ENCODER, load_language_model
 from meg_kernels.routing.edits import EditReport, Edits, Training
 from meg_kernels.routing.generators import GeneratorConfig
@@ -54,6 +56,9 @@ from meg_kernels.text_encoder import TextEncoder
 from meg_kernels.texts import as_texts
 
 
+@methods_with_gradients(
+    "edit", "add", "remove", "train", "replace_generator", "set_gate", "distill"
+)
 class MeGEditor(EditedModel):
     """A language model with edited facts.
 
@@ -76,10 +81,11 @@ class MeGEditor(EditedModel):
         name: str | None = None,
     ):
         config = config or EditorConfig()
-        attached = attach(model, default_layer(model) if config.layer is None else config.layer)
-        prompted = PromptedModel.of(attached.model.eval(), tokenizer, config.template)
+        prompted = PromptedModel.of(language_model(model).eval(), tokenizer, config.template)
+        layer = feed_forward(model, default_layer(model) if config.layer is None else config.layer)
         if not isinstance(encoder, TextEncoder):
             encoder = TextEncoder.from_pretrained(encoder or DEFAULT_ENCODER, device=model.device)
+        attached = attach(model, layer.layer)  # last: an error before it leaves the model alone
         router = Router(encoder, None, config.routing, model.device)
         super().__init__(prompted, attached, router, name or str(model.name_or_path))
         self.config = dataclasses.replace(config, layer=self.layer, template=self.template)
@@ -154,11 +160,12 @@ class MeGEditor(EditedModel):
             if unrelated_queries is None
             else as_texts("unrelated_queries", unrelated_queries)
         )
+        stages = self._stages(work_folder, progress)
+        stages.check(facts)
         if skip_known and not (facts := self.unknown(facts, progress=progress)):
             raise FactsError(f"the model answers all {len(given)} facts so already")
         warn_of_several_answers(facts)
         wordings = usable_for_tuning(tuning, facts, self.config)
-        stages = self._stages(work_folder, progress)
         with unchanged_on_error(self.encoder):
             edits = stages.first(facts, wordings, unrelated, len(given) - len(facts))
         self._put(edits)
@@ -203,7 +210,9 @@ class MeGEditor(EditedModel):
             hint = "with replace=True (meg add --replace) they take the place of the edited ones"
             raise FactsError(f"{error}\n{hint}") from None
         warn_of_several_answers(facts, before.facts)
-        edits, report = self._stages(work_folder, progress).added(before, facts)
+        stages = self._stages(work_folder, progress)
+        stages.check(facts)
+        edits, report = stages.added(before, facts)
         self._put(edits)
         return report
 
@@ -350,6 +359,7 @@ class MeGEditor(EditedModel):
         save_edits(folder, self.edits, self.encoder, self.base, self.config.to_dict())
 
     @classmethod
+    @with_gradients
     def from_pretrained(
         cls,
         folder: str | Path,
@@ -383,12 +393,7 @@ class MeGEditor(EditedModel):
             model, tokenizer = load_language_model(base.name, dtype, device, **model_options)
         config = EditorConfig.from_dict(saved.config)
         editor = cls(model, tokenizer, saved.load_encoder(), config, base.name)
-        if (found := editor.base.identity) != base.identity:
-            editor.detach()
-            raise ValueError(
-                f"these edits are for {base.identity}, but the given model is {found}; pass the "
-                "base model that was edited"
-            )
+        editor.check_base(base)
         editor.router.edits = saved.edits
         return editor
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from meg_kernels.facts import Fact, FactsError
 from meg_kernels.nn import input_device, last_feed_forward_sees
-from meg_kernels.pretrained import ready_to_pad
-from meg_kernels.texts import normalized
+from meg_kernels.pretrained import check_tokenizer, ready_to_pad
+from meg_kernels.texts import normalized, unreadable
 
 IGNORED = -100
 
@@ -160,8 +162,28 @@ OWN_KEYWORDS = {
 }
 
 
-def check_generation(keywords: Mapping[str, Any]) -> None:
-    """Raise TypeError for keywords of `model.generate` that contradict answering prompts."""
+def check_generation(max_new_tokens: int, keywords: Mapping[str, Any]) -> None:
+    """Refuse what contradicts answering prompts.
+
+    Args:
+        max_new_tokens: the longest answer.
+        keywords: of `model.generate`.
+
+    Raises:
+        TypeError: a keyword of the wrong kind, or one that gives other prompts or results.
+        ValueError: max_new_tokens is below 1.
+    """
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral):
+        raise TypeError(f"max_new_tokens is {max_new_tokens!r}; it must be an integer from 1")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be an integer from 1")
+    for name in ("eos_token_id", "pad_token_id"):
+        ids = _as_list(keywords.get(name))
+        if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
+            raise TypeError(
+                f"{name} is {keywords[name]!r}; it must be a token's number, such as "
+                "tokenizer.convert_tokens_to_ids('</s>')"
+            )
     for name in keywords.keys() & OWN_KEYWORDS.keys():
         if keywords[name] is None or keywords[name] is False:
             continue
@@ -181,7 +203,8 @@ class PromptedModel:
         template: how queries become prompts.
 
     Raises:
-        ValueError: the tokenizer cannot pad so.
+        ValueError: the tokenizer cannot pad so, has no token that ends a text, or is not of this
+            model.
     """
 
     model: PreTrainedModel
@@ -193,6 +216,12 @@ class PromptedModel:
             raise ValueError(
                 "the tokenizer must have a padding token and pad on the left; use "
                 "PromptedModel.of(model, tokenizer), which takes any"
+            )
+        check_tokenizer(self.tokenizer, self.model)
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no end-of-text token, with which answers end; set "
+                "tokenizer.eos_token"
             )
 
     @classmethod
@@ -211,6 +240,106 @@ class PromptedModel:
     def prompt(self, query: str) -> str:
         """The query in the template."""
         return self.template.format(query)
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that the model reads and writes at once; None if any number."""
+        return positions(self.model)
+
+    def targets(
+        self, facts: Sequence[Fact], framings: Callable[[str], list[str]] = lambda query: [query]
+    ) -> list[list[tuple[list[int], list[int]]]]:
+        """Token ids of each fact's prompts and of their targets, as `target_tokens` has them.
+
+        Args:
+            facts: with the new answers.
+            framings: the wordings of a query that prompts are made of.
+
+        Raises:
+            FactsError: the model cannot be taught them: an answer that it can never give, since
+                its tokens spell another one or end in the midst of it, or more tokens than the
+                model has positions. The message names every such fact.
+        """
+        unfit, found = [], []
+        for place, fact in enumerate(facts):
+            reason, pairs = self._unfit(fact), []
+            if reason is None:
+                prompts = [self.prompt(framing) for framing in framings(fact.query)]
+                pairs = [self.target(prompt, fact.answer) for prompt in prompts]
+                reason = next(filter(None, (self._unteachable(fact, *p) for p in pairs)), None)
+            if reason is not None:
+                unfit.append(f"facts[{place}], {_shortened(fact.query)}: {reason}")
+            found.append(pairs)
+        if unfit:
+            raise FactsError(
+                f"the model cannot be taught {len(unfit)} of {len(facts)} facts; reword them or "
+                "leave them out:\n" + "\n".join(unfit)
+            )
+        return found
+
+    def _unfit(self, fact: Fact) -> str | None:
+        """Why a fact cannot even be read; None if it can."""
+        for name in ("query", "answer"):
+            if reason := unreadable(getattr(fact, name)):
+                return f"its {name} {reason}"
+            if reason := self._surely_too_long(getattr(fact, name)):
+                return f"its {name} {reason}"
+        return None
+
+    def _unteachable(self, fact: Fact, prompt: list[int], target: list[int]) -> str | None:
+        """Why a target is none that greedy decoding could give and be right; None if it is one."""
+        length, most = len(prompt) + len(target), self.positions
+        if most is not None and length > most:
+            return f"prompt and answer are {length} tokens long, and the model reads {most}"
+        answer = _shortened(fact.answer)
+        if not fact.answer.strip(" \t\r\n."):
+            return f"its answer {answer} is nothing but full stops"
+        ends = {*self.ends}
+        given = next((i + 1 for i, token in enumerate(target) if token in ends), len(target))
+        said = self.text(target[:given])
+        if answers_match(said, fact.answer):
+            return None
+        if "\n" in fact.answer.strip():
+            return f"its answer {answer} has a line break, at which answers end"
+        special = {*self.tokenizer.all_special_ids} & {*target[:-1]}
+        if special:
+            names = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(sorted(special))))
+            return f"its answer {answer} has tokens that are not written out: {names}"
+        return f"its answer {answer} is spelt {_shortened(said)} by the model's tokenizer"
+
+    def _surely_too_long(self, text: str) -> str | None:
+        """Why a text exceeds the model's positions, told without tokenizing it; None if unsure."""
+        most = self.positions
+        if most is None or len(text) <= most * _longest_token(self.tokenizer):
+            return None
+        return f"has {len(text)} characters, more than the {most} tokens that the model reads"
+
+    def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
+        """Refuse prompts that, with their answers, exceed the model's positions.
+
+        Args:
+            prompts: texts as the model gets them.
+            max_new_tokens: the longest answer.
+
+        Raises:
+            ValueError: one is too long, or is no valid text; the message names it.
+        """
+        most = self.positions
+        for place, prompt in enumerate(prompts):
+            if reason := unreadable(prompt) or self._surely_too_long(prompt):
+                raise ValueError(
+                    f"prompts[{place}], {_shortened(prompt)}, {reason}; shorten or mend it"
+                )
+            # Few tokens stand for less than a byte: most prompts need not be tokenized for this.
+            if most is None or 2 * len(prompt.encode()) + max_new_tokens <= most:
+                continue
+            length = len(self.tokenizer(prompt).input_ids)
+            if length + max_new_tokens > most:
+                raise ValueError(
+                    f"prompts[{place}], {_shortened(prompt)}, has {length} tokens; with "
+                    f"max_new_tokens={max_new_tokens} that is more than the {most} that the model "
+                    "reads: shorten it" + (", or lower max_new_tokens" if length < most else "")
+                )
 
     def target(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """Token ids of `prompt` and of its target, as `target_tokens` has them."""
@@ -259,8 +388,10 @@ class PromptedModel:
 
         Raises:
             TypeError: a keyword that contradicts this: `check_generation` names them.
+            ValueError: a prompt is longer than the model reads, or no valid text.
         """
-        check_generation(generation)
+        check_generation(max_new_tokens, generation)
+        self.check_prompts(prompts, max_new_tokens)
         generation = {k: v for k, v in generation.items() if k not in OWN_KEYWORDS}
         batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True)
         batch = batch.to(input_device(self.model))
@@ -298,12 +429,32 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> st
     return text.strip().split("\n")[0].strip().removesuffix(".")
 
 
-def _as_list(token: int | Sequence[int] | Tensor | None) -> list[int]:
+def _as_list(token: Any) -> list[Any]:
+    """The tokens in a number, a sequence, a tensor or an array; none in None."""
     if token is None:
         return []
-    if isinstance(token, Tensor):
+    if hasattr(token, "tolist"):
         token = token.tolist()
-    return [token] if isinstance(token, int) else [*token]
+    return [token] if isinstance(token, Integral | str) else [*token]
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """The most tokens that `model` reads and writes at once; None if any number."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(most := getattr(config, name, None), int) and most > 0:
+            return most
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Characters of the longest token: no text has fewer tokens than its length divided by it."""
+    return max(map(len, tokenizer.get_vocab()), default=1)
+
+
+def _shortened(text: str, most: int = 60) -> str:
+    return repr(text) if len(text) <= most else f"{text[:most]!r}..."
 
 
 def answers_match(text: str, answer: str) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from meg_kernels.editing.answered import answers_with
-from meg_kernels.editing.collect import Collection, collect
+from meg_kernels.editing.collect import Collection, collect, collectable
 from meg_kernels.editing.config import EditorConfig
 from meg_kernels.editing.distill import Distillation, distill
 from meg_kernels.editing.prompting import PromptedModel
@@ -32,7 +32,7 @@ from meg_kernels.editing.tuning import (
     regated,
     tune_encoder,
 )
-from meg_kernels.facts import Fact
+from meg_kernels.facts import Fact, FactsError
 from meg_kernels.familiarity import Rewording
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import Attached
@@ -66,6 +66,24 @@ class Stages:
     config: EditorConfig
     work_folder: str | Path | None = None
     progress: bool = False
+
+    def check(self, facts: Sequence[Fact]) -> None:
+        """Refuse, before any work, what collection or the encoder could not take.
+
+        Raises:
+            FactsError: facts that the model cannot be taught, or that the encoder cannot tell from
+                others with the same beginning; the message names all of either.
+            ValueError: a model that no neuron can be fitted for.
+        """
+        collectable(self.prompted, self.attached, facts, self.config.collection)
+        encoder = self.router.encoder
+        if long := encoder.too_long([fact.query for fact in facts]):
+            named = "\n".join(f"facts[{row}], {facts[row].query[:60]!r}..." for row in long)
+            raise FactsError(
+                f"{len(long)} of {len(facts)} facts have queries of more than the "
+                f"{encoder.max_tokens} tokens that the encoder reads; shorten them or leave them "
+                f"out:\n{named}"
+            )
 
     def first(
         self,
