@@ -125,6 +125,14 @@ def check_files(source: str | Path, thorough: bool = False) -> None:
                 f"{path} is truncated, damaged or no safetensors file ({error}); restore it, or "
                 "download or copy it again"
             ) from error
+    for path in sorted(folder.glob("pytorch_model*.bin")) if thorough else ():
+        try:
+            torch.load(path, map_location="meta", weights_only=True)
+        except Exception as error:  # damage, or code in place of weights
+            raise CorruptFileError(
+                f"{path} cannot be read as pickled weights ({_first_lines(str(error), 150)}); "
+                "restore it, or better, take the checkpoint as safetensors"
+            ) from error
     if (index := folder / "model.safetensors.index.json").is_file():
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):

@@ -46,6 +46,6 @@ def check_trainable(module: nn.Module, what: str) -> None:
     """
     if any(parameter.is_inference() for parameter in module.parameters()):
         raise ValueError(
-            f"{what} was loaded inside torch.inference_mode(), and no gradient passes such weights; "
-            "load it outside"
+            f"{what} was loaded inside torch.inference_mode(), and no gradient passes such "
+            "weights; load it outside"
         )

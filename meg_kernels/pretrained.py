@@ -334,4 +334,4 @@ def load_encoder(
     model, tokenizer = _load(
         AutoModel, what, source, may_be, _UNREAD_BY_AN_ENCODER, dtype=torch.float32, **kwargs
     )
-    return model.to(device), tokenizer
+    return model.to(device), tokenizer  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ Nothing is imported here before `main` can answer for it: even that takes a whil
 
 from __future__ import annotations
 
+import importlib
 import logging
 import signal
 import sys
@@ -25,16 +26,15 @@ if TYPE_CHECKING:
 __all__ = ["app", "errors", "main"]
 
 
+_HOME = {"app": "commands", "errors": "tables"}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "app":
-        from meg_kernels.cli.commands import app
-
-        return app
-    if name == "errors":
-        from meg_kernels.cli.tables import errors
-
-        return errors
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in ("commands", "tables", "plots"):
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -260,13 +260,13 @@ class PromptedModel:
                 its tokens spell another one or end in the midst of it, or more tokens than the
                 model has positions. The message names every such fact.
         """
-        unfit, found = [], []
+        unfit, found, ends = [], [], {*self.ends}
         for place, fact in enumerate(facts):
             reason, pairs = self._unfit(fact), []
             if reason is None:
                 prompts = [self.prompt(framing) for framing in framings(fact.query)]
                 pairs = [self.target(prompt, fact.answer) for prompt in prompts]
-                reason = next(filter(None, (self._unteachable(fact, *p) for p in pairs)), None)
+                reason = self._unteachable(fact.answer, pairs, ends)
             if reason is not None:
                 unfit.append(f"facts[{place}], {_shortened(fact.query)}: {reason}")
             found.append(pairs)
@@ -286,26 +286,33 @@ class PromptedModel:
                 return f"its {name} {reason}"
         return None
 
-    def _unteachable(self, fact: Fact, prompt: list[int], target: list[int]) -> str | None:
-        """Why a target is none that greedy decoding could give and be right; None if it is one."""
-        length, most = len(prompt) + len(target), self.positions
+    def _unteachable(
+        self, answer: str, pairs: list[tuple[list[int], list[int]]], ends: set[int]
+    ) -> str | None:
+        """Why greedy decoding could never give a target and be right; None if it could each."""
+        length, most = max(len(prompt) + len(target) for prompt, target in pairs), self.positions
         if most is not None and length > most:
-            return f"prompt and answer are {length} tokens long, and the model reads {most}"
-        answer = _shortened(fact.answer)
-        if not fact.answer.strip(" \t\r\n."):
-            return f"its answer {answer} is nothing but full stops"
-        ends = {*self.ends}
+            return (
+                f"prompt and answer have {length} tokens, more than the {most} that the model reads"
+            )
+        for target in {tuple(target) for _, target in pairs}:
+            if reason := self._unsayable(answer, target, ends):
+                return f"its answer {_shortened(answer)} {reason}"
+        return None
+
+    def _unsayable(self, answer: str, target: Sequence[int], ends: set[int]) -> str | None:
+        if not answer.strip(" \t\r\n."):
+            return "is nothing but full stops"
         given = next((i + 1 for i, token in enumerate(target) if token in ends), len(target))
         said = self.text(target[:given])
-        if answers_match(said, fact.answer):
+        if answers_match(said, answer):
             return None
-        if "\n" in fact.answer.strip():
-            return f"its answer {answer} has a line break, at which answers end"
-        special = {*self.tokenizer.all_special_ids} & {*target[:-1]}
-        if special:
+        if "\n" in answer.strip():
+            return "has a line break, at which answers end"
+        if special := {*self.tokenizer.all_special_ids} & {*target[:-1]}:
             names = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(sorted(special))))
-            return f"its answer {answer} has tokens that are not written out: {names}"
-        return f"its answer {answer} is spelt {_shortened(said)} by the model's tokenizer"
+            return f"has tokens that are not written out: {names}"
+        return f"is spelt {_shortened(said)} by the model's tokenizer"
 
     def _surely_too_long(self, text: str) -> str | None:
         """Why a text exceeds the model's positions, told without tokenizing it; None if unsure."""
@@ -326,10 +333,10 @@ class PromptedModel:
         """
         most = self.positions
         for place, prompt in enumerate(prompts):
-            if reason := unreadable(prompt) or self._surely_too_long(prompt):
-                raise ValueError(
-                    f"prompts[{place}], {_shortened(prompt)}, {reason}; shorten or mend it"
-                )
+            if reason := unreadable(prompt):
+                raise ValueError(f"prompts[{place}] {reason}; decode it with errors='replace'")
+            if reason := self._surely_too_long(prompt):
+                raise ValueError(f"prompts[{place}], {_shortened(prompt)}, {reason}: shorten it")
             # Few tokens stand for less than a byte: most prompts need not be tokenized for this.
             if most is None or 2 * len(prompt.encode()) + max_new_tokens <= most:
                 continue
@@ -435,7 +442,8 @@ def _as_list(token: Any) -> list[Any]:
         return []
     if hasattr(token, "tolist"):
         token = token.tolist()
-    return [token] if isinstance(token, Integral | str) else [*token]
+    several = isinstance(token, Iterable) and not isinstance(token, str)
+    return [*token] if several else [token]
 
 
 def positions(model: PreTrainedModel) -> int | None:
