@@ -22,6 +22,7 @@ from huggingface_hub.utils import HFValidationError, get_session, validate_repo_
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import hub
 
 from meg_kernels.storage import CorruptFileError, read_json
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 HUB_SECONDS = 5.0  # within which a hub that can be reached at all has answered
 LISTED = 5  # of what is wrong, in a message
+_NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"  # an environment variable of transformers
 # Buffers that earlier versions of transformers saved, and that are made anew today.
 _OLD_BUFFERS = re.compile(
     r"(^|\.)(position_ids|masked_bias|(attn|attention)\.bias|rotary_emb\.\w+|inv_freq"
@@ -36,34 +38,55 @@ _OLD_BUFFERS = re.compile(
 )
 
 
-def find(source: str | Path, local_files_only: bool = False) -> dict[str, Any]:
-    """Say at once where a checkpoint must be looked for.
+@contextlib.contextmanager
+def reaching(source: str | Path, local_files_only: bool = False) -> Iterator[None]:
+    """Inside, transformers looks for a checkpoint where it can be, and asks nobody in vain.
+
+    A hub that does not answer would be asked again and again, for half a minute; whether it does
+    is asked once. Nor is anyone asked to convert pickled weights there, which transformers does in
+    a thread of its own that keeps the program from ending.
 
     Args:
         source: a folder, or a Hugging Face model id.
         local_files_only: whether the caller rules the hub out.
 
-    Returns:
-        Keywords for `from_pretrained`: `local_files_only` where the hub does not answer, since
-        transformers would ask it for half a minute.
-
     Raises:
         FileNotFoundError: no folder is there, and no model id looks so.
         NotADirectoryError: there is a file.
     """
-    if os.path.isdir(source):
-        return {}
+    local = os.path.isdir(source)
+    if not local:
+        _check_id(source)
+    offline = not local and (local_files_only or not (constants.HF_HUB_OFFLINE or _hub_answers()))
+    with contextlib.ExitStack() as until:
+        before = os.environ.get(_NO_CONVERSION)
+        until.callback(_set_variable, _NO_CONVERSION, before)
+        _set_variable(_NO_CONVERSION, "1")
+        # transformers 4 has a copy of its own.
+        for owner, name in ((constants, "HF_HUB_OFFLINE"), (hub, "_is_offline_mode")):
+            if offline and hasattr(owner, name):
+                until.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, True)
+        yield
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def _check_id(source: str | Path) -> None:
+    """Raise FileNotFoundError or NotADirectoryError unless a model on the hub may be called so."""
     if os.path.isfile(source):
         raise NotADirectoryError(f"{source} is a file; name the folder that it lies in")
     try:
         validate_repo_id(str(source))
-        if isinstance(source, Path) or str(source) != str(source).strip() or not source:
+        if isinstance(source, Path) or source != source.strip() or not source:
             raise HFValidationError
     except HFValidationError:
         raise FileNotFoundError(f"there is no folder {str(source)!r}") from None
-    if local_files_only or constants.HF_HUB_OFFLINE or _hub_answers():
-        return {}
-    return {"local_files_only": True}
 
 
 def _hub_answers() -> bool:
@@ -71,29 +94,13 @@ def _hub_answers() -> bool:
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
     except Exception as error:  # each version of huggingface_hub has its own
-        log.info(
-            "%s does not answer (%s): only downloaded models are used", constants.ENDPOINT, error
+        log.warning(
+            "%s does not answer (%s); only models that were downloaded before are looked for",
+            constants.ENDPOINT,
+            error,
         )
         return False
     return True
-
-
-@contextlib.contextmanager
-def no_conversion() -> Iterator[None]:
-    """Inside, transformers asks no one to convert pickled weights on the hub.
-
-    It would do so in a thread of its own, which keeps the program from ending.
-    """
-    name = "DISABLE_SAFETENSORS_CONVERSION"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def check_files(source: str | Path, thorough: bool = False) -> None:

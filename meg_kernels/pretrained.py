@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from meg_kernels.checkpoints import check_files, check_whole, explained, find, no_conversion
+from meg_kernels.checkpoints import check_files, check_whole, explained, reaching
 from meg_kernels.gradients import with_gradients
 from meg_kernels.storage import CorruptFileError, cache_folder
 
@@ -282,12 +282,11 @@ def _load(
     auto: Any, what: str, source: str | Path, may_be: str, unread: re.Pattern[str], **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A whole model and its tokenizer, or an OSError or ValueError that says what to do."""
+    where = {keyword: kwargs[keyword] for keyword in _WHERE if keyword in kwargs}
     try:
-        kwargs |= find(source, kwargs.get("local_files_only", False))
-        check_files(source)
-        where = {keyword: kwargs[keyword] for keyword in _WHERE if keyword in kwargs}
-        with no_conversion():
-            # The other sizes, like all that does not fit, are refused below: by name.
+        with reaching(source, kwargs.get("local_files_only", False)):
+            check_files(source)
+            # Other sizes, like all else that does not fit, are refused below, by name.
             model, loading = auto.from_pretrained(
                 source, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True
             )

@@ -145,9 +145,9 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, part in module.named_modules():
         if any(path == adapter or path.startswith(f"{adapter}.") for adapter in adapters):
             continue
-        plain = f"{path}.".replace(".base_layer.", ".").replace("base_layer.", "")
+        plain = ".".join(step for step in path.split(".") if step not in ("", "base_layer"))
         for i, tensor in enumerate(plain_tensors(part)):
-            yield f"{plain}{i}", tensor
+            yield f"{plain}.{i}", tensor
 
 
 @torch.no_grad()
