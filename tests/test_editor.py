@@ -1211,7 +1211,7 @@ def test_facts_with_other_content_are_named(folder):
 def test_a_truncated_encoder_is_named(folder):
     (path,) = file_of(folder, "encoder").glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(CorruptFileError, match=f"{path.parent.name} is damaged"):
+    with pytest.raises(CorruptFileError, match=f"{path.parent.name}/{path.name} is truncated"):
         load(folder)
 
 

@@ -21,21 +21,35 @@ from tiny import (
     state,
 )
 
-from meg_kernels import MeGEditor
+from meg_kernels import (
+    CollectionConfig,
+    EditorConfig,
+    EncoderTuningConfig,
+    GeneratorConfig,
+    MeGEditor,
+)
 from meg_kernels.editing.layers import compare_layers
 from meg_kernels.gradients import with_gradients
+
+# A few steps of everything: it need not learn, but it must come out the same.
+SHORT = EditorConfig(
+    layer=CONFIG.layer,
+    collection=CollectionConfig(learning_rate=0.1, max_steps=4),
+    encoder_tuning=EncoderTuningConfig(epochs=1, batch_size=8, alike_batches=False),
+    generator=GeneratorConfig.mlp(width=16, max_steps=10, check_every=5),
+)
 
 
 def life(around, folder):
     """Everything that trains, each in its own `around`, and asking in between."""
     with around():
-        editor = make_editor(dataclasses.replace(CONFIG, gate="familiarity"))
+        editor = make_editor(dataclasses.replace(SHORT, gate="familiarity"))
         edit(editor)
         editor.generate(MIXED[:4], MOST)
     with around():
         editor.add(FURTHER)
         editor.remove(FURTHER[0])
-        editor.set_gate("similarity")
+        editor.set_gate("similarity", threshold=0.5)
         editor.train()
         editor.save_pretrained(folder)
     editor.detach()
@@ -68,7 +82,7 @@ def test_layers_are_compared_whatever_the_caller_turned_off(around):
     editor = make_editor()
     editor.detach()
     with around():
-        comparison = compare_layers(editor.prompted, FURTHER, [1], CONFIG.collection)
+        comparison = compare_layers(editor.prompted, FURTHER, [1], SHORT.collection)
     assert {quality.layer for quality in comparison.layers} == {1, 2}
 
 

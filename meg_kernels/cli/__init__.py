@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["app", "errors", "main"]
 
 
+_ENDED = "interrupted; start it again with the same arguments to go on"
+_SHOW_CURSOR = "\x1b[?25h"  # which a status line hides
 _HOME = {"app": "commands", "errors": "tables"}
 
 
@@ -63,13 +67,27 @@ def _run() -> None:
         sys.exit(1)
 
 
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported in this frame or around it."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Inside, an interruption ends the program with the exit status that shells know it by."""
     interrupted = False
 
-    def note(*signal_and_frame: Any) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
         nonlocal interrupted
+        if _is_importing(frame):
+            # Native modules swallow what is raised there, and go on without what they imported.
+            print(f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}{_ENDED}", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(130)
         interrupted = True
         raise KeyboardInterrupt
 
@@ -82,11 +100,11 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except BaseException as ended:
-        # Typer makes an interruption an exit, and a module that is being imported any error.
+        # Typer makes an interruption an exit, and native code any error.
         meant = isinstance(ended, SystemExit) and ended.code == 130
         if not (interrupted or meant or isinstance(ended, KeyboardInterrupt)):
             raise
-        print("interrupted; start it again with the same arguments to go on", file=sys.stderr)
+        print(_ENDED, file=sys.stderr)
         sys.exit(130)
     finally:
         if ours:

@@ -84,8 +84,8 @@ class EditedModel:
         if compared.different:
             self.attached.detach()
             raise ValueError(
-                f"these edits are for another model than {self.name!r} as it is now: "
-                f"{'; '.join(compared.different)}. Pass the base model that was edited, or edit "
+                f"these edits are for another model than the given one, {self.name!r}: "
+                f"{'; '.join(compared.different)}; pass the base model that was edited, or edit "
                 "this one"
             )
         if compared.unknown:
