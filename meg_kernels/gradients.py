@@ -27,17 +27,6 @@ def with_gradients(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-def methods_with_gradients(*names: str) -> Callable[[type[T]], type[T]]:
-    """A decorator of classes: the methods of these names run as `with_gradients` has it."""
-
-    def decorate(kind: type[T]) -> type[T]:
-        for name in names:
-            setattr(kind, name, with_gradients(vars(kind)[name]))
-        return kind
-
-    return decorate
-
-
 def check_trainable(module: nn.Module, what: str) -> None:
     """Refuse a module that was made under `torch.inference_mode()`: no gradient passes it.
 

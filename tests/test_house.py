@@ -11,7 +11,9 @@ import meg_kernels
 
 PACKAGE = Path(meg_kernels.__path__[0])
 # From the ground up. A file may import from its own floor and from those below it.
-GROUND = "neuron storage texts progress machine precision gradients checkpoints pretrained facts"
+GROUND = (
+    "neuron scoped storage texts progress machine precision gradients checkpoints pretrained facts"
+)
 FLOORS = (
     tuple(GROUND.split()),
     ("shipped", "kernels", "ops"),

@@ -188,9 +188,7 @@ def test_an_answer_that_a_real_tokenizer_spells_passes(smollm2_tokenizer, answer
 @pytest.mark.parametrize("answer", ["Lyon\nor Nice", "Banksy <|im_end|> yes", "a\r\nb", ".", "..."])
 def test_an_answer_that_would_come_back_as_another_is_refused(smollm2_tokenizer, answer):
     facts = [Fact("Who wrote Emma?", "Jane Austen"), Fact("Who?", answer)]
-    with pytest.raises(
-        FactsError, match=r"taught 1 of 2 facts; reword.*\nfacts\[1\], 'Who\?'"
-    ):
+    with pytest.raises(FactsError, match=r"taught 1 of 2 facts; reword.*\nfacts\[1\], 'Who\?'"):
         PromptedModel.of(*smollm2()).targets(facts)
 
 

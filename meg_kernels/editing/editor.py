@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.editing.config import EditorConfig
 from meg_kernels.editing.distill import Distillation
-from meg_kernels.editing.edited_model import EditedModel
+from meg_kernels.editing.edited_model import EditedModel, one_at_a_time
 from meg_kernels.editing.evaluate import EvaluationReport
 from meg_kernels.editing.layers import default_layer
 from meg_kernels.editing.prompting import PromptedModel
@@ -29,7 +29,6 @@ from meg_kernels.editing.stages import Stages
 from meg_kernels.editing.tuning import (
     calibrated_gate,
     regated,
-    unchanged_on_error,
     usable_for_tuning,
 )
 from meg_kernels.facts import (
@@ -41,24 +40,22 @@ from meg_kernels.facts import (
     warn_of_several_answers,
 )
 from meg_kernels.familiarity import Calibration
-from meg_kernels.gradients import methods_with_gradients, with_gradients
+from meg_kernels.gradients import with_gradients
 from meg_kernels.nn import attach
-from meg_kernels.nn.families import feed_forward, language_model
+from meg_kernels.nn.families import language_model
 from meg_kernels.pretrained import DEFAULT_ENCODER, load_language_model
 from meg_kernels.routing.edits import EditReport, Edits, Training
 from meg_kernels.routing.generators import GeneratorConfig
 from meg_kernels.routing.hub import ModelCard, check_repo_id, push_to_hub
 from meg_kernels.routing.router import Router
 from meg_kernels.routing.saving import load_edits, save_edits
+from meg_kernels.scoped import OwnLock
 from meg_kernels.shipped import shipped_tuning_facts, shipped_unrelated_queries
 from meg_kernels.storage import write_text
 from meg_kernels.text_encoder import TextEncoder
 from meg_kernels.texts import as_texts
 
 
-@methods_with_gradients(
-    "edit", "add", "remove", "train", "replace_generator", "set_gate", "distill"
-)
 class MeGEditor(EditedModel):
     """A language model with edited facts.
 
@@ -82,13 +79,14 @@ class MeGEditor(EditedModel):
     ):
         config = config or EditorConfig()
         prompted = PromptedModel.of(language_model(model).eval(), tokenizer, config.template)
-        layer = feed_forward(model, default_layer(model) if config.layer is None else config.layer)
         if not isinstance(encoder, TextEncoder):
             encoder = TextEncoder.from_pretrained(encoder or DEFAULT_ENCODER, device=model.device)
-        attached = attach(model, layer.layer)  # last: an error before it leaves the model alone
+        # Last: an error before it leaves the model as it is.
+        attached = attach(model, default_layer(model) if config.layer is None else config.layer)
         router = Router(encoder, None, config.routing, model.device)
         super().__init__(prompted, attached, router, name or str(model.name_or_path))
         self.config = dataclasses.replace(config, layer=self.layer, template=self.template)
+        self.editing = OwnLock()
 
     @classmethod
     def for_model(
@@ -121,8 +119,9 @@ class MeGEditor(EditedModel):
         )
 
     # Editing: each of these makes a new `Edits` and puts it in place at the end, so that an error
-    # or an interruption leaves what was edited before.
+    # or an interruption leaves what was edited before, and others may ask meanwhile.
 
+    @one_at_a_time
     def edit(
         self,
         facts: FactsLike,
@@ -147,30 +146,27 @@ class MeGEditor(EditedModel):
             progress: show progress bars.
 
         Raises:
-            FactsError: facts that contradict each other, too few to tune with, or none that the
-                model does not answer already.
+            FactsError: facts that contradict each other, that the model cannot be taught, too few
+                to tune with, or none that the model does not answer already.
         """
         facts = given = as_facts(facts)
         if not facts:
             raise FactsError("there are no facts to edit")
         check_facts(facts)
         tuning = shipped_tuning_facts() if tuning_facts is None else as_facts(tuning_facts)
-        unrelated = (
-            shipped_unrelated_queries()
-            if unrelated_queries is None
-            else as_texts("unrelated_queries", unrelated_queries)
-        )
-        stages = self._stages(work_folder, progress)
-        stages.check(facts)
+        if unrelated_queries is None:
+            unrelated_queries = shipped_unrelated_queries()
+        unrelated = as_texts("unrelated_queries", unrelated_queries)
+        stages = self._stages(work_folder, progress).checked(facts)
         if skip_known and not (facts := self.unknown(facts, progress=progress)):
             raise FactsError(f"the model answers all {len(given)} facts so already")
         warn_of_several_answers(facts)
         wordings = usable_for_tuning(tuning, facts, self.config)
-        with unchanged_on_error(self.encoder):
-            edits = stages.first(facts, wordings, unrelated, len(given) - len(facts))
-        self._put(edits)
+        edits, encoder = stages.first(facts, wordings, unrelated, len(given) - len(facts))
+        self._put(edits, encoder)
         return edits.report
 
+    @one_at_a_time
     def add(
         self,
         facts: FactsLike,
@@ -193,7 +189,7 @@ class MeGEditor(EditedModel):
             progress: show progress bars.
 
         Raises:
-            FactsError: a query or id is edited already.
+            FactsError: a query or id is edited already, or the model cannot be taught a fact.
             RuntimeError: nothing was edited yet; call `edit`.
         """
         before, facts = self.edits, as_facts(facts)
@@ -201,21 +197,19 @@ class MeGEditor(EditedModel):
             raise FactsError("there are no facts to add")
         check_facts(facts)
         if replace:
-            ids, queries = {fact.id for fact in facts}, {fact.normalized_query for fact in facts}
-            taken = {f for f in before.facts if f.id in ids or f.normalized_query in queries}
-            before = before.without({row for row, f in enumerate(before.facts) if f in taken})
+            before = before.without(before.rows_taken_by(facts))
         try:
             check_facts(facts, before.facts)
         except FactsError as error:
             hint = "with replace=True (meg add --replace) they take the place of the edited ones"
             raise FactsError(f"{error}\n{hint}") from None
         warn_of_several_answers(facts, before.facts)
-        stages = self._stages(work_folder, progress)
-        stages.check(facts)
+        stages = self._stages(work_folder, progress).checked(facts)
         edits, report = stages.added(before, facts)
         self._put(edits)
         return report
 
+    @one_at_a_time
     def remove(self, facts: str | Fact | Iterable[str | Fact]) -> None:
         """Take edits back: the base model answers their queries again.
 
@@ -229,10 +223,11 @@ class MeGEditor(EditedModel):
         names = [facts] if isinstance(facts, str | Fact) else [*facts]
         gone = self.edits.rows_to_remove(names)
         if len(gone) == len(self.edits):
-            self.router.edits = None
+            self.router.put(None)
         elif gone:
             self._put(regated(self.edits.without(gone), self.config, progress=False))
 
+    @one_at_a_time
     def train(self, *, work_folder: str | Path | None = None, progress: bool = False) -> Training:
         """Train the generator further, on the collected neurons of all edited facts.
 
@@ -251,6 +246,7 @@ class MeGEditor(EditedModel):
             self._put(self._stages(work_folder, progress).trained(self.edits))
         return self.edits.training
 
+    @one_at_a_time
     def replace_generator(
         self,
         config: GeneratorConfig,
@@ -271,6 +267,7 @@ class MeGEditor(EditedModel):
         self._put(self._stages(work_folder, progress).replaced(self.edits, config))
         return self.edits.training
 
+    @one_at_a_time
     def set_gate(
         self,
         gate: Literal["similarity", "familiarity"] | None = None,
@@ -307,10 +304,11 @@ class MeGEditor(EditedModel):
             made, calibration = calibrated_gate(edits.conditions, edits.held_out, config, progress)
             report = dataclasses.replace(edits.report, calibration=calibration)
             edits = dataclasses.replace(edits, gate=made, report=report)
-        self.config, self.router.config = config, config.routing
+        self.config = config
         self._put(edits)
         return edits.calibration
 
+    @one_at_a_time
     def distill(
         self,
         steps: int,
@@ -347,6 +345,7 @@ class MeGEditor(EditedModel):
 
     # Keeping
 
+    @one_at_a_time
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the edits, everything but the base model, to `folder`.
 
@@ -394,7 +393,7 @@ class MeGEditor(EditedModel):
         config = EditorConfig.from_dict(saved.config)
         editor = cls(model, tokenizer, saved.load_encoder(), config, base.name)
         editor.check_base(base)
-        editor.router.edits = saved.edits
+        editor.router.put(saved.edits)
         return editor
 
     def push_to_hub(
@@ -443,7 +442,7 @@ class MeGEditor(EditedModel):
     def _stages(self, work_folder: str | Path | None, progress: bool) -> Stages:
         return Stages(self.prompted, self.attached, self.router, self.config, work_folder, progress)
 
-    def _put(self, edits: Edits) -> None:
+    def _put(self, edits: Edits, encoder: TextEncoder | None = None) -> None:
         """Answer by these edits from now on."""
-        self.router.edits = edits
         self.config = dataclasses.replace(self.config, generator=edits.generator.config)
+        self.router.put(edits, encoder, self.config.routing)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.facts import Fact, FactsError
 from meg_kernels.nn import input_device, last_feed_forward_sees
+from meg_kernels.nn.changed import hooked
 from meg_kernels.pretrained import check_tokenizer, ready_to_pad
 from meg_kernels.texts import normalized, unreadable
 
@@ -121,12 +122,12 @@ def score_targets(model: PreTrainedModel, batch: TargetBatch) -> TargetScores:
     def keep_targets(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (args[0][:, -counted.shape[1] :][counted],)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep_targets)
-    try:
-        with last_feed_forward_sees(model, columns=counted.shape[1]):
-            logits = model(**batch.inputs, use_cache=False).logits  # [targets, vocabulary]
-    finally:
-        hook.remove()
+    head = model.get_output_embeddings()
+    with (
+        hooked(head.register_forward_pre_hook, keep_targets),
+        last_feed_forward_sees(model, columns=counted.shape[1]),
+    ):
+        logits = model(**batch.inputs, use_cache=False).logits  # [targets, vocabulary]
     logits = logits.float()
     labels = batch.labels[counted]
     rows = counted.nonzero()[:, 0]
@@ -321,16 +322,20 @@ class PromptedModel:
             return None
         return f"has {len(text)} characters, more than the {most} tokens that the model reads"
 
-    def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
-        """Refuse prompts that, with their answers, exceed the model's positions.
+    def check_prompts(self, prompts: Sequence[str], max_new_tokens: int, **generation: Any) -> None:
+        """Refuse what `answers` could not answer.
 
         Args:
             prompts: texts as the model gets them.
             max_new_tokens: the longest answer.
+            generation: keyword arguments of `model.generate`.
 
         Raises:
-            ValueError: one is too long, or is no valid text; the message names it.
+            TypeError: a keyword that contradicts answers: `check_generation` names them.
+            ValueError: a prompt is no valid text, or exceeds the model's positions with its answer;
+                the message names it.
         """
+        check_generation(max_new_tokens, generation)
         most = self.positions
         for place, prompt in enumerate(prompts):
             if reason := unreadable(prompt):
@@ -397,8 +402,7 @@ class PromptedModel:
             TypeError: a keyword that contradicts this: `check_generation` names them.
             ValueError: a prompt is longer than the model reads, or no valid text.
         """
-        check_generation(max_new_tokens, generation)
-        self.check_prompts(prompts, max_new_tokens)
+        self.check_prompts(prompts, max_new_tokens, **generation)
         generation = {k: v for k, v in generation.items() if k not in OWN_KEYWORDS}
         batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True)
         batch = batch.to(input_device(self.model))

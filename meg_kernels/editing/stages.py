@@ -30,7 +30,7 @@ from meg_kernels.editing.tuning import (
     Stopwatch,
     calibrated_gate,
     regated,
-    tune_encoder,
+    tuned_router,
 )
 from meg_kernels.facts import Fact, FactsError
 from meg_kernels.familiarity import Rewording
@@ -44,7 +44,7 @@ from meg_kernels.routing.generators import (
     build_generator,
 )
 from meg_kernels.routing.router import Router
-from meg_kernels.text_encoder import Wordings
+from meg_kernels.text_encoder import TextEncoder, Wordings
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Stages:
     Args:
         prompted: the language model.
         attached: where in it the neurons sit.
-        router: whose encoder makes the conditions; `first` tunes it, in place.
+        router: whose encoder makes the conditions; `first` tunes a copy of it.
         config: how to edit.
         work_folder: keeps finished work, so that an interrupted stage resumes; None: nothing.
         progress: show progress bars.
@@ -67,8 +67,8 @@ class Stages:
     work_folder: str | Path | None = None
     progress: bool = False
 
-    def check(self, facts: Sequence[Fact]) -> None:
-        """Refuse, before any work, what collection or the encoder could not take.
+    def checked(self, facts: Sequence[Fact]) -> Stages:
+        """These stages, if collection and the encoder can take these facts, before any work.
 
         Raises:
             FactsError: facts that the model cannot be taught, or that the encoder cannot tell from
@@ -84,6 +84,7 @@ class Stages:
                 f"{encoder.max_tokens} tokens that the encoder reads; shorten them or leave them "
                 f"out:\n{named}"
             )
+        return self
 
     def first(
         self,
@@ -91,8 +92,8 @@ class Stages:
         wordings: Sequence[Wordings],
         unrelated: Sequence[str],
         num_left_out: int,
-    ) -> Edits:
-        """Edits of these facts alone.
+    ) -> tuple[Edits, TextEncoder]:
+        """Edits of these facts alone, and the tuned encoder.
 
         Args:
             facts: with the new answers.
@@ -103,10 +104,10 @@ class Stages:
         stopwatch, config = Stopwatch(), self.config
         collection = self._collect(facts, None, stopwatch)
         with stopwatch.stage("encoder"):
-            held_out, before = tune_encoder(
+            router, held_out, before = tuned_router(
                 self.router, wordings, unrelated, config, self.work_folder, self.progress
             )
-            conditions = self.router.encode([fact.query for fact in facts])
+            conditions = router.encode([fact.query for fact in facts])
         stopwatch.add("encoder", before)
         with stopwatch.stage("gate"):
             gate, calibration = calibrated_gate(conditions, held_out, config, self.progress)
@@ -123,7 +124,7 @@ class Stages:
         )
         training = self._train(edits, edits.generator, stopwatch)
         report = dataclasses.replace(edits.report, training=training, seconds=stopwatch.seconds)
-        return dataclasses.replace(edits, report=report)
+        return dataclasses.replace(edits, report=report), router.encoder
 
     def added(self, before: Edits, facts: Sequence[Fact]) -> tuple[Edits, EditReport]:
         """`before` and further facts, answered by their collected neurons; and how that went."""

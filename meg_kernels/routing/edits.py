@@ -189,6 +189,16 @@ class Edits:
         rows = {fact.normalized_query: row for row, fact in enumerate(self.facts)}
         return [rows.get(fact.normalized_query, -1) for fact in facts]
 
+    def rows_taken_by(self, facts: Iterable[Fact]) -> set[int]:
+        """Where facts with the query or the id of one of these stand."""
+        facts = list(facts)
+        ids, queries = {fact.id for fact in facts}, {fact.normalized_query for fact in facts}
+        return {
+            row
+            for row, fact in enumerate(self.facts)
+            if fact.id in ids or fact.normalized_query in queries
+        }
+
     def rows_to_remove(self, names: Iterable[str | Fact]) -> set[int]:
         """Where the facts stand that are named by an id, by a query, or by themselves.
 

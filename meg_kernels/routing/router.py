@@ -23,6 +23,7 @@ from meg_kernels.neuron import Neurons
 from meg_kernels.routing.edits import Edits, condition_keys
 from meg_kernels.routing.neuron_cache import NeuronCache, Served
 from meg_kernels.routing.saving import load_edits
+from meg_kernels.scoped import OwnLock
 from meg_kernels.text_encoder import TextEncoder
 
 MANY_FACTS = 1000  # among which one comes close to many a query about another subject
@@ -76,14 +77,26 @@ class Routing:
         return len(self.accepted)
 
 
+@dataclass(frozen=True)
+class _By:
+    """What queries are routed by: one value, so that no query meets half of a change."""
+
+    encoder: TextEncoder
+    edits: Edits | None
+    config: RoutingConfig
+
+
 class Router:
     """Finds the neuron of each query, if it has one. It knows no language model.
 
     Args:
         encoder: makes conditions of texts.
-        edits: what is edited; None: nothing yet. Assign another one to route by it.
+        edits: what is edited; None: nothing yet.
         config: how queries find their neurons.
         device: where conditions are compared and neurons are made; default: the encoder's.
+
+    Threads may share a router. `put` changes what it routes by, all at once; batches that are on
+    their way finish with what they began with.
 
     Attributes:
         served: counts the queries that were routed, and what they cost.
@@ -96,10 +109,10 @@ class Router:
         config: RoutingConfig | None = None,
         device: torch.device | None = None,
     ):
-        self.encoder, self.edits, self.config = encoder, edits, config or RoutingConfig()
+        self._by = _By(encoder, edits, config or RoutingConfig())
         self.device = encoder.model.device if device is None else device
         self.served = Served()
-        self._cache = NeuronCache(self.served)
+        self._cache, self._counting = NeuronCache(), OwnLock()
 
     @classmethod
     def from_pretrained(
@@ -119,6 +132,39 @@ class Router:
         saved = load_edits(folder, device)
         config = RoutingConfig(saved.config["snap"], saved.config["require_subject"])
         return cls(saved.load_encoder(), saved.edits, config, saved.edits.conditions.device)
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """What makes conditions of texts."""
+        return self._by.encoder
+
+    @property
+    def edits(self) -> Edits | None:
+        """What is edited; None: nothing."""
+        return self._by.edits
+
+    @edits.setter
+    def edits(self, edits: Edits | None) -> None:
+        self.put(edits)
+
+    @property
+    def config(self) -> RoutingConfig:
+        """How queries find their neurons."""
+        return self._by.config
+
+    @config.setter
+    def config(self, config: RoutingConfig) -> None:
+        self.put(self.edits, config=config)
+
+    def put(
+        self,
+        edits: Edits | None,
+        encoder: TextEncoder | None = None,
+        config: RoutingConfig | None = None,
+    ) -> None:
+        """Route by other edits from now on; encoder and configuration stay unless given."""
+        by = self._by
+        self._by = _By(encoder or by.encoder, edits, config or by.config)
 
     def __repr__(self) -> str:
         edited = 0 if self.edits is None else len(self.edits)
@@ -145,7 +191,8 @@ class Router:
 
     def route(self, queries: Sequence[str]) -> Routing:
         """Which of the queries are edited ones in some wording, and the fact nearest to each."""
-        z, edits = self.encode(queries), self.edits
+        by = self._by
+        z, edits = by.encoder.encode(queries).to(self.device), by.edits
         if edits is None:
             nowhere = torch.full((len(z),), -1)
             return Routing(nowhere > 0, nowhere, nowhere.float(), nowhere < 0, z, None)
@@ -155,7 +202,7 @@ class Router:
         scores, rows = torch.stack([score.double(), fact.double()]).cpu()
         score, fact = scores.float(), rows.long()
         named = torch.ones(len(z), dtype=torch.bool)
-        if self.requires_subject:
+        if by.config.requires_subject(len(edits)):
             named = subject_named(edits, queries, fact)
         return Routing((score > edits.gate.threshold) & named, fact, score, named, z, edits)
 
@@ -171,8 +218,7 @@ class Router:
         """
         rows = routing.accepted.nonzero()[:, 0]
         index = torch.full((len(routing),), -1)
-        self.served.queries += len(routing)
-        self.served.edited += len(rows)
+        self._count(Served(queries=len(routing), edited=len(rows)))
         if not len(rows):
             return None, index
         edits = routing.edits
@@ -189,14 +235,20 @@ class Router:
     def _made(self, edits: Edits, facts: Tensor, z: Tensor, keys: list[bytes]) -> Neurons:
         """Neurons for conditions z [A, dim] whose nearest edited facts are facts [A]."""
         if not edits.num_waiting:
-            return self._cache.generate(edits.generator, z, keys)
+            made, served = self._cache.generate(edits.generator, z, keys)
+            self._count(served)
+            return made
         generated = edits.generated[facts]
         rows = generated.nonzero()[:, 0].tolist()
-        made = self._cache.generate(edits.generator, z[rows], [keys[row] for row in rows])
-        self.served.reused += len(facts[~generated].unique())
+        made, served = self._cache.generate(edits.generator, z[rows], [keys[row] for row in rows])
+        self._count(served + Served(reused=len(facts[~generated].unique())))
         flat = edits.layout.pack(edits.neurons[facts]).to(z.device)
         flat[rows] = edits.layout.pack(made).to(flat.dtype)
         return edits.layout.unpack(flat)
+
+    def _count(self, more: Served) -> None:
+        with self._counting:
+            self.served += more
 
 
 def subject_named(edits: Edits, queries: Sequence[str], fact: Tensor) -> Tensor:
