@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 
 import pytest
 import torch
 from tiny import (
+    BANK,
     CONFIG,
     FURTHER,
     MIXED,
@@ -43,13 +43,13 @@ SHORT = EditorConfig(
 def life(around, folder):
     """Everything that trains, each in its own `around`, and asking in between."""
     with around():
-        editor = make_editor(dataclasses.replace(SHORT, gate="familiarity"))
+        editor = make_editor(SHORT)
         edit(editor)
         editor.generate(MIXED[:4], MOST)
     with around():
         editor.add(FURTHER)
         editor.remove(FURTHER[0])
-        editor.set_gate("similarity", threshold=0.5)
+        editor.set_gate(threshold=0.5)
         editor.train()
         editor.save_pretrained(folder)
     editor.detach()
@@ -75,6 +75,13 @@ def test_an_editors_life_is_the_same_whatever_the_caller_turned_off(tmp_path):
         patch.setattr("tiny.make_language_model", made[0])
         patch.setattr("tiny.make_encoder", made[1])
         assert life(inference, tmp_path / "inference") == plain
+
+
+def test_a_familiarity_gate_is_trained_whatever_the_caller_turned_off():
+    editor = make_editor(BANK)
+    edit(editor)
+    with torch.inference_mode():
+        assert editor.set_gate("familiarity").auroc > 0.5
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])

@@ -4,15 +4,64 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
+from tiny import BANK, make_encoder, make_language_model, make_tokenizer, saved_editor
 from torch import nn
 
+from meg_kernels import MeGEditor, attach
 from meg_kernels.nn.families import language_model
 from meg_kernels.nn.identity import check_finite, compare, identity
 
 LAYER = 1
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return saved_editor(tmp_path_factory, "edited", BANK)
+
+
+def loaded(folder, change=lambda model: model):
+    tokenizer = make_tokenizer()
+    return MeGEditor.from_pretrained(folder, change(make_language_model(tokenizer)), tokenizer)
+
+
+@pytest.mark.filterwarnings("error")
+def test_edits_are_loaded_without_a_word_also_in_a_coarser_type(saved):
+    assert loaded(saved).model.dtype == torch.float32
+    assert loaded(saved, lambda model: model.to(torch.bfloat16)).model.dtype == torch.bfloat16
+
+
+def test_one_warning_says_that_a_model_cannot_be_told_from_others(saved):
+    def stored_otherwise(model):
+        weight = model.model.layers[LAYER].self_attn.q_proj.weight
+        weight.data = weight.data.to(torch.float8_e4m3fn)
+        return model
+
+    with pytest.warns(UserWarning) as warned:
+        loaded(saved, stored_otherwise)
+    assert len(warned) == 1
+    assert re.search(r"cannot be told from the weights of its layer 1", str(warned[0].message))
+
+
+def test_a_model_that_is_refused_is_left_as_it_was(saved):
+    tokenizer = make_tokenizer()
+    model = make_language_model(tokenizer)
+    with torch.no_grad():
+        model.model.layers[LAYER].mlp.up_proj.weight.mul_(1.01)
+    with pytest.raises(ValueError, match=r"these edits are for another .* layer 1 are others"):
+        MeGEditor.from_pretrained(saved, model, tokenizer)
+    with pytest.raises(ValueError, match="neither a padding token"):
+        bare = make_tokenizer()
+        bare.pad_token = bare.eos_token = None
+        MeGEditor(model, bare, make_encoder(), BANK)
+    with pytest.raises(OSError, match="cannot load the encoder"):
+        MeGEditor(model, tokenizer, "./absent", BANK)
+    attach(model, LAYER).detach()
+
+
 FAMILIES = ["llama", "gpt2", "opt", "gemma2", "phi", "qwen3"]
 
 
