@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import processors
+from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -210,9 +211,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
     Raises:
         ValueError: a token has no row in the model's input embeddings.
     """
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    rows = getattr(embeddings, "num_embeddings", None)
-    if rows is None:
+    if (rows := _embedded(model)) is None:
         return
     used = [tokenizer.vocab_size - 1, tokenizer.pad_token_id, tokenizer.eos_token_id]
     if (highest := max(token for token in used if token is not None)) >= rows:
@@ -220,6 +219,33 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
             f"the tokenizer has tokens up to number {highest}, but the model embeds {rows}: take "
             "the model's own tokenizer, or, if tokens were added to it, call "
             f"model.resize_token_embeddings({highest + 1})"
+        )
+
+
+def _embedded(model: PreTrainedModel) -> int | None:
+    """How many tokens the model embeds; None if that cannot be seen."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    return getattr(embeddings, "num_embeddings", None)
+
+
+def check_tokens(
+    tokens: Tensor, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> None:
+    """Refuse texts with tokens that the model does not embed, as `check_tokenizer` lets pass.
+
+    Args:
+        tokens: numbers of tokens, of any shape, on the CPU.
+        tokenizer: that they are of.
+        model: that shall read them.
+
+    Raises:
+        ValueError: there is one; the message names it.
+    """
+    rows = _embedded(model)
+    if rows is not None and tokens.numel() and (highest := int(tokens.max())) >= rows:
+        raise ValueError(
+            f"the texts hold the token {tokenizer.convert_ids_to_tokens(highest)!r}, number "
+            f"{highest}, but the model embeds {rows}; leave it out"
         )
 
 

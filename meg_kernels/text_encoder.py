@@ -24,6 +24,7 @@ from meg_kernels.precision import fast_products
 from meg_kernels.pretrained import (
     DEFAULT_ENCODER,
     check_tokenizer,
+    check_tokens,
     load_encoder,
     ready_to_pad,
     save_tokenizer,
@@ -226,7 +227,9 @@ class TextEncoder(nn.Module):
             truncation=True,
             max_length=self.max_tokens,
             return_tensors="pt",
-        ).to(self.model.device)
+        )
+        check_tokens(tokens["input_ids"], self.tokenizer, self.model)
+        tokens = tokens.to(self.model.device)
         hidden = self.model(**tokens).last_hidden_state
         if self.pooling == "cls":
             return F.normalize(hidden[:, 0].float(), dim=-1)

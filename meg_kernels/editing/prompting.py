@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from meg_kernels.facts import Fact, FactsError
 from meg_kernels.nn import input_device, last_feed_forward_sees
 from meg_kernels.nn.changed import hooked
-from meg_kernels.pretrained import check_tokenizer, ready_to_pad
+from meg_kernels.pretrained import check_tokenizer, check_tokens, ready_to_pad
 from meg_kernels.texts import normalized, unreadable
 
 IGNORED = -100
@@ -405,6 +405,7 @@ class PromptedModel:
         self.check_prompts(prompts, max_new_tokens, **generation)
         generation = {k: v for k, v in generation.items() if k not in OWN_KEYWORDS}
         batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True)
+        check_tokens(batch["input_ids"], self.tokenizer, self.model)
         batch = batch.to(input_device(self.model))
         batch.pop("token_type_ids", None)
         ends = self.ends

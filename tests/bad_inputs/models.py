@@ -299,6 +299,13 @@ def _compared(editor: MeGEditor) -> Any:
     return compare_layers(editor.prompted, EDITED, [1])
 
 
+def _with_an_image() -> MeGEditor:
+    """An editor whose tokenizer has a token more than its model."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return _new_editor(model=make_language_model(make_tokenizer()), tokenizer=tokenizer)
+
+
 def _t5(where: Path) -> TextEncoder:
     config = transformers.T5Config(
         vocab_size=200, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2
@@ -1045,6 +1052,12 @@ CASES = [
         _asks(["Abo " * 60]),
         ValueError,
         ("prompts\\[0\\].* has \\d+ tokens", "shorten it"),
+    ),
+    Case(
+        "a prompt with a token that the model does not embed",
+        lambda _: _with_an_image().generate(["The color of <image> is"], 3),
+        ValueError,
+        ("hold the token '<image>'", "leave it out"),
     ),
     # Texts, and keywords of generation
     Case(
