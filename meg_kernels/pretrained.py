@@ -211,7 +211,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
     Raises:
         ValueError: a token has no row in the model's input embeddings.
     """
-    if (rows := _embedded(model)) is None:
+    if (rows := embedded_tokens(model)) is None:
         return
     used = [tokenizer.vocab_size - 1, tokenizer.pad_token_id, tokenizer.eos_token_id]
     if (highest := max(token for token in used if token is not None)) >= rows:
@@ -222,7 +222,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
         )
 
 
-def _embedded(model: PreTrainedModel) -> int | None:
+def embedded_tokens(model: PreTrainedModel) -> int | None:
     """How many tokens the model embeds; None if that cannot be seen."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     return getattr(embeddings, "num_embeddings", None)
@@ -241,7 +241,7 @@ def check_tokens(
     Raises:
         ValueError: there is one; the message names it.
     """
-    rows = _embedded(model)
+    rows = embedded_tokens(model)
     if rows is not None and tokens.numel() and (highest := int(tokens.max())) >= rows:
         raise ValueError(
             f"the texts hold the token {tokenizer.convert_ids_to_tokens(highest)!r}, number "

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from meg_kernels.facts import Fact, FactsError
 from meg_kernels.nn import input_device, last_feed_forward_sees
 from meg_kernels.nn.changed import hooked
-from meg_kernels.pretrained import check_tokenizer, check_tokens, ready_to_pad
+from meg_kernels.pretrained import check_tokenizer, check_tokens, embedded_tokens, ready_to_pad
 from meg_kernels.texts import normalized, unreadable
 
 IGNORED = -100
@@ -296,6 +296,10 @@ class PromptedModel:
             return (
                 f"prompt and answer have {length} tokens, more than the {most} that the model reads"
             )
+        rows, highest = embedded_tokens(self.model), max(max(*p, *t) for p, t in pairs)
+        if rows is not None and highest >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            return f"its token {token!r} is number {highest}, but the model embeds {rows}"
         for target in {tuple(target) for _, target in pairs}:
             if reason := self._unsayable(answer, target, ends):
                 return f"its answer {_shortened(answer)} {reason}"

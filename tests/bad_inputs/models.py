@@ -1059,6 +1059,12 @@ CASES = [
         ValueError,
         ("hold the token '<image>'", "leave it out"),
     ),
+    Case(
+        "an answer with a token that the model does not embed",
+        lambda _: edit(_with_an_image(), [*EDITED[1:], _fact(answer="<image>")]),
+        FactsError,
+        ("its token '<image>' is number", "reword them or leave them out"),
+    ),
     # Texts, and keywords of generation
     Case(
         "half a character in a prompt",
