@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meg_kernels.checks import FLAG, check_fields, integer, shown
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "gelu": F.gelu,
@@ -27,9 +29,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _check_activation(activation: str) -> None:
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(
-            f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}"
+            f"activation is {shown(activation)}; it must be one of {', '.join(ACTIVATIONS)}"
         )
 
 
@@ -45,7 +47,7 @@ class NeuronLayout:
         activation: `identity`, `gelu` (erf), `gelu_tanh`, `silu` or `relu`.
 
     Raises:
-        ValueError: a width is below 1, or the activation is unknown.
+        ValueError: a width is not in 1 to 2**24, or the activation is unknown.
     """
 
     d_in: int
@@ -55,8 +57,8 @@ class NeuronLayout:
 
     def __post_init__(self) -> None:
         _check_activation(self.activation)
-        if self.d_in < 1 or self.d_out < 1:
-            raise ValueError(f"d_in and d_out must be positive, got {self.d_in} and {self.d_out}")
+        width = integer(1, 2**24)
+        check_fields(self, d_in=width, d_out=width, has_bias=FLAG)
 
     @property
     def dim(self) -> int:

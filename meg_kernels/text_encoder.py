@@ -7,7 +7,6 @@ edited, so that it must generalise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.checkpoints import not_finite
+from meg_kernels.checks import FLAG, SEED, check_fields, integer, number
 from meg_kernels.gradients import check_trainable
 from meg_kernels.precision import fast_products
 from meg_kernels.pretrained import (
@@ -42,10 +42,17 @@ class Wordings:
     Args:
         same: wordings of one query; tuning needs two that differ.
         different: queries that must not be taken for it.
+
+    Raises:
+        TypeError: one of the two is no list of texts.
     """
 
     same: tuple[str, ...]
     different: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "same", tuple(as_texts("same", self.same)))
+        object.__setattr__(self, "different", tuple(as_texts("different", self.different)))
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class EncoderTuningConfig:
         hard_negatives: whether `Wordings.different` are negatives as well.
         alike_batches: whether a batch is made of facts whose queries look alike, such as the same
             question about many subjects: they are the negatives that an edited model meets.
-        seed: of the pairs, their order and the dropout; from 0.
+        seed: of the pairs, their order and the dropout, 0 to 2**63 - 1.
 
     Raises:
         ValueError: a value is out of range or of the wrong type; the message names it.
@@ -75,22 +82,16 @@ class EncoderTuningConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} is {value!r}; it must be an integer from {least}")
-        for name in ("learning_rate", "temperature"):
-            value = getattr(self, name)
-            if (
-                not isinstance(value, (int, float))
-                or isinstance(value, bool)
-                or not 0 < value < math.inf
-            ):
-                raise ValueError(f"{name} is {value!r}; it must be a positive finite number")
-        for name in ("hard_negatives", "alike_batches"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}; it must be True or False")
+        check_fields(
+            self,
+            epochs=integer(1),
+            batch_size=integer(2),
+            learning_rate=number(above=0),
+            temperature=number(above=0),
+            hard_negatives=FLAG,
+            alike_batches=FLAG,
+            seed=SEED,
+        )
 
 
 class TextEncoder(nn.Module):
@@ -222,7 +223,7 @@ class TextEncoder(nn.Module):
             [N, dim] float32, on the model's device.
         """
         tokens = self.tokenizer(
-            list(texts),
+            as_texts("texts", texts),
             padding=True,
             truncation=True,
             max_length=self.max_tokens,
@@ -253,8 +254,7 @@ class TextEncoder(nn.Module):
             ValueError: `batch_size` is below 1.
         """
         texts = as_texts("texts", texts)
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        batch_size = integer(1)("batch_size", batch_size)
         if not texts:
             return torch.empty(0, self.dim, device=self.model.device)
         # Texts of one length together: padding costs as much as text.

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from typer.testing import CliRunner
 
 import meg_kernels
 from meg_kernels import (
+    CollectionConfig,
     EditorConfig,
     FactsError,
     GeneratorConfig,
@@ -307,6 +309,7 @@ def test_list_shows_each_fact_and_where_its_neuron_comes_from(edited, tmp_path, 
             "subject": fact.subject,
             "neuron": "collected" if fact is named else "generated",
             "learnt": fact is not EDITED[1],
+            "served": fact is not EDITED[1],
         }
         for fact in facts
     ]
@@ -317,11 +320,36 @@ def test_list_shows_each_fact_and_where_its_neuron_comes_from(edited, tmp_path, 
             row["answer"],
             row["subject"] or "–",
             row["neuron"],
-            "yes" if row["learnt"] else "no",
+            "yes" if row["learnt"] else "no: left to the base model",
         ]
         for row in content
     ]
-    assert "5 facts are edited; 1 of them with collected neurons, 1 not learnt" in shown
+    assert "5 facts are edited; 1 of them with collected neurons, 1 not learnt, 1 left" in shown
+    manifest["config"]["serve_unlearnt"] = True
+    (out / "meg.json").write_text(json.dumps(manifest), encoding="utf-8")
+    shown = run("list", out)
+    assert facts_table(shown)[1][-1] == "no" and "1 not learnt, 0 left to the base" in shown
+
+
+def test_facts_that_are_not_learnt_are_left_to_the_base_model_and_said_to_be(
+    models, facts_file, tuning_file, tmp_path, monkeypatch
+):
+    hopeless = CollectionConfig(max_steps=1)
+    monkeypatch.setattr("test_cli.CONFIG", dataclasses.replace(CONFIG, collection=hopeless))
+    out = tmp_path / "out"
+    arguments = ["edit", facts_file, *models, "--out", out, "--tuning", tuning_file, "--layer", 1]
+    shown = run(*arguments, "--generator", "bank")
+    assert cells(shown, "collect")[2] == "0 of 4 facts learnt, 4 left to the base model"
+    assert "not learnt, so that the base model answers for them: 4 of them" in shown
+    shown = run("ask", out, EDITED[0].query, "--max-new-tokens", 3)
+    (row,) = facts_table(shown)
+    assert row[1] == row[2] and "not learnt" in row[3]
+    shown = run("evaluate", out)
+    assert "not learnt and left to the base model, but counted: 4 of 4 facts" in shown
+    assert "base model answers" not in run("gate", out, "--serve-unlearnt")
+    assert facts_table(run("ask", out, EDITED[0].query))[0][3].startswith("yes")
+    shown = run(*arguments, "--generator", "bank", "--serve-unlearnt")
+    assert cells(shown, "collect")[2] == "0 of 4 facts learnt"
 
 
 def test_facts_are_removed_by_id_or_query(edited, tmp_path, monkeypatch, capsys):
@@ -582,14 +610,36 @@ def test_facts_that_contradict_each_other_are_refused_or_the_first_kept(
     with pytest.warns(UserWarning):
         run(*arguments, "--on-conflict", "first")
     assert [fact.answer for fact in MeGEditor.from_pretrained(out).facts] == ["red"]
+    with pytest.warns(UserWarning, match="the last of each is kept"):
+        run(*arguments, "--on-conflict", "last")
+    assert [fact.answer for fact in MeGEditor.from_pretrained(out).facts] == ["blue"]
+    lines = [{"query": "The color of Bena is", "answer": color} for color in ("red", "blue")]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    assert "--on-conflict first" in fails(monkeypatch, capsys, "add", out, path)
+    with pytest.warns(UserWarning, match="the last of each is kept"):
+        run("add", out, path, "--on-conflict", "last")
+    assert [fact.answer for fact in MeGEditor.from_pretrained(out).facts] == ["blue", "blue"]
+
+
+def test_which_answer_of_zsre_was_taken_is_said_and_can_be_chosen(edited, tmp_path):
+    path, out = tmp_path / "zsre.json", shutil.copytree(edited[0], tmp_path / "edited")
+    record = {"src": "The color of Fina is", "answers": ["red"], "alt": "blue"}
+    path.write_text(json.dumps([record]))
+    with pytest.warns(UserWarning, match=r"1 of 1 records .* answers are taken. Choose .*--zsre-t"):
+        run("add", out, path)
+    assert MeGEditor.from_pretrained(out).facts[-1].answer == "red"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run("add", out, path, "--zsre-target", "alt", "--replace")
+    assert MeGEditor.from_pretrained(out).facts[-1].answer == "blue"
 
 
 def test_an_unknown_way_to_treat_conflicts_is_refused(facts_file, tmp_path):
-    arguments = ["edit", str(facts_file), "--out", str(tmp_path), "--on-conflict", "last"]
+    arguments = ["edit", str(facts_file), "--out", str(tmp_path), "--on-conflict", "newest"]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 2
     said = " ".join(result.output.replace("│", " ").split())
-    assert "'last' is not one of 'error', 'first'" in said
+    assert "'newest' is not one of 'error', 'first', 'last'" in said
 
 
 def test_what_a_user_can_mend_is_one_clear_line(edited, edited_dit, tmp_path, monkeypatch, capsys):
@@ -604,7 +654,7 @@ def test_what_a_user_can_mend_is_one_clear_line(edited, edited_dit, tmp_path, mo
         (["distill", tmp_path / "absent", "--steps", 1], "holds no edited model"),
         (["remove", edited[0], *(fact.id for fact in EDITED)], "instead, delete the folder"),
         (["distill", edited[0], "--steps", 1], "mlp and bank already take one step"),
-        (["distill", edited_dit, "--steps", 5], "steps is 5; it must be 1 to 4"),
+        (["distill", edited_dit, "--steps", 5], "steps is 5; it must be an integer in 1 to 4"),
         (["distill", edited_dit, "--steps", 2, "--teacher-steps", 2], "teacher_steps is 2"),
     ):
         said = fails(monkeypatch, capsys, *arguments)

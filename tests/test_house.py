@@ -11,11 +11,9 @@ import meg_kernels
 
 PACKAGE = Path(meg_kernels.__path__[0])
 # From the ground up. A file may import from its own floor and from those below it.
-GROUND = (
-    "neuron scoped storage texts progress machine precision gradients checkpoints pretrained facts"
-)
 FLOORS = (
-    tuple(GROUND.split()),
+    ("texts", "checks", "scoped", "storage", "facts"),
+    ("neuron", "progress", "machine", "precision", "gradients", "checkpoints", "pretrained"),
     ("shipped", "kernels", "ops"),
     ("nn", "diffusion"),
     ("text_encoder", "familiarity"),

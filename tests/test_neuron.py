@@ -148,7 +148,7 @@ def test_an_unknown_activation_is_refused_by_name():
 
 @pytest.mark.parametrize("d_in, d_out", [(0, 3), (3, 0), (-1, 3)])
 def test_a_layout_without_width_is_refused(d_in, d_out):
-    with pytest.raises(ValueError, match=f"must be positive, got {d_in} and {d_out}"):
+    with pytest.raises(ValueError, match=r"^d_(in|out) is (0|-1); it must be an integer in 1 to"):
         NeuronLayout(d_in, d_out, True, "relu")
 
 

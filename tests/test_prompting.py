@@ -172,7 +172,6 @@ SAYABLE += [
     "C++",
     "Yes!",
     "Paris. It is a city",
-    "…",
     "+",
     "tab\tx",
 ]

@@ -73,6 +73,14 @@ class OnConflict(str, Enum):
 
     error = "error"
     first = "first"
+    last = "last"
+
+
+class ZsreTarget(str, Enum):
+    """Which field of a ZsRE record is the new answer."""
+
+    answers = "answers"
+    alt = "alt"
 
 
 class GeneratorKind(str, Enum):
@@ -95,6 +103,27 @@ DEFAULT_ENCODER = "all-MiniLM-L6-v2"
 
 FactsFile = Annotated[
     Path, typer.Argument(help="Facts as CounterFact or ZsRE JSON, or JSON lines.")
+]
+ConflictOption = Annotated[
+    OnConflict,
+    typer.Option(
+        help="What to do with facts that contradict each other: stop with an error, or keep the "
+        "first or the last of each."
+    ),
+]
+ZsreOption = Annotated[
+    ZsreTarget | None,
+    typer.Option(
+        help="Which field of a ZsRE record is the new answer: answers, the true one, or alt, a "
+        "counterfactual one. Default: answers, with a note if there are both."
+    ),
+]
+ServeUnlearnt = Annotated[
+    bool,
+    typer.Option(
+        help="Use the neurons of facts that were not learnt, too; otherwise the base model "
+        "answers for those facts."
+    ),
 ]
 Model = Annotated[
     str, typer.Option(help="Language model: smollm2, a folder, or a Hugging Face model id.")
@@ -166,13 +195,8 @@ def edit(
             "once. Default: those of FACTS beyond the limit, and the package's where they are few."
         ),
     ] = None,
-    on_conflict: Annotated[
-        OnConflict,
-        typer.Option(
-            help="What to do with facts that contradict each other: stop with an error, or keep "
-            "the first."
-        ),
-    ] = OnConflict.error,
+    on_conflict: ConflictOption = OnConflict.error,
+    zsre_target: ZsreOption = None,
     skip_known: Annotated[
         bool,
         typer.Option("--skip-known", help="Leave out facts whose answers the model already gives."),
@@ -188,6 +212,7 @@ def edit(
         ),
     ] = None,
     snap: Snap = True,
+    serve_unlearnt: ServeUnlearnt = False,
     encoder: Encoder = DEFAULT_ENCODER,
     seed: Seed = 0,
     device: Device = None,
@@ -199,7 +224,7 @@ def edit(
     """
     from meg_kernels import EditorConfig, EncoderTuningConfig, MeGEditor
 
-    edited = read_facts(facts, limit, on_conflict=on_conflict.value)
+    edited = _read_facts(facts, limit, on_conflict, zsre_target)
     config = EditorConfig(
         layer=layer,
         encoder_tuning=EncoderTuningConfig(seed=seed),
@@ -207,13 +232,15 @@ def edit(
         gate=gate.value,
         require_subject=require_subject,
         snap=snap,
+        serve_unlearnt=serve_unlearnt,
         seed=seed,
     )
     with _loading(model):
         editor = MeGEditor.for_model(
             model, config, encoder=encoder, dtype=dtype.to_torch(), device=device
         )
-    others = _tuning_facts(facts, tuning, edited, editor.config.tuning_facts_for(len(edited)))
+    wanted = editor.config.tuning_facts_for(len(edited))
+    others = _tuning_facts(facts, tuning, edited, wanted, zsre_target)
     with _work_folder(out, "edit", check=True) as work:
         report = editor.edit(
             edited, tuning_facts=others, skip_known=skip_known, work_folder=work, progress=True
@@ -233,15 +260,18 @@ def list_facts(folder: Folder, report: JsonFile = None) -> None:
     """List the edited facts, without loading the language model.
 
     A neuron is made by the generator, or still the collected one until `meg train` teaches it to
-    the generator. A fact is learnt if the model gave its answer when the neuron was collected.
+    the generator. A fact is learnt if the model gave its answer when the neuron was collected; for
+    one that was not, the base model answers, unless `--serve-unlearnt` was asked for.
     """
     from meg_kernels.routing.saving import load_edits
     from meg_kernels.storage import write_json
 
-    edits = load_edits(folder, "cpu").edits
+    saved = load_edits(folder, "cpu")
+    edits, serve_unlearnt = saved.edits, saved.config.get("serve_unlearnt", False)
+    states = zip(edits.facts, edits.generated.tolist(), edits.learnt.tolist(), strict=True)
     edited = [
-        EditedFact(fact, generated, fact not in edits.report.unlearnt)
-        for fact, generated in zip(edits.facts, edits.generated.tolist(), strict=True)
+        EditedFact(fact, generated, learnt, learnt or serve_unlearnt)
+        for fact, generated, learnt in states
     ]
     print_facts(edited)
     if report is not None:
@@ -257,6 +287,8 @@ def add(
         bool,
         typer.Option("--replace", help="Replace edited facts that have the same query or id."),
     ] = False,
+    on_conflict: ConflictOption = OnConflict.error,
+    zsre_target: ZsreOption = None,
     limit: Limit = None,
     out: Out = None,
     device: Device = None,
@@ -267,7 +299,7 @@ def add(
     generator. An interrupted addition resumes when it is started again with the same arguments.
     """
     out = out or folder
-    added = read_facts(facts, limit)
+    added = _read_facts(facts, limit, on_conflict, zsre_target)
     editor = _load(folder, device)
     before = len(editor.facts)
     with _work_folder(out, "add", check=True) as work:
@@ -314,6 +346,8 @@ def try_layers(
             "`meg edit` takes by default is always among them."
         ),
     ] = None,
+    on_conflict: ConflictOption = OnConflict.error,
+    zsre_target: ZsreOption = None,
     report: JsonFile = None,
     plot: Annotated[
         Path | None,
@@ -335,7 +369,7 @@ def try_layers(
     from meg_kernels.storage import write_json
 
     chosen = None if layers is None else _numbers(layers)
-    asked = read_facts(facts, limit)
+    asked = _read_facts(facts, limit, on_conflict, zsre_target)
     if plot is not None:
         require_matplotlib()  # now, not when the work is done
     with _loading(model):
@@ -364,6 +398,8 @@ def evaluate(
         ),
     ] = None,
     limit: Limit = None,
+    on_conflict: ConflictOption = OnConflict.error,
+    zsre_target: ZsreOption = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -390,8 +426,9 @@ def evaluate(
         from meg_kernels.integrations.lm_eval import evaluate_tasks
     elif task_path is not None or task_limit is not None:
         raise typer.BadParameter("--task-path and --task-limit need --tasks")
+    read = None if facts is None else _read_facts(facts, limit, on_conflict, zsre_target)
     editor = _load(folder, device, dtype)
-    asked = editor.facts[:limit] if facts is None else read_facts(facts, limit)
+    asked = editor.facts[:limit] if read is None else read
     with _work_folder(folder, "evaluate") as work:
         evaluation = editor.evaluate(asked, work_folder=work, progress=True)
         evaluation = dataclasses.replace(evaluation, perplexity=editor.perplexity(progress=True))
@@ -489,6 +526,13 @@ def set_gate(
             "it was set before."
         ),
     ] = None,
+    serve_unlearnt: Annotated[
+        bool | None,
+        typer.Option(
+            help="Use the neurons of facts that were not learnt, too, or leave those facts to the "
+            "base model. Default: as it was set before."
+        ),
+    ] = None,
     out: Out = None,
     device: Device = None,
 ) -> None:
@@ -505,6 +549,7 @@ def set_gate(
         None if gate is None else gate.value,
         threshold="calibrated" if calibrated else threshold,
         require_subject=require_subject,
+        serve_unlearnt=serve_unlearnt,
         progress=True,
     )
     editor.save_pretrained(out)
@@ -655,17 +700,36 @@ def _generator_config(kind: GeneratorKind, seed: int) -> GeneratorConfig:
     return GeneratorConfig.bank()
 
 
+def _read_facts(
+    path: Path, limit: int | None, on_conflict: OnConflict, zsre_target: ZsreTarget | None
+) -> list[Fact]:
+    return read_facts(
+        path,
+        limit,
+        on_conflict=on_conflict.value,
+        zsre_target=None if zsre_target is None else zsre_target.value,
+    )
+
+
 def _tuning_facts(
-    facts: Path, tuning: list[Path] | None, edited: list[Fact], wanted: int
+    facts: Path,
+    tuning: list[Path] | None,
+    edited: list[Fact],
+    wanted: int,
+    zsre_target: ZsreTarget | None = None,
 ) -> list[Fact]:
     """The tuning files' facts, or those of the file that are not edited, filled up with ours."""
     from meg_kernels.shipped import shipped_tuning_facts
 
     if tuning:
-        return [fact for path in tuning for fact in read_facts(path, on_conflict="first")]
+        return [
+            fact
+            for path in tuning
+            for fact in _read_facts(path, None, OnConflict.first, zsre_target)
+        ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rest = read_facts(facts, on_conflict="first")
+        rest = _read_facts(facts, None, OnConflict.first, zsre_target)
     others = [fact for fact in unrelated_to(rest, edited) if fact.paraphrases]
     return others if len(others) >= wanted else [*others, *shipped_tuning_facts()]
 

@@ -28,12 +28,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .schedule import Prediction, check_choice
+from meg_kernels.checks import FLAG, check_fields, integer, number, one_of
+
+from .schedule import Prediction
 
 FREQUENCY_DIM = 256  # of the sinusoidal time embedding
 MAX_PERIOD = 10_000
 LAYER_NORM_EPS = 1e-6
 RELEASED_HEAD_DIM = 64
+LARGEST_WIDTH = 65536  # anything above is a slip of the pen, which no machine could build
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,10 @@ class DiTConfig:
 
     Args:
         patch_size: weights per token; a neuron's flat vector is zero-padded to a multiple of it.
-        width: length of a token, even and a multiple of num_heads.
-        depth: number of blocks.
+        width: length of a token, even and a multiple of num_heads, at most 65536.
+        depth: number of blocks, at most 1000.
         num_heads: attention heads.
-        mlp_ratio: hidden width of a block's MLP divided by `width`, positive.
+        mlp_ratio: hidden width of a block's MLP divided by `width`, above 0 and at most 1000.
         condition_dropout: probability in [0, 1) with which each entry of the condition is dropped
             in training.
         token_condition: also add a projection of the condition to every token, each token with its
@@ -68,27 +71,28 @@ class DiTConfig:
     learns_variance: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "width", "depth", "num_heads"):
-            _check_size(name, getattr(self, name))
+        check_fields(
+            self,
+            patch_size=integer(1),
+            width=integer(1, LARGEST_WIDTH),
+            depth=integer(1, 1000),
+            num_heads=integer(1),
+            mlp_ratio=number(above=0, most=1000),
+            condition_dropout=number(least=0, below=1),
+            token_condition=FLAG,
+            prediction=one_of(Prediction),
+            learns_variance=FLAG,
+        )
         if self.width % self.num_heads or self.width % 2:
             raise ValueError(
                 f"width is {self.width}; it must be even and a multiple of num_heads, "
                 f"{self.num_heads}"
             )
-        for name in ("mlp_ratio", "condition_dropout"):
-            if type(value := getattr(self, name)) not in (int, float):
-                raise ValueError(f"{name} is {value!r}; it must be a number")
-        if not self.mlp_ratio < math.inf or round(self.width * self.mlp_ratio) < 1:
+        if round(self.width * self.mlp_ratio) < 1:
             raise ValueError(
-                f"mlp_ratio is {self.mlp_ratio}; it must be finite, and give the MLP a hidden "
-                f"width, mlp_ratio * {self.width}, of at least 1"
+                f"mlp_ratio is {self.mlp_ratio}; it must give the MLP a hidden width, mlp_ratio * "
+                f"{self.width}, of at least 1"
             )
-        if not 0 <= self.condition_dropout < 1:
-            raise ValueError(f"condition_dropout is {self.condition_dropout}; it must be in [0, 1)")
-        check_choice("prediction", self.prediction, Prediction)
-        for name in ("token_condition", "learns_variance"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ValueError(f"{name} is {value!r}; it must be True or False")
 
     @classmethod
     def paper(cls) -> DiTConfig:
@@ -131,8 +135,8 @@ class NeuronDiT(nn.Module):
 
     def __init__(self, config: DiTConfig, neuron_dim: int, condition_dim: int) -> None:
         super().__init__()
-        _check_size("neuron_dim", neuron_dim)
-        _check_size("condition_dim", condition_dim)
+        neuron_dim = integer(1)("neuron_dim", neuron_dim)
+        condition_dim = integer(1)("condition_dim", condition_dim)
         self.config, self.neuron_dim, self.condition_dim = config, neuron_dim, condition_dim
         width, num_tokens = config.width, self.num_tokens
         # A buffer: fixed, yet in the state dict, where released checkpoints have it.
@@ -277,11 +281,6 @@ class NeuronDiT(nn.Module):
         for name, tensor in (("x_t", x_t), ("t", t), ("condition", condition)):
             if tensor.device != device:
                 raise ValueError(f"{name} is on {tensor.device}; the parameters are on {device}")
-
-
-def _check_size(name: str, value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
 
 
 class TimestepEmbedder(nn.Module):

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meg_kernels.checks import FLAG, check_fields, one_of
 from meg_kernels.nn.packing import PackedWeight
 from meg_kernels.ops.linear_gelu import linear_gelu
 from meg_kernels.ops.modulated_norm import gated_residual_layer_norm, modulated_layer_norm
@@ -37,7 +38,7 @@ from meg_kernels.precision import fast_dtype
 
 from .dit import LAYER_NORM_EPS, DiTBlock, NeuronDiT, timestep_sinusoids
 from .sampler import SamplerConfig, check_condition, draw_noise
-from .schedule import NoiseSchedule, check_choice
+from .schedule import NoiseSchedule
 from .solvers import coefficient_table, plan_steps
 
 AttentionBackend = Literal["auto", "ours", "sdpa", "flash-attn"]
@@ -61,7 +62,7 @@ class Execution:
         compile: run the loop under `torch.compile`, which takes minutes at the first call.
 
     Raises:
-        ValueError: precision or attention is none of these.
+        ValueError: a field is none of these; it is named.
     """
 
     precision: Precision = "auto"
@@ -70,8 +71,13 @@ class Execution:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("precision", self.precision, Precision)
-        check_choice("attention", self.attention, AttentionBackend)
+        check_fields(
+            self,
+            precision=one_of(Precision),
+            attention=one_of(AttentionBackend),
+            graphs=FLAG,
+            compile=FLAG,
+        )
 
 
 class NeuronSampler:

@@ -15,7 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .schedule import NoiseSchedule, Prediction, Spacing, check_choice
+from meg_kernels.checks import SEED, check_fields, integer, one_of
+
+from .schedule import NoiseSchedule, Prediction, Spacing
 from .solvers import Solver, advance, estimate_x0, noise_std, plan_steps
 
 
@@ -70,14 +72,13 @@ class SamplerConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("solver", self.solver, Solver)
-        check_choice("spacing", self.spacing, Spacing)
-        if type(self.num_steps) is not int or self.num_steps < 1:
-            raise ValueError(
-                f"num_steps is {self.num_steps!r}; it must be an integer of at least 1"
-            )
-        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed!r}; it must be an integer in 0 to 2**63 - 1")
+        check_fields(
+            self,
+            solver=one_of(Solver),
+            num_steps=integer(1),
+            spacing=one_of(Spacing),
+            seed=SEED,
+        )
 
 
 @torch.no_grad()

@@ -22,7 +22,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .schedule import NoiseSchedule, Prediction, check_choice, x0_coefficients
+from meg_kernels.checks import one_of
+
+from .schedule import NoiseSchedule, Prediction, x0_coefficients
 
 Solver = Literal["ddim", "ddpm", "dpmsolver++"]
 """How a sampler steps from one timestep to the next."""
@@ -97,7 +99,7 @@ def plan_steps(
         timesteps: strictly descending, from `NoiseSchedule.timesteps`.
         prediction: what the network predicts, "x0", "v" or "noise".
     """
-    check_choice("solver", solver, Solver)
+    one_of(Solver)("solver", solver)
     levels = [NoiseLevel(schedule.alphas_cumprod[t].item()) for t in timesteps] + [CLEAN]
     neighbours = zip([None, *levels], levels, levels[1:], strict=False)
     steps = []

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from meg_kernels.checkpoints import not_finite
+from meg_kernels.checks import TEXTS, check_fields, integer, number
 from meg_kernels.editing.prompting import IGNORED, PromptedModel, TargetBatch
 from meg_kernels.facts import Fact
 from meg_kernels.gradients import check_trainable, with_gradients
@@ -54,8 +55,11 @@ class CollectionConfig:
         overshoot: the fitted value is multiplied by this, unless the fact is lost by it.
         question_framings, cloze_framings: the wordings in which a query is fitted, by whether it
             ends with '?'.
-        initial_response: x . key of the initial neuron at the end of a prompt.
+        initial_response: x . key of the initial neuron at the end of a prompt, positive.
         batch_size: facts fitted at once.
+
+    Raises:
+        ValueError: a field is out of range or of the wrong type; it is named.
     """
 
     learning_rate: float = 1.0
@@ -68,14 +72,20 @@ class CollectionConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            learning_rate=number(above=0),
+            max_steps=integer(1),
+            target_loss=number(above=0),
+            overshoot=number(above=0),
+            question_framings=TEXTS,
+            cloze_framings=TEXTS,
+            initial_response=number(above=0),
+            batch_size=integer(1),
+        )
         framings = (*self.question_framings, *self.cloze_framings)
-        if not (self.question_framings and self.cloze_framings):
-            raise ValueError("question_framings and cloze_framings must hold one framing each")
         if bad := [framing for framing in framings if framing.count("{}") != 1]:
             raise ValueError(f"the framing {bad[0]!r} must hold one {{}}")
-        for name in ("learning_rate", "max_steps", "target_loss", "overshoot", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
 
     def framings(self, query: str) -> list[str]:
         """The wordings in which `query` is fitted.

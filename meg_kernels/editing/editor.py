@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.editing.config import EditorConfig
+from meg_kernels.checks import FLAG, instance_of
+from meg_kernels.editing.config import EditorConfig, GateKind
 from meg_kernels.editing.distill import Distillation
 from meg_kernels.editing.edited_model import EditedModel, one_at_a_time
 from meg_kernels.editing.evaluate import EvaluationReport
@@ -35,8 +36,9 @@ from meg_kernels.facts import (
     Fact,
     FactsError,
     FactsLike,
+    OnConflict,
     as_facts,
-    check_facts,
+    editable_facts,
     warn_of_several_answers,
 )
 from meg_kernels.familiarity import Calibration
@@ -77,7 +79,7 @@ class MeGEditor(EditedModel):
         config: EditorConfig | None = None,
         name: str | None = None,
     ):
-        config = config or EditorConfig()
+        config = instance_of(EditorConfig).or_none()("config", config) or EditorConfig()
         prompted = PromptedModel.of(language_model(model).eval(), tokenizer, config.template)
         if not isinstance(encoder, TextEncoder):
             encoder = TextEncoder.from_pretrained(encoder or DEFAULT_ENCODER, device=model.device)
@@ -129,6 +131,7 @@ class MeGEditor(EditedModel):
         tuning_facts: FactsLike | None = None,
         unrelated_queries: Iterable[str] | None = None,
         skip_known: bool = False,
+        on_conflict: OnConflict = "error",
         work_folder: str | Path | None = None,
         progress: bool = False,
     ) -> EditReport:
@@ -140,8 +143,9 @@ class MeGEditor(EditedModel):
                 gate; those that share a query or subject with an edited fact are left out.
                 Default: the facts that the package ships for this.
             unrelated_queries: queries about anything, for the gate; default: the package's.
-            skip_known: leave out facts whose answers the model gives already, as the field does
-                with ZsRE.
+            skip_known: leave out facts whose answers the model gives already.
+            on_conflict: of facts that contradict each other, keep the `first` or `last`, or raise
+                an `error`.
             work_folder: keeps finished work, so that an interrupted edit resumes.
             progress: show progress bars.
 
@@ -149,10 +153,8 @@ class MeGEditor(EditedModel):
             FactsError: facts that contradict each other, that the model cannot be taught, too few
                 to tune with, or none that the model does not answer already.
         """
-        facts = given = as_facts(facts)
-        if not facts:
-            raise FactsError("there are no facts to edit")
-        check_facts(facts)
+        skip_known = FLAG("skip_known", skip_known)
+        facts = given = editable_facts(facts, on_conflict)
         tuning = shipped_tuning_facts() if tuning_facts is None else as_facts(tuning_facts)
         if unrelated_queries is None:
             unrelated_queries = shipped_unrelated_queries()
@@ -172,6 +174,7 @@ class MeGEditor(EditedModel):
         facts: FactsLike,
         *,
         replace: bool = False,
+        on_conflict: OnConflict = "error",
         work_folder: str | Path | None = None,
         progress: bool = False,
     ) -> EditReport:
@@ -185,6 +188,7 @@ class MeGEditor(EditedModel):
         Args:
             facts: with the new answers, as `edit` takes them.
             replace: put them in place of facts with the same query or id, instead of refusing.
+            on_conflict: as `edit` has it, among these facts.
             work_folder: keeps finished work, so that an interrupted addition resumes.
             progress: show progress bars.
 
@@ -192,17 +196,9 @@ class MeGEditor(EditedModel):
             FactsError: a query or id is edited already, or the model cannot be taught a fact.
             RuntimeError: nothing was edited yet; call `edit`.
         """
-        before, facts = self.edits, as_facts(facts)
-        if not facts:
-            raise FactsError("there are no facts to add")
-        check_facts(facts)
-        if replace:
-            before = before.without(before.rows_taken_by(facts))
-        try:
-            check_facts(facts, before.facts)
-        except FactsError as error:
-            hint = "with replace=True (meg add --replace) they take the place of the edited ones"
-            raise FactsError(f"{error}\n{hint}") from None
+        replace = FLAG("replace", replace)
+        edited, facts = self.edits, editable_facts(facts, on_conflict)
+        before = edited.beside(facts, replace)
         warn_of_several_answers(facts, before.facts)
         stages = self._stages(work_folder, progress).checked(facts)
         edits, report = stages.added(before, facts)
@@ -218,10 +214,10 @@ class MeGEditor(EditedModel):
 
         Raises:
             KeyError: one that is not edited.
+            TypeError: one that is no name.
             RuntimeError: nothing is edited.
         """
-        names = [facts] if isinstance(facts, str | Fact) else [*facts]
-        gone = self.edits.rows_to_remove(names)
+        gone = self.edits.rows_to_remove(facts)
         if len(gone) == len(self.edits):
             self.router.put(None)
         elif gone:
@@ -270,10 +266,11 @@ class MeGEditor(EditedModel):
     @one_at_a_time
     def set_gate(
         self,
-        gate: Literal["similarity", "familiarity"] | None = None,
+        gate: GateKind | None = None,
         *,
         threshold: float | Literal["calibrated"] | None = None,
         require_subject: bool | None = None,
+        serve_unlearnt: bool | None = None,
         progress: bool = False,
     ) -> Calibration:
         """Put another gate, or another threshold, in place of the present one.
@@ -284,7 +281,7 @@ class MeGEditor(EditedModel):
                 removed; a cosine (similarity) or minus an entropy in nats (familiarity).
                 `calibrated`: as held-out queries have it. Default: as it is, or calibrated if the
                 kind changes.
-            require_subject: as in `EditorConfig`; default: as it is.
+            require_subject, serve_unlearnt: as in `EditorConfig`; default: as they are.
             progress: show a progress bar.
 
         Returns:
@@ -293,11 +290,11 @@ class MeGEditor(EditedModel):
 
         Raises:
             RuntimeError: nothing is edited.
-            ValueError: no such gate, or a threshold that is not finite.
+            ValueError: no such gate, a threshold that is not finite, or no True or False.
         """
         edits, config = self.edits, self.config
-        if require_subject is not None:
-            config = dataclasses.replace(config, require_subject=require_subject)
+        given = {"require_subject": require_subject, "serve_unlearnt": serve_unlearnt}
+        config = dataclasses.replace(config, **{k: v for k, v in given.items() if v is not None})
         if threshold is not None or gate not in (None, config.gate):
             chosen = None if threshold == "calibrated" else threshold
             config = dataclasses.replace(config, gate=gate or config.gate, threshold=chosen)

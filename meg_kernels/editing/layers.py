@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from meg_kernels.checks import shown
 from meg_kernels.editing.collect import CollectionConfig, collect
 from meg_kernels.editing.evaluate import Evaluation
 from meg_kernels.editing.prompting import PromptedModel
@@ -26,6 +27,7 @@ from meg_kernels.nn import attach
 from meg_kernels.nn.families import decoder_layer, decoder_layers, feed_forward
 from meg_kernels.progress import progress_bar
 from meg_kernels.storage import WorkFolder, fingerprint, read_json, write_json
+from meg_kernels.texts import is_ordered
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ def compare_layers(
         FloatingPointError: the fit diverged; a smaller learning rate helps.
     """
     model = prompted.model
+    if layers is not None and not is_ordered(layers):
+        raise TypeError(f"layers is {shown(layers)}; it must be a list of layers, such as [4, 8]")
     if layers is None:
         layers = range(0, len(decoder_layers(model)), 2)
     chosen = sorted({*layers, default_layer(model)})

@@ -18,7 +18,7 @@ from meg_kernels.facts import Fact, FactsError
 from meg_kernels.nn import input_device, last_feed_forward_sees
 from meg_kernels.nn.changed import hooked
 from meg_kernels.pretrained import check_tokenizer, check_tokens, embedded_tokens, ready_to_pad
-from meg_kernels.texts import normalized, unreadable
+from meg_kernels.texts import is_unicode, normalized, normalized_answer
 
 IGNORED = -100
 
@@ -37,7 +37,7 @@ class PromptTemplate:
     text: str = "Q: {}\nA:"
 
     def __post_init__(self) -> None:
-        if self.text.count("{}") != 1:
+        if not isinstance(self.text, str) or self.text.count("{}") != 1:
             raise ValueError(f"the template is {self.text!r}; it must hold one {{}}")
 
     def format(self, query: str) -> str:
@@ -281,8 +281,8 @@ class PromptedModel:
     def _unfit(self, fact: Fact) -> str | None:
         """Why a fact cannot even be read; None if it can."""
         for name in ("query", "answer"):
-            if reason := unreadable(getattr(fact, name)):
-                return f"its {name} {reason}"
+            if not is_unicode(getattr(fact, name)):
+                return f"its {name} holds halves of surrogate pairs, which no tokenizer takes"
             if reason := self._surely_too_long(getattr(fact, name)):
                 return f"its {name} {reason}"
         return None
@@ -306,7 +306,7 @@ class PromptedModel:
         return None
 
     def _unsayable(self, answer: str, target: Sequence[int], ends: set[int]) -> str | None:
-        if not answer.strip(" \t\r\n."):
+        if not normalized(answer).strip(" ."):
             return "is nothing but full stops"
         given = next((i + 1 for i, token in enumerate(target) if token in ends), len(target))
         said = self.text(target[:given])
@@ -342,8 +342,11 @@ class PromptedModel:
         check_generation(max_new_tokens, generation)
         most = self.positions
         for place, prompt in enumerate(prompts):
-            if reason := unreadable(prompt):
-                raise ValueError(f"prompts[{place}] {reason}; decode it with errors='replace'")
+            if not is_unicode(prompt):
+                raise ValueError(
+                    f"prompts[{place}] is {prompt!r}; it must be text without halves of surrogate "
+                    "pairs, which no tokenizer takes"
+                )
             if reason := self._surely_too_long(prompt):
                 raise ValueError(f"prompts[{place}], {_shortened(prompt)}, {reason}: shorten it")
             # Few tokens stand for less than a byte: most prompts need not be tokenized for this.
@@ -482,5 +485,5 @@ def answers_match(text: str, answer: str) -> bool:
     >>> answers_match("Paris. It is a city", "paris"), answers_match("Paris Hilton", "Paris")
     (True, False)
     """
-    said, wanted = normalized(text), normalized(answer).removesuffix(".")
-    return said.removesuffix(".") == wanted or said.startswith(f"{wanted}. ")
+    wanted = normalized_answer(answer)
+    return normalized_answer(text) == wanted or normalized(text).startswith(f"{wanted}. ")

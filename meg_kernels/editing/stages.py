@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from meg_kernels.checks import instance_of
 from meg_kernels.editing.answered import answers_with
 from meg_kernels.editing.collect import Collection, collect, collectable
 from meg_kernels.editing.config import EditorConfig
@@ -102,6 +103,8 @@ class Stages:
             num_left_out: how many facts the model answered already.
         """
         stopwatch, config = Stopwatch(), self.config
+        # First, so that a network that cannot be built is not refused after hours.
+        generator = build_generator(config.generator, self.attached.layout, self.router.encoder.dim)
         collection = self._collect(facts, None, stopwatch)
         with stopwatch.stage("encoder"):
             router, held_out, before = tuned_router(
@@ -118,7 +121,7 @@ class Stages:
             collection.initial,
             held_out,
             gate,
-            build_generator(config.generator, self.attached.layout, conditions.shape[1]),
+            generator,
             torch.ones(len(facts), dtype=torch.bool),
             EditReport(collection.unlearnt(facts), calibration, None, {}, num_left_out),
         )
@@ -158,6 +161,7 @@ class Stages:
     def replaced(self, before: Edits, config: GeneratorConfig) -> Edits:
         """`before` with another generator, trained from the start on the neurons of all facts."""
         stopwatch = Stopwatch()
+        instance_of(GeneratorConfig)("config", config)
         generator = build_generator(config, self.attached.layout, before.conditions.shape[1])
         training = self._train(before, generator, stopwatch)
         kept = {k: v for k, v in before.report.seconds.items() if k not in ("generator", "distill")}

@@ -10,6 +10,7 @@ follows from them is decided on the host.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meg_kernels.checks import FLAG, check_fields
 from meg_kernels.familiarity import nearest
 from meg_kernels.neuron import Neurons
 from meg_kernels.routing.edits import Edits, condition_keys
@@ -39,10 +41,20 @@ class RoutingConfig:
         require_subject: whether a query must name the subject of the edited fact nearest to it,
             where that is known and the fact's own query names it. Default: if at least 1000 facts
             are edited.
+        serve_unlearnt: whether facts that the model did not answer with their own neuron when it
+            was collected have neurons all the same. By default, the base model answers for them: a
+            neuron that does not give its answer may spoil the base model's.
+
+    Raises:
+        ValueError: a field is not True or False; it is named.
     """
 
     snap: bool = True
     require_subject: bool | None = None
+    serve_unlearnt: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, snap=FLAG, require_subject=FLAG.or_none(), serve_unlearnt=FLAG)
 
     def requires_subject(self, num_facts: int) -> bool:
         """Whether a query must name the subject when this number of facts is edited.
@@ -58,12 +70,14 @@ class Routing:
     """Where the queries of a batch go. All but `z` is on the CPU.
 
     Args:
-        accepted: [B] bool: whether the query is taken for an edited one.
+        accepted: [B] bool: whether the query is taken for an edited one, and has its neuron.
         fact: [B] int64: the row of the edited fact nearest to it; -1 if nothing is edited.
         score: [B] the gate's score, float32.
         named: [B] bool: false where the query would have to name that fact's subject and does not.
         z: [B, dim] the queries' conditions.
         edits: what was edited when this was decided.
+        left_to_base: [B] bool: whether the query is taken for an edited one whose fact was not
+            learnt, so that the base model answers it.
     """
 
     accepted: Tensor
@@ -72,6 +86,7 @@ class Routing:
     named: Tensor
     z: Tensor
     edits: Edits | None
+    left_to_base: Tensor
 
     def __len__(self) -> int:
         return len(self.accepted)
@@ -130,7 +145,8 @@ class Router:
             CorruptFileError: a file is damaged, or of a newer version of the format.
         """
         saved = load_edits(folder, device)
-        config = RoutingConfig(saved.config["snap"], saved.config["require_subject"])
+        names = (f.name for f in dataclasses.fields(RoutingConfig))
+        config = RoutingConfig(**{n: saved.config[n] for n in names if n in saved.config})
         return cls(saved.load_encoder(), saved.edits, config, saved.edits.conditions.device)
 
     @property
@@ -175,11 +191,18 @@ class Router:
         """Whether a query must name the subject of the edited fact nearest to it."""
         return self.config.requires_subject(0 if self.edits is None else len(self.edits))
 
+    @property
+    def num_left_to_base(self) -> int:
+        """How many edited facts the base model answers for, because they were not learnt."""
+        if self.edits is None or self.config.serve_unlearnt:
+            return 0
+        return self.edits.num_unlearnt
+
     def protocol(self) -> dict[str, Any]:
         """What a report on the edited model must say of how its queries are answered, JSON-able."""
         assert self.edits is not None
         how = {"require_subject": self.requires_subject, "snap": self.config.snap}
-        return how | self.edits.protocol()
+        return how | self.edits.protocol() | {"left_to_base": self.num_left_to_base}
 
     def forget(self) -> None:
         """Empty the cache of neurons, after the generator was changed in place."""
@@ -195,7 +218,7 @@ class Router:
         z, edits = by.encoder.encode(queries).to(self.device), by.edits
         if edits is None:
             nowhere = torch.full((len(z),), -1)
-            return Routing(nowhere > 0, nowhere, nowhere.float(), nowhere < 0, z, None)
+            return Routing(nowhere > 0, nowhere, nowhere.float(), nowhere < 0, z, None, nowhere > 0)
         score = edits.gate.score(z)
         _, fact = nearest(z, edits.conditions)
         # float64 holds both exactly.
@@ -204,7 +227,11 @@ class Router:
         named = torch.ones(len(z), dtype=torch.bool)
         if by.config.requires_subject(len(edits)):
             named = subject_named(edits, queries, fact)
-        return Routing((score > edits.gate.threshold) & named, fact, score, named, z, edits)
+        accepted = (score > edits.gate.threshold) & named
+        left = torch.zeros_like(accepted)
+        if not by.config.serve_unlearnt:
+            left = accepted & ~edits.learnt[fact]
+        return Routing(accepted & ~left, fact, score, named, z, edits, left)
 
     def neurons(self, routing: Routing) -> tuple[Neurons | None, Tensor]:
         """The neurons of the queries that were accepted.

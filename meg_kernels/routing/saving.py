@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from meg_kernels.facts import Fact, read_facts, write_facts
+from meg_kernels.facts import Fact, write_facts, written_facts
 from meg_kernels.familiarity import Calibration, FamiliarityNetwork, Gate, SimilarityGate
 from meg_kernels.neuron import NeuronLayout
 from meg_kernels.pretrained import usable_device
@@ -187,7 +187,7 @@ def load_edits(folder: str | Path, device: str | torch.device | None = None) -> 
     files = {kind: folder / name for kind, name in manifest["files"].items()}
     if missing := [str(path) for path in files.values() if not path.exists()]:
         raise CorruptFileError(f"{missing[0]} is missing; restore the folder or edit again")
-    facts = tuple(read_facts(files["facts"]))
+    facts = tuple(written_facts(files["facts"]))
     _check_content(files["facts"], _digest_of_facts(facts))
     tensors, layout = _read(files["edits"]), NeuronLayout(**manifest["layout"])
     config = manifest["config"]
