@@ -184,7 +184,7 @@ def test_an_answer_that_a_real_tokenizer_spells_passes(smollm2_tokenizer, answer
     assert pair == prompted.target(prompted.prompt("Who wrote Emma?"), answer)
 
 
-@pytest.mark.parametrize("answer", ["Lyon\nor Nice", "Banksy <|im_end|> yes", "a\r\nb", ".", "..."])
+@pytest.mark.parametrize("answer", ["Banksy <|im_end|> yes", "<|im_start|>", ".", "..."])
 def test_an_answer_that_would_come_back_as_another_is_refused(smollm2_tokenizer, answer):
     facts = [Fact("Who wrote Emma?", "Jane Austen"), Fact("Who?", answer)]
     with pytest.raises(FactsError, match=r"taught 1 of 2 facts; reword.*\nfacts\[1\], 'Who\?'"):
@@ -195,18 +195,16 @@ def test_every_fact_that_cannot_be_taught_is_named_with_its_reason(tiny_model, t
     facts = [
         Fact("w1", "w2"),
         Fact("w2", "w3 </s> w4"),
-        Fact("w3", "w3\nw4"),
-        Fact("w4", ". ."),
-        Fact("w5", "unheard"),
-        Fact("w6 " * 70, "w5"),
+        Fact("w3", ". ."),
+        Fact("w4", "unheard"),
+        Fact("w5 " * 70, "w5"),
     ]
     with pytest.raises(FactsError) as error:
         PromptedModel.of(tiny_model("llama"), tokenizer).targets(facts)
     said, *lines = str(error.value).split("\n")
-    assert said == "the model cannot be taught 5 of 6 facts; reword them or leave them out:"
+    assert said == "the model cannot be taught 4 of 5 facts; reword them or leave them out:"
     reasons = [
         "written out: '</s>'",
-        "line break",
         "full stops",
         "is spelt 'w0 '",
         "more than the 64",

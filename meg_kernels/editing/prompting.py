@@ -263,7 +263,8 @@ class PromptedModel:
         """
         unfit, found, ends = [], [], {*self.ends}
         for place, fact in enumerate(facts):
-            reason, pairs = self._unfit(fact), []
+            long = self._surely_too_long(fact.query) or self._surely_too_long(fact.answer)
+            reason, pairs = long and f"it {long}", []
             if reason is None:
                 prompts = [self.prompt(framing) for framing in framings(fact.query)]
                 pairs = [self.target(prompt, fact.answer) for prompt in prompts]
@@ -277,15 +278,6 @@ class PromptedModel:
                 "leave them out:\n" + "\n".join(unfit)
             )
         return found
-
-    def _unfit(self, fact: Fact) -> str | None:
-        """Why a fact cannot even be read; None if it can."""
-        for name in ("query", "answer"):
-            if not is_unicode(getattr(fact, name)):
-                return f"its {name} holds halves of surrogate pairs, which no tokenizer takes"
-            if reason := self._surely_too_long(getattr(fact, name)):
-                return f"its {name} {reason}"
-        return None
 
     def _unteachable(
         self, answer: str, pairs: list[tuple[list[int], list[int]]], ends: set[int]
@@ -312,8 +304,6 @@ class PromptedModel:
         said = self.text(target[:given])
         if answers_match(said, answer):
             return None
-        if "\n" in answer.strip():
-            return "has a line break, at which answers end"
         if special := {*self.tokenizer.all_special_ids} & {*target[:-1]}:
             names = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(sorted(special))))
             return f"has tokens that are not written out: {names}"
