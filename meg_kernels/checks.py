@@ -12,9 +12,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from meg_kernels.texts import as_texts
@@ -172,6 +174,23 @@ def instance_of(kind: type) -> Check:
         return value
 
     return Check(f"an instance of {kind.__name__}", read, TypeError)
+
+
+def as_path(name: str, value: Any) -> Path:
+    """A path that a caller gave as text or as an object of its own.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: it names nothing: it is empty, or holds a NUL.
+    """
+    if not isinstance(value, str | os.PathLike) or isinstance(path := os.fspath(value), bytes):
+        raise TypeError(f"{name} is {shown(value)}; it must be a path: a text, or a pathlib.Path")
+    if not path or "\0" in path:
+        raise ValueError(
+            f"{name} is {path!r}, which names nothing; it must be a path, such as 'edited' ('.' is "
+            "the current folder)"
+        )
+    return Path(path)
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 import json
 import os
+import sys
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
-from meg_kernels.checks import integer, one_of, shown
+from meg_kernels.checks import as_path, integer, one_of, shown
 from meg_kernels.storage import write_text
 from meg_kernels.texts import is_ordered, is_unicode, normalized_answer, normalized_query
 
@@ -595,13 +596,14 @@ def _placed(
     path: str | Path, limit: int | None = None, zsre_target: ZsreTarget | None = None
 ) -> list[tuple[Fact, str]]:
     """The facts in a file, each with its place in words."""
-    path = Path(path)
+    path = as_path("path", path)
     limit = integer(1).or_none()("limit", limit)
+    most = None if limit is None else min(limit, sys.maxsize)
     one_of(ZsreTarget).or_none()("zsre_target", zsre_target)
     problems: list[str] = []
     placed: list[tuple[Fact, str]] = []
     undecided = 0
-    for record in itertools.islice(_records(path), limit):
+    for record in itertools.islice(_records(path), most):
         try:
             fact = _recognised(record.content, zsre_target or "answers")
         except FactsError as error:

@@ -238,7 +238,9 @@ class Neurons:
 
     def to(self, *args, **kwargs) -> Neurons:
         """These neurons on another device or in another dtype; takes what `Tensor.to` takes."""
-        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+        moved = self._map(lambda tensor: tensor.to(*args, **kwargs))
+        check_floating(**moved._tensors())
+        return moved
 
     def contiguous(self) -> Neurons:
         """These neurons, copied where they are views of something wider."""

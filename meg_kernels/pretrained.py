@@ -18,6 +18,7 @@ import re
 import shutil
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from meg_kernels.arguments import check_instance
 from meg_kernels.checkpoints import check_files, check_whole, explained, reaching
 from meg_kernels.gradients import with_gradients
 from meg_kernels.storage import CorruptFileError, cache_folder
@@ -78,6 +80,8 @@ def usable_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device is {device!r}; it must be a torch device: {error}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device is {device}, but PyTorch sees no CUDA device; run: meg info")
+    if device.type == "meta":
+        raise ValueError("device is meta, where weights have no values; choose cpu or cuda")
     return device
 
 
@@ -196,8 +200,15 @@ def ready_to_pad(tokenizer: PreTrainedTokenizerBase, side: str = "left") -> PreT
         token, its end-of-text token serves.
 
     Raises:
-        ValueError: it has neither of the two.
+        TypeError: it is no tokenizer.
+        ValueError: it has neither of the two tokens.
     """
+    check_instance(
+        "tokenizer",
+        tokenizer,
+        PreTrainedTokenizerBase,
+        "AutoTokenizer.from_pretrained(...) loads the model's",
+    )
     if tokenizer.padding_side == side and tokenizer.pad_token is not None:
         return tokenizer
     padding = copy.deepcopy(tokenizer)
@@ -243,18 +254,23 @@ def embedded_tokens(model: PreTrainedModel) -> int | None:
 
 
 def check_tokens(
-    tokens: Tensor, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> None:
-    """Refuse texts with tokens that the model does not embed, as `check_tokenizer` lets pass.
+    """Refuse texts of no token, or with tokens that the model does not embed.
 
     Args:
-        tokens: numbers of tokens, of any shape, on the CPU.
+        batch: `input_ids` and, of several texts, `attention_mask`, [B, T], on the CPU.
         tokenizer: that they are of.
         model: that shall read them.
 
     Raises:
-        ValueError: there is one; the message names it.
+        ValueError: there is one; the message names the token.
     """
+    tokens = batch["input_ids"]
+    if not bool(batch.get("attention_mask", torch.ones_like(tokens)).any(1).all()):
+        raise ValueError(
+            "a text is blank: the tokenizer makes no token of it; give each at least a word"
+        )
     rows = embedded_tokens(model)
     if rows is not None and tokens.numel() and (highest := int(tokens.max())) >= rows:
         raise ValueError(
@@ -322,6 +338,8 @@ def _load(
     auto: Any, what: str, source: str | Path, may_be: str, unread: re.Pattern[str], **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A whole model and its tokenizer, or an OSError or ValueError that says what to do."""
+    if not isinstance(source, str | Path):
+        raise TypeError(f"{what} cannot be loaded: {may_be}")
     where = {keyword: kwargs[keyword] for keyword in _WHERE if keyword in kwargs}
     try:
         with reaching(source, kwargs.get("local_files_only", False)):

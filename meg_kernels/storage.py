@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
+from meg_kernels.checks import as_path
 from meg_kernels.locking import open_alone
 
 if TYPE_CHECKING:  # readers of facts and the command line's help do without torch
@@ -259,8 +260,17 @@ class WorkFolder:
 
     @classmethod
     def of(cls, folder: str | Path | None) -> WorkFolder:
-        """The work folder at a path, or one that keeps nothing."""
-        return cls(None if folder is None else Path(folder))
+        """The work folder at a path, or one that keeps nothing.
+
+        Raises:
+            TypeError, ValueError: it is no path.
+            OSError: it is a file, or nothing can be written there.
+        """
+        if folder is None:
+            return cls()
+        path = as_path("work_folder", folder)
+        check_writable(path / "work")
+        return cls(path)
 
     def __truediv__(self, name: str) -> WorkFolder:
         """The folder of this name inside this one."""

@@ -231,7 +231,7 @@ class TextEncoder(nn.Module):
             max_length=self.max_tokens,
             return_tensors="pt",
         )
-        check_tokens(tokens["input_ids"], self.tokenizer, self.model)
+        check_tokens(tokens, self.tokenizer, self.model)
         tokens = tokens.to(self.model.device)
         hidden = self.model(**tokens).last_hidden_state
         if self.pooling == "cls":

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from meg_kernels.checkpoints import not_finite
-from meg_kernels.checks import TEXTS, check_fields, integer, number
+from meg_kernels.checks import TEXTS, check_fields, instance_of, integer, number
 from meg_kernels.editing.prompting import IGNORED, PromptedModel, TargetBatch
 from meg_kernels.facts import Fact
 from meg_kernels.gradients import check_trainable, with_gradients
@@ -262,6 +262,9 @@ def collectable(
         FactsError: facts that the model cannot be taught: `PromptedModel.targets` says why.
         ValueError: no facts, or a model that says nothing, or NaN, whatever it reads.
     """
+    instance_of(PromptedModel)("prompted", prompted)
+    instance_of(Attached)("attached", attached)
+    instance_of(CollectionConfig)("config", config)
     if not facts:
         raise ValueError("there are no facts to collect neurons for")
     model = attached.model
@@ -320,8 +323,9 @@ def collect(
         ValueError: no facts, or a model that no neuron can be fitted for: see `collectable`.
         FloatingPointError: the fit diverged; a smaller learning rate helps.
     """
-    config, model = config or CollectionConfig(), attached.model
+    config = CollectionConfig() if config is None else config
     targets = collectable(prompted, attached, facts, config)
+    model = attached.model
     lower = LowerLayers(model, attached.layer)
     upper = [*decoder_layers(model)[attached.layer + 1 :], model.get_output_embeddings()]
     # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.

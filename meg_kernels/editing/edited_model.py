@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from meg_kernels.checks import instance_of
 from meg_kernels.editing.evaluate import Evaluation, EvaluationReport, unknown_facts
 from meg_kernels.editing.general_ability import Perplexity, perplexity
 from meg_kernels.editing.prompting import PromptedModel
@@ -132,8 +133,18 @@ class EditedModel:
         Args:
             queries: row b of the model's batch is queries[b].
             routing: of these queries; default: what `route` says.
+
+        Raises:
+            TypeError: queries that are no texts, or a routing that is none.
+            ValueError: the routing is of another number of queries.
         """
-        routing = self.route(queries) if routing is None else routing
+        queries = as_texts("queries", queries)
+        routing = self.router.route(queries) if routing is None else routing
+        if len(instance_of(Routing)("routing", routing)) != len(queries):
+            raise ValueError(
+                f"routing is of {len(routing)} queries, and {len(queries)} are given; give those "
+                "that it was made of, route(queries)"
+            )
         disabled = self.attached.is_disabled
         neurons, index = (None, None) if disabled else self.router.neurons(routing)
         if neurons is None:

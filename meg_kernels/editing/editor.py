@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.checks import FLAG, instance_of
+from meg_kernels.checks import FLAG, as_path, instance_of
 from meg_kernels.editing.config import EditorConfig, GateKind
 from meg_kernels.editing.distill import Distillation
 from meg_kernels.editing.edited_model import EditedModel, one_at_a_time
@@ -82,7 +82,9 @@ class MeGEditor(EditedModel):
         config = instance_of(EditorConfig).or_none()("config", config) or EditorConfig()
         prompted = PromptedModel.of(language_model(model).eval(), tokenizer, config.template)
         if not isinstance(encoder, TextEncoder):
-            encoder = TextEncoder.from_pretrained(encoder or DEFAULT_ENCODER, device=model.device)
+            encoder = TextEncoder.from_pretrained(
+                DEFAULT_ENCODER if encoder is None else encoder, device=model.device
+            )
         # Last: an error before it leaves the model as it is.
         attached = attach(model, default_layer(model) if config.layer is None else config.layer)
         router = Router(encoder, None, config.routing, model.device)
@@ -351,7 +353,7 @@ class MeGEditor(EditedModel):
             RuntimeError: nothing is edited, or another process writes there, or did since loading.
             OSError: the folder holds something else, or cannot be written.
         """
-        path, config = Path(folder).resolve(), self.config.to_dict()
+        path, config = as_path("folder", folder).resolve(), self.config.to_dict()
         state = self._states.get(path)
         self._states[path] = save_edits(folder, self.edits, self.encoder, self.base, config, state)
 
@@ -383,7 +385,8 @@ class MeGEditor(EditedModel):
         """
         if (model is None) != (tokenizer is None):
             raise ValueError("pass both model and tokenizer, or neither")
-        saved, encoder = load_edited(folder, device if model is None else model.device)
+        device = device if model is None else language_model(model).device
+        saved, encoder = load_edited(folder, device)
         base = saved.base
         if model is None or tokenizer is None:
             dtype = dtype or getattr(torch, base.dtype)

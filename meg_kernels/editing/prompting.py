@@ -12,11 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from meg_kernels.arguments import check_instance
+from meg_kernels.checks import FLAG, TEXTS, Check, instance_of, integer, number, shown
 from meg_kernels.facts import Fact, FactsError
 from meg_kernels.nn import input_device, last_feed_forward_sees
 from meg_kernels.nn.changed import hooked
+from meg_kernels.nn.families import language_model
 from meg_kernels.pretrained import (
     check_tokenizer,
     check_tokens,
@@ -45,14 +48,21 @@ class PromptTemplate:
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or self.text.count("{}") != 1:
             raise ValueError(f"the template is {self.text!r}; it must hold one {{}}")
+        if not is_unicode(self.text):
+            raise ValueError(
+                f"the template is {self.text!r}; it must be text without halves of surrogate pairs"
+            )
 
     def format(self, query: str) -> str:
         """The prompt of a query."""
+        if not isinstance(query, str):
+            raise TypeError(f"query is {shown(query)}; it must be text")
         return self.text.replace("{}", query.strip())
 
     @classmethod
     def for_model(cls, model: PreTrainedModel) -> PromptTemplate:
         """The paper's template for the paper's models, by model_type; the default for others."""
+        model = language_model(model)
         return cls(PAPER_TEMPLATES.get(model.config.model_type, cls.text))
 
 
@@ -151,6 +161,22 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({tokenizer.eos_token_id, *line_breaks})
 
 
+def _early_stopping(value: Any) -> bool | str:
+    return value if value == "never" else FLAG("early_stopping", value)
+
+
+def _streamer(value: Any) -> Any:
+    if not (hasattr(value, "put") and hasattr(value, "end")):
+        raise TypeError
+    return value
+
+
+def _listed(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError
+    return value
+
+
 # What `PromptedModel.answers` sets itself, and what gives its model other prompts or other results
 # than texts.
 OWN_KEYWORDS = {
@@ -169,6 +195,28 @@ OWN_KEYWORDS = {
 }
 
 
+# Of `model.generate`, which takes any value, and fails on some in the midst of its work.
+CHECKED_KEYWORDS = {
+    "do_sample": FLAG,
+    "early_stopping": Check("True, False or 'never'", _early_stopping),
+    "generation_config": instance_of(GenerationConfig),
+    "length_penalty": number(),
+    "max_time": number(above=0),
+    "min_new_tokens": integer(0),
+    "no_repeat_ngram_size": integer(0),
+    "num_beams": integer(1),
+    "num_return_sequences": integer(1),
+    "repetition_penalty": number(above=0),
+    "streamer": Check("a streamer, with put and end", _streamer, TypeError),
+    "temperature": number(least=0),
+    "top_k": integer(0),
+    "top_p": number(least=0, most=1),
+    "use_cache": FLAG,
+    "logits_processor": Check("a list of logits processors", _listed, TypeError),
+    "stopping_criteria": Check("a list of stopping criteria", _listed, TypeError),
+}
+
+
 def check_generation(max_new_tokens: int, keywords: Mapping[str, Any]) -> None:
     """Refuse what contradicts answering prompts.
 
@@ -178,12 +226,14 @@ def check_generation(max_new_tokens: int, keywords: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: a keyword of the wrong kind, or one that gives other prompts or results.
-        ValueError: max_new_tokens is below 1.
+        ValueError: max_new_tokens is below 1, or another keyword out of its range.
     """
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral):
         raise TypeError(f"max_new_tokens is {max_new_tokens!r}; it must be an integer from 1")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be an integer from 1")
+    for name in keywords.keys() & CHECKED_KEYWORDS.keys():
+        CHECKED_KEYWORDS[name].or_none()(name, keywords[name])
     for name in ("eos_token_id", "pad_token_id"):
         ids = _as_list(keywords.get(name))
         if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
@@ -219,6 +269,7 @@ class PromptedModel:
     template: PromptTemplate
 
     def __post_init__(self) -> None:
+        instance_of(PromptTemplate)("template", self.template)
         if self.tokenizer.pad_token_id is None or self.tokenizer.padding_side != "left":
             raise ValueError(
                 "the tokenizer must have a padding token and pad on the left; use "
@@ -242,7 +293,8 @@ class PromptedModel:
 
         The given tokenizer stays as it is.
         """
-        return cls(model, ready_to_pad(tokenizer), template or PromptTemplate.for_model(model))
+        template = PromptTemplate.for_model(model) if template is None else template
+        return cls(model, ready_to_pad(tokenizer), template)
 
     def prompt(self, query: str) -> str:
         """The query in the template."""
@@ -269,6 +321,7 @@ class PromptedModel:
         """
         unfit, found, ends = [], [], {*self.ends}
         for place, fact in enumerate(facts):
+            check_instance(f"facts[{place}]", fact, Fact, "as_facts(facts) makes them of dicts")
             long = self._surely_too_long(fact.query) or self._surely_too_long(fact.answer)
             reason, pairs = long and f"it {long}", []
             if reason is None:
@@ -405,10 +458,11 @@ class PromptedModel:
             TypeError: a keyword that contradicts this: `check_generation` names them.
             ValueError: a prompt is longer than the model reads, or no valid text.
         """
+        prompts = TEXTS("prompts", prompts)
         self.check_prompts(prompts, max_new_tokens, **generation)
         generation = {k: v for k, v in generation.items() if k not in OWN_KEYWORDS}
         batch = tokenized(self.tokenizer, list(prompts), return_tensors="pt", padding=True)
-        check_tokens(batch["input_ids"], self.tokenizer, self.model)
+        check_tokens(batch, self.tokenizer, self.model)
         batch = batch.to(input_device(self.model))
         batch.pop("token_type_ids", None)
         ends = self.ends

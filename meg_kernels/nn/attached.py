@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from meg_kernels.arguments import check_instance
 from meg_kernels.neuron import NeuronLayout, Neurons
 from meg_kernels.nn.families import FeedForward, feed_forward, language_model
 from meg_kernels.nn.mounted import EMPTY, Mounted, Place
@@ -307,6 +308,7 @@ class Attached:
             raise RuntimeError("this attachment was detached; call attach(model, layer) again")
         if self.has_neurons:
             raise RuntimeError("neurons are mounted already; leave that `with` block first")
+        check_instance("neurons", neurons, Neurons, "collect(...).neurons are some")
         if neurons.layout != self.layout:
             raise ValueError(
                 f"neurons have {neurons.layout}, but layer {self.layer} needs {self.layout}"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meg_kernels.checks import shown
 from meg_kernels.neuron import Neurons
 from meg_kernels.ops.dynamic_neuron import check_index, dynamic_neuron, dynamic_neuron_
 from meg_kernels.scoped import held, holding
@@ -45,11 +46,22 @@ class Mounted:
         neurons: Neurons,
         index: Tensor | Sequence[int] | None,
     ) -> Mounted:
-        """`neurons` on that device and in that dtype; ValueError if `index` does not fit them."""
+        """`neurons` on that device and in that dtype.
+
+        Raises:
+            TypeError: `index` holds no numbers.
+            ValueError: they are not those of these neurons.
+        """
         if index is None:
             index = torch.arange(len(neurons))
         elif not isinstance(index, Tensor):
-            index = torch.tensor(index) if len(index) else torch.zeros(0, dtype=torch.int64)
+            try:
+                index = torch.tensor(index) if len(index) else torch.zeros(0, dtype=torch.int64)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(
+                    f"index is {shown(index)}; it must be a list of neuron numbers (-1 for none), "
+                    "such as [0, -1]"
+                ) from error
         check_index(index, neurons)  # here, where it is usually on the CPU and can be read
         # Contiguous: flat vectors' views start where no 16-byte load may.
         neurons = neurons.to(device, dtype).contiguous()

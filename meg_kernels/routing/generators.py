@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meg_kernels.arguments import check_floating, check_instance
 from meg_kernels.checks import (
     FLAG,
     SEED,
@@ -275,7 +276,9 @@ class GeneratorConfig:
         Raises:
             ValueError: the kind or a field is unknown, or a value is out of range.
         """
-        kind = values.get("kind") if isinstance(values, Mapping) else values
+        if not isinstance(values, Mapping):
+            raise ValueError(f"generator is {shown(values)}; it must be an object with its kind")
+        kind = values.get("kind")
         if not isinstance(kind, str) or kind not in GENERATORS:
             raise ValueError(f"kind is {shown(kind)}; it must be one of {', '.join(GENERATORS)}")
         rest = {name: value for name, value in values.items() if name != "kind"}
@@ -416,12 +419,23 @@ class Generator(nn.Module):
             B neurons of the generator's layout, float32.
 
         Raises:
-            ValueError: z has another shape.
+            TypeError: z is no tensor.
+            ValueError: z has another shape or no floating-point dtype, or nothing was stored.
         """
+        check_floating(z=z)
         if z.dim() != 2 or z.shape[1] != self.condition_dim:
             raise ValueError(f"z is {tuple(z.shape)}; it must be [B, {self.condition_dim}]")
         with torch.no_grad():
             return self.layout.unpack(self._weights(z))
+
+    def _check_pairs(self, conditions: Tensor, neurons: Neurons) -> None:
+        """Refuse conditions that are not one for each of the neurons, all of them finite."""
+        check_floating(conditions=conditions)
+        check_instance("neurons", neurons, Neurons, "collect gives them")
+        if conditions.shape != (wanted := (len(neurons), self.condition_dim)):
+            raise ValueError(f"conditions is {tuple(conditions.shape)}; it must be {wanted}")
+        if not bool(conditions.isfinite().all()) or not bool(neurons.is_finite().all()):
+            raise ValueError("conditions and neurons must be finite; they hold NaN or infinity")
 
     def _weights(self, z: Tensor) -> Tensor:
         """Neurons laid flat, [B, layout.dim], of conditions [B, condition_dim]."""
@@ -454,8 +468,9 @@ class NetworkGenerator(Generator):
         """Take the scales of the data, from conditions [N, condition_dim] and their N neurons.
 
         Raises:
-            ValueError: the neurons are of another layout.
+            ValueError: the neurons are of another layout, or the conditions are not theirs.
         """
+        self._check_pairs(conditions, neurons)
         if not self.config.training.standardize:
             self.weight_std.fill_(PAPER_WEIGHT_STD)
             return
@@ -620,14 +635,17 @@ class NeuronBank(Generator):
         """Keep these neurons alone, found under conditions [N, condition_dim].
 
         Raises:
-            ValueError: the neurons are of another layout.
+            ValueError: the neurons are of another layout, or the conditions are not theirs.
         """
+        self._check_pairs(conditions, neurons)
         self.conditions = F.normalize(conditions, dim=-1)
         self.weights = self.layout.pack(neurons)
 
     def _weights(self, z: Tensor) -> Tensor:
         if not len(z):
             return self.weights[:0]
+        if not len(self.weights):
+            raise ValueError("the bank holds no neurons; call store(conditions, neurons) first")
         # By cosine, as the gate finds the nearest query: both must find the same one.
         return self.weights[(F.normalize(z, dim=-1) @ self.conditions.T).argmax(1)]
 
@@ -648,8 +666,12 @@ def build_generator(config: GeneratorConfig, layout: NeuronLayout, condition_dim
         condition_dim: length of a condition.
 
     Raises:
-        ValueError: the network is larger than the machine's memory.
+        TypeError: config or layout is none.
+        ValueError: condition_dim is below 1, or the network is larger than the machine's memory.
     """
+    instance_of(GeneratorConfig)("config", config)
+    instance_of(NeuronLayout)("layout", layout)
+    condition_dim = integer(1)("condition_dim", condition_dim)
     generator = GENERATORS[config.kind][1]
     if not isinstance(config, NetworkGeneratorConfig):
         return generator(config, layout, condition_dim).eval()

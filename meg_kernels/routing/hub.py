@@ -14,6 +14,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from meg_kernels.checks import FLAG, as_path
 from meg_kernels.pretrained import SMOLLM2
 from meg_kernels.routing.manifest import KINDS, MANIFEST
 
@@ -184,7 +185,8 @@ def push_to_hub(
         huggingface_hub.errors.HfHubHTTPError: the Hub refuses, for instance for want of a token.
     """
     check_repo_id(repo_id)
-    folder = Path(folder)
+    private = FLAG.or_none()("private", private)
+    folder = as_path("folder", folder)
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
             f"{folder} holds no edited model; write one with MeGEditor.save_pretrained"

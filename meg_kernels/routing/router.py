@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meg_kernels.checks import FLAG, check_fields
+from meg_kernels.checks import FLAG, check_fields, instance_of
 from meg_kernels.familiarity import nearest
 from meg_kernels.neuron import Neurons
 from meg_kernels.routing.edits import Edits, condition_keys
@@ -100,6 +100,14 @@ class _By:
     edits: Edits | None
     config: RoutingConfig
 
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            encoder=instance_of(TextEncoder),
+            edits=instance_of(Edits).or_none(),
+            config=instance_of(RoutingConfig),
+        )
+
 
 class Router:
     """Finds the neuron of each query, if it has one. It knows no language model.
@@ -124,7 +132,7 @@ class Router:
         config: RoutingConfig | None = None,
         device: torch.device | None = None,
     ):
-        self._by = _By(encoder, edits, config or RoutingConfig())
+        self._by = _By(encoder, edits, RoutingConfig() if config is None else config)
         self.device = encoder.model.device if device is None else device
         self.served = Served()
         self._cache, self._counting = NeuronCache(), OwnLock()
@@ -180,7 +188,8 @@ class Router:
     ) -> None:
         """Route by other edits from now on; encoder and configuration stay unless given."""
         by = self._by
-        self._by = _By(encoder or by.encoder, edits, config or by.config)
+        encoder = by.encoder if encoder is None else encoder
+        self._by = _By(encoder, edits, by.config if config is None else config)
 
     def __repr__(self) -> str:
         edited = 0 if self.edits is None else len(self.edits)
@@ -243,6 +252,7 @@ class Router:
             Some neurons, None if no query was accepted; and int64 [B] on the CPU: the row of each
             query's neuron among them, -1 if it has none.
         """
+        instance_of(Routing)("routing", routing)
         rows = routing.accepted.nonzero()[:, 0]
         index = torch.full((len(routing),), -1)
         self._count(Served(queries=len(routing), edited=len(rows)))

@@ -29,6 +29,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from meg_kernels.checks import as_path
 from meg_kernels.facts import FactsError, write_facts, written_facts
 from meg_kernels.familiarity import Calibration, FamiliarityNetwork, Gate, SimilarityGate
 from meg_kernels.locking import WriterLock
@@ -156,7 +157,7 @@ def writing(folder: str | Path, work: str | None = None) -> Iterator[Writer]:
         FileExistsError: it holds other files.
         OSError: it cannot be written.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     check_free(folder)
     made: list[Path] = []
     lock = writer = None
@@ -393,21 +394,21 @@ def load_edits(folder: str | Path, device: str | torch.device | None = None) -> 
         CorruptFileError: a file is damaged, or of a newer version of the format.
         RuntimeError: the device is not there.
     """
-    device = usable_device(device)
-    return _in_one_state(Path(folder), lambda manifest: _read_edits(Path(folder), manifest, device))
+    device, path = usable_device(device), as_path("folder", folder)
+    return _in_one_state(path, lambda manifest: _read_edits(path, manifest, device))
 
 
 def load_edited(
     folder: str | Path, device: str | torch.device | None = None
 ) -> tuple[Saved, TextEncoder]:
     """What `load_edits` reads, and the tuned encoder, on the same device."""
-    device = usable_device(device)
+    device, path = usable_device(device), as_path("folder", folder)
 
     def read(manifest: dict[str, Any]) -> tuple[Saved, TextEncoder]:
-        saved = _read_edits(Path(folder), manifest, device)
-        return saved, _read_encoder(Path(folder), manifest, saved.edits)
+        saved = _read_edits(path, manifest, device)
+        return saved, _read_encoder(path, manifest, saved.edits)
 
-    return _in_one_state(Path(folder), read)
+    return _in_one_state(path, read)
 
 
 def _in_one_state(folder: Path, read: Callable[[dict[str, Any]], T]) -> T:
