@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from meg_kernels.cli.plots import plot_layers, require_matplotlib
+from meg_kernels.cli.plots import check_plot, plot_layers
 from meg_kernels.cli.tables import (
     EditedFact,
     calibration_text,
@@ -380,7 +380,7 @@ def try_layers(
     asked = _read_facts(facts, limit, on_conflict, zsre_target)
     check_writable(report, plot)
     if plot is not None:
-        require_matplotlib()  # now, not when the work is done
+        check_plot(plot)  # now, not when the work is done
     with _loading(model):
         loaded, tokenizer = load_language_model(model, dtype.to_torch(), device)
     with resumable("layers", facts.resolve(), model) as work:

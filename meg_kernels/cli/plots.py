@@ -21,7 +21,7 @@ def plot_layers(comparison: LayerComparison, path: str | Path) -> None:
         ImportError: matplotlib is not installed.
         ValueError: matplotlib does not know the suffix.
     """
-    require_matplotlib()
+    check_plot(path)
     from matplotlib.figure import Figure
 
     rows, best = comparison.layers, comparison.best
@@ -43,11 +43,20 @@ def plot_layers(comparison: LayerComparison, path: str | Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def require_matplotlib() -> None:
-    """Check that plots can be drawn.
+def check_plot(path: str | Path) -> None:
+    """Refuse, before the work, a plot that could not be drawn after it.
 
     Raises:
         ImportError: matplotlib is not installed; the message says how to install it.
+        ValueError: the file's suffix names no format that it writes.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("plots need matplotlib; run: pip install matplotlib")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if (suffix := Path(path).suffix.removeprefix(".").lower()) and suffix not in formats:
+        raise ValueError(
+            f"{path} ends in .{suffix}, which is no format of a plot; it must be one of "
+            f"{', '.join(sorted(formats))}"
+        )
