@@ -17,15 +17,23 @@ import dataclasses
 import itertools
 import json
 import os
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
+from meg_kernels.checks import integer, one_of, shown
 from meg_kernels.storage import write_text
-from meg_kernels.texts import normalized
+from meg_kernels.texts import is_ordered, is_unicode, normalized_answer, normalized_query
+
+OnConflict = Literal["error", "first", "last"]
+"""What to do with facts that contradict each other."""
+
+ZsreTarget = Literal["answers", "alt"]
+"""Which field of a ZsRE record is the new answer."""
 
 
 class FactsError(ValueError):
@@ -58,7 +66,7 @@ class Fact:
 
     Args:
         query: a question, or the beginning of a sentence which the answer completes.
-        answer: the new answer, without a full stop.
+        answer: the new answer, one line without a full stop.
         id: unique among the facts of an editor; if empty, "query -> answer".
         subject: what the fact is about; None if that is not known.
         relation: what it says about the subject; None if that is not known.
@@ -88,8 +96,19 @@ class Fact:
         _check_text("subject", self.subject, optional=True)
         _check_text("relation", self.relation, optional=True)
         if self.id == "":
-            object.__setattr__(self, "id", f"{self.query.strip()} -> {self.answer.strip()}")
+            named = f"{self.query.strip()} -> {self.answer.strip()}"
+            object.__setattr__(self, "id", "".join(" " if _is_control(c) else c for c in named))
         _check_text("id", self.id)
+        if "\n" in self.answer.strip():
+            raise FactsError(
+                f"answer is {shown(self.answer)}; it must be one line, since an answer ends at a "
+                "line break"
+            )
+        if unwritable := [sign for sign in self.id if _is_control(sign)]:
+            raise FactsError(
+                f"id is {shown(self.id)}, with {unwritable[0]!r}; it must hold no control "
+                "characters, so that it can be written and typed"
+            )
         paraphrases = _items("paraphrases", self.paraphrases)
         for i, paraphrase in enumerate(paraphrases):
             _check_text(f"paraphrases[{i}]", paraphrase)
@@ -123,9 +142,8 @@ class Fact:
         for name in ("query", "answer"):
             if name not in fields:
                 raise FactsError(f"{name} is missing")
-        number = fields.get("id")
-        if isinstance(number, int) and not isinstance(number, bool):
-            fields["id"] = str(number)
+        if "id" in fields:
+            fields["id"] = _id("id", fields["id"])
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,24 +152,24 @@ class Fact:
 
     @property
     def normalized_query(self) -> str:
-        """The query as it is compared with others: case and white space do not count."""
-        return normalized(self.query)
+        """What the query asks, by which it is compared with others."""
+        return normalized_query(self.query)
 
     @property
     def normalized_answer(self) -> str:
-        """The answer as it is compared with others: case and white space do not count."""
-        return normalized(self.answer)
+        """What the answer says, by which it is compared with others."""
+        return normalized_answer(self.answer)
 
     def is_named_in(self, query: str) -> bool:
-        """Whether `query` contains the fact's subject, whatever its case and white space.
+        """Whether `query` contains the fact's subject, whatever way it is written.
 
         True for any query if the fact has no subject or its own query does not contain it.
 
         >>> Fact("Who wrote Emma?", "Me", subject="Emma").is_named_in("the author of EMMA")
         True
         """
-        subject = normalized(self.subject or "")
-        return subject in normalized(query) or subject not in self.normalized_query
+        subject = normalized_query(self.subject or "")
+        return subject in normalized_query(query) or subject not in self.normalized_query
 
 
 def _check_text(name: str, value: Any, optional: bool = False) -> None:
@@ -159,16 +177,40 @@ def _check_text(name: str, value: Any, optional: bool = False) -> None:
         return
     if not isinstance(value, str) or not value.strip():
         or_none = ", or None" if optional else ""
-        raise FactsError(f"{name} is {value!r}; it must be text that is not blank{or_none}")
+        raise FactsError(f"{name} is {shown(value)}; it must be text that is not blank{or_none}")
+    if "\0" in value or not is_unicode(value):
+        raise FactsError(
+            f"{name} is {shown(value)}; it must be text without NUL and halves of surrogate pairs, "
+            "which no file and no tokenizer takes"
+        )
+
+
+def _is_control(sign: str) -> bool:
+    return unicodedata.category(sign) == "Cc"
+
+
+def _name(name: Any) -> str:
+    """A field's name in a message; what cannot be printed is escaped."""
+    return name if isinstance(name, str) and name.isprintable() and name else shown(name)
+
+
+def _id(name: str, value: Any) -> str:
+    """An id from a file or a table: text, or an integer that becomes text."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        value = int(value)
+        if abs(value) >= 2**64:  # Python prints no integers of thousands of digits
+            raise FactsError(f"{name} is {shown(value)}; it must be text, or an integer of 64 bits")
+        return str(value)
+    _check_text(name, value)
+    return str(value)
 
 
 def _items(name: str, value: Any) -> tuple[Any, ...]:
     """What is in a list, a tuple or another ordered iterable; a single text is refused."""
     if isinstance(value, str):
         raise FactsError(f"{name} is {value!r}; it must be a list of texts: [{value!r}]")
-    unfit = isinstance(value, (bytes, Mapping, AbstractSet))
-    if unfit or not isinstance(value, Iterable):
-        raise FactsError(f"{name} is {value!r}; it must be a list")
+    if not is_ordered(value):
+        raise FactsError(f"{name} is {shown(value)}; it must be a list")
     return tuple(value)
 
 
@@ -176,7 +218,7 @@ def _locality_query(name: str, entry: Any) -> LocalityQuery:
     if isinstance(entry, LocalityQuery):
         return entry
     if not isinstance(entry, (str, Mapping)):
-        raise FactsError(f"{name} is {entry!r}; it must be text, a LocalityQuery or a dict")
+        raise FactsError(f"{name} is {shown(entry)}; it must be text, a LocalityQuery or a dict")
     fields = {"query": entry} if isinstance(entry, str) else _present(entry)
     _check_names(f"{name}.", fields, LocalityQuery)
     if "query" not in fields:
@@ -199,7 +241,7 @@ def _check_names(prefix: str, record: Mapping[str, Any], kind: type[Fact | Local
     known = [field.name for field in dataclasses.fields(kind)]
     for name in record:
         if name not in known:
-            raise FactsError(f"{prefix}{name} is unknown; the fields are {', '.join(known)}")
+            raise FactsError(f"{prefix}{_name(name)} is unknown; the fields are {', '.join(known)}")
 
 
 # The other formats: their fields are named as the files name them.
@@ -226,35 +268,43 @@ def _list_field(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 
 def _from_counterfact(record: Mapping[str, Any]) -> Fact:
+    rewrite = record["requested_rewrite"]
+    if not isinstance(rewrite, Mapping):
+        raise FactsError(
+            f"requested_rewrite is {shown(rewrite, 60)}; it must be one object, with prompt, "
+            "subject and target_new.str"
+        )
     prompt = _field(record, "requested_rewrite.prompt")
     subject = _field(record, "requested_rewrite.subject")
     if prompt.count("{}") != 1:
         raise FactsError(f"requested_rewrite.prompt is {prompt!r}; it must hold one {{}}")
     case = record.get("case_id")
+    relation = _field(record, "requested_rewrite.relation_id", required=False)
     return Fact(
         query=prompt.replace("{}", subject),
         answer=_field(record, "requested_rewrite.target_new.str"),
-        id=f"counterfact-{case}" if case is not None else "",
+        id="" if case is None else f"counterfact-{_id('case_id', case)}",
         subject=subject,
-        relation=_field(record, "requested_rewrite.relation_id", required=False),
+        relation=relation,
         paraphrases=_list_field(record, "paraphrase_prompts"),
         locality=tuple(map(LocalityQuery, _list_field(record, "neighborhood_prompts"))),
     )
 
 
-def _from_zsre(record: Mapping[str, Any], target: Literal["answers", "alt"]) -> Fact:
+def _from_zsre(record: Mapping[str, Any], target: ZsreTarget) -> Fact:
     if target == "alt":
         answer = _field(record, "alt")
     else:
         answers = _list_field(record, "answers")
         if not answers:
-            raise FactsError("answers is empty; it must hold the new answer")
+            other = "; alt is taken with --zsre-target alt" if "alt" in record else ""
+            raise FactsError(f"answers is empty; it must hold the new answer{other}")
         answer = answers[0]
     number = record.get("id")
     return Fact(
         query=_field(record, "src"),
         answer=answer,
-        id=f"zsre-{number}" if number is not None else "",
+        id="" if number is None else f"zsre-{_id('id', number)}",
         subject=_field(record, "subject", required=False),
         paraphrases=_list_field(record, "rephrase"),
         locality=tuple(LocalityQuery(_as_question(q)) for q in _list_field(record, "loc")),
@@ -267,14 +317,28 @@ def _as_question(text: str) -> str:
     return text[len(prefix) :].rstrip("?") + "?" if text.startswith(prefix) else text
 
 
-def _recognised(
-    record: Mapping[str, Any], zsre_target: Literal["answers", "alt"] = "answers"
-) -> Fact:
+# The field that tells a format from the others, and the fields that it needs.
+FORMATS = {
+    "query": "query and answer",
+    "requested_rewrite": "requested_rewrite (CounterFact)",
+    "src": "src and answers (ZsRE)",
+}
+
+
+def _recognised(record: Mapping[str, Any], zsre_target: ZsreTarget = "answers") -> Fact:
     """The fact in a record of any of the three formats, told apart by its fields."""
     present = _present(record)
-    if "requested_rewrite" in present:
+    found = [name for name in FORMATS if name in present]
+    if len(found) > 1:
+        raise FactsError(
+            f"it has {' and '.join(found)}, which are fields of several formats; keep those of one"
+        )
+    if not found:
+        has = f"the fields {', '.join(map(_name, present))}" if present else "no fields"
+        raise FactsError(f"it has {has}; a fact needs {', or '.join(FORMATS.values())}")
+    if found == ["requested_rewrite"]:
         return _from_counterfact(present)
-    if "src" in present:
+    if found == ["src"]:
         return _from_zsre(present, zsre_target)
     return Fact.from_dict(present)
 
@@ -293,7 +357,7 @@ def as_facts(facts: FactsLike) -> list[Fact]:
 
     Returns:
         The facts, in their order. Facts that contradict each other are not looked for, except in a
-        file: `check_facts` finds them.
+        file: `editable_facts` finds them.
 
     Raises:
         FactsError: some cannot be used; the message names each row (from 0) and its field.
@@ -335,12 +399,37 @@ def as_facts(facts: FactsLike) -> list[Fact]:
     return read
 
 
+def editable_facts(facts: FactsLike, on_conflict: OnConflict = "error") -> list[Fact]:
+    """Facts that can be edited together, in whatever a caller keeps them in.
+
+    Args:
+        facts: as `as_facts` takes them.
+        on_conflict: what to do with facts that contradict each other, as in `read_facts`.
+
+    Returns:
+        The facts, in their order, at least one. A repeated fact is kept once, with a warning.
+
+    Raises:
+        FactsError: there are none, some cannot be used, or they contradict each other.
+        FileNotFoundError: there is no file at the path.
+        TypeError: `facts` is nothing that holds facts.
+        ValueError: `on_conflict` is none of the three.
+    """
+    one_of(OnConflict)("on_conflict", on_conflict)
+    if isinstance(facts, (str, os.PathLike)):
+        return read_facts(os.fspath(facts), on_conflict=on_conflict)
+    placed = [(fact, f"facts[{i}]") for i, fact in enumerate(as_facts(facts))]
+    if not placed:
+        raise FactsError("facts is empty; there must be at least one fact to edit")
+    return _one_of_each(placed, "the list of facts", on_conflict)
+
+
 def _given(fact: Any) -> Fact:
     if isinstance(fact, Fact):
         return fact
     if isinstance(fact, Mapping):
         return _recognised(fact)
-    raise FactsError(f"it is {fact!r}; it must be a Fact or a dict")
+    raise FactsError(f"it is {shown(fact)}; it must be a Fact or a dict")
 
 
 @dataclass(frozen=True)
@@ -355,19 +444,82 @@ class _Record:
         return f"line {self.line} (record {self.number})"
 
 
+def _text_of(path: Path) -> str:
+    """What stands in a file of facts; FactsError for what is none, with what it is."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file of facts at {path}")
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir())[:3]
+        holds = f"; it holds {', '.join(names)}" if names else ""
+        raise FactsError(f"{path} is a folder; name a file of facts{holds}")
+    if not path.is_file():
+        raise FactsError(
+            f"{path} is a pipe or a device, and facts are read more than once; write them to a "
+            "file first"
+        )
+    content = path.read_bytes()
+    for start, (kind, mending) in _KINDS.items():
+        if content.startswith(start):
+            raise FactsError(f"{path} is {kind}; {mending}")
+    try:
+        # As text files are read: whatever their line ends.
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise FactsError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+
+
+_KINDS = {
+    b"\xff\xfe": ("UTF-16 text", "save it as UTF-8"),
+    b"\xfe\xff": ("UTF-16 text", "save it as UTF-8"),
+    b"\x1f\x8b": ("compressed with gzip", "unpack it first, with gunzip"),
+    b"PK\x03\x04": ("a ZIP archive", "unpack it first, with unzip"),
+    b"BZh": ("compressed with bzip2", "unpack it first, with bunzip2"),
+    b"\xfd7zXZ": ("compressed with xz", "unpack it first, with unxz"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "unpack it first, with unzstd"),
+    b"PAR1": (
+        "a Parquet file",
+        "facts are read from JSON; in Python, pass pandas.read_parquet(path) as the facts",
+    ),
+}
+
+
+class _RepeatedField(FactsError):
+    """An object names one field twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _RepeatedField(f"it has the field {_name(twice)} twice; keep one of them")
+    return fields
+
+
+def _no_json(text: str, error: Exception) -> str:
+    """What is wrong with a record that is no JSON, and what to do about it."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply; a fact is an object of texts and lists"
+    if not isinstance(error, json.JSONDecodeError):
+        return f"no valid JSON: {error}"
+    header = text.lstrip().split("\n", 1)[0]
+    if "," in header and not any(sign in header for sign in "{}[]:"):
+        return (
+            f"no JSON, but it may be CSV, with the columns {shown(header)}; facts are read from "
+            "JSON: in Python, pass pandas.read_csv(path) as the facts"
+        )
+    return f"no valid JSON: {error.msg} at line {error.lineno}; is the file truncated?"
+
+
 def _records(path: Path) -> Iterator[_Record]:
     """The records of a JSON array or of JSON lines, with their line numbers."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file of facts at {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FactsError(f"{path} is not UTF-8 text ({error})") from error
+    text = _text_of(path)
     if not text.strip():
         raise FactsError(f"{path} is empty; it must hold at least one fact")
     is_array = text.lstrip().startswith("[")
-    decoder, position, number, line, counted = json.JSONDecoder(), 0, 0, 1, 0
-    separators = " \t\r\n,[" if is_array else " \t\r\n"
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    position, number, line, counted = text.index("[") + 1 if is_array else 0, 0, 1, 0
+    separators = " \t\n," if is_array else " \t\n"
     while True:
         while position < len(text) and text[position] in separators:
             position += 1
@@ -375,15 +527,15 @@ def _records(path: Path) -> Iterator[_Record]:
             break
         line, counted = line + text.count("\n", counted, position), position
         number += 1
+        place = f"{path}, line {line} (record {number})"
         try:
             content, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise FactsError(
-                f"{path}, line {line} (record {number}): no valid JSON: {error.msg} at line "
-                f"{error.lineno}; is the file truncated?"
-            ) from error
+        except _RepeatedField as error:
+            raise FactsError(f"{place}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise FactsError(f"{place}: {_no_json(text, error)}") from error
         if not isinstance(content, dict):
-            raise FactsError(f"{path}, line {line} (record {number}): it must be an object")
+            raise FactsError(f"{place}: it is {shown(content, 60)}; it must be an object")
         yield _Record(number, line, content)
     if is_array and position == len(text):
         raise FactsError(f"{path} ends inside its list after record {number}; is it truncated?")
@@ -395,8 +547,8 @@ def read_facts(
     path: str | Path,
     limit: int | None = None,
     *,
-    on_conflict: Literal["error", "first"] = "error",
-    zsre_target: Literal["answers", "alt"] = "answers",
+    on_conflict: OnConflict = "error",
+    zsre_target: ZsreTarget | None = None,
 ) -> list[Fact]:
     """The facts in a JSON or JSON Lines file of CounterFact, of ZsRE or in our own format.
 
@@ -404,52 +556,70 @@ def read_facts(
         path: the file; its format is recognised record by record, by its fields.
         limit: read only this many records; None: all.
         on_conflict: what to do with facts that contradict each other (same query, another answer):
-            `error`, or keep the `first` with a warning that names the lines.
+            `error`, or keep the `first` or the `last` with a warning that names the lines.
         zsre_target: which ZsRE field is the new answer: `answers` (the true answer, which the
             model is taught; MEMIT, MALMEN, MeG) or `alt` (a counterfactual one; EasyEdit).
+            None: `answers`, with a warning if records have both.
 
     Returns:
         The facts, in order. A repeated fact (same query, same answer) is kept once, with a warning
         that names the lines.
 
     Raises:
-        FactsError: bad records (each with line and field), or facts that contradict each other
-            (each with both lines).
+        FactsError: bad records (each with line and field), facts that contradict each other (each
+            with both lines), or a file of another kind.
         FileNotFoundError: there is no such file.
         ValueError: `limit`, `on_conflict` or `zsre_target` is out of range.
     """
+    one_of(OnConflict)("on_conflict", on_conflict)
+    placed = _placed(path, limit, zsre_target)
+    if not placed:
+        raise FactsError(f"{path} holds no facts")
+    return _one_of_each(placed, str(path), on_conflict)
+
+
+def written_facts(path: str | Path) -> list[Fact]:
+    """Every fact that `write_facts` wrote to a file; none is compared with another.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FactsError: bad records, each with line and field.
+        FileNotFoundError: there is no such file.
+    """
+    return [fact for fact, _ in _placed(path)]
+
+
+def _placed(
+    path: str | Path, limit: int | None = None, zsre_target: ZsreTarget | None = None
+) -> list[tuple[Fact, str]]:
+    """The facts in a file, each with its place in words."""
     path = Path(path)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; it must be at least 1")
-    if on_conflict not in ("error", "first"):
-        raise ValueError(f"on_conflict is {on_conflict!r}; it must be 'error' or 'first'")
-    if zsre_target not in ("answers", "alt"):
-        raise ValueError(f"zsre_target is {zsre_target!r}; it must be 'answers' or 'alt'")
+    limit = integer(1).or_none()("limit", limit)
+    one_of(ZsreTarget).or_none()("zsre_target", zsre_target)
     problems: list[str] = []
     placed: list[tuple[Fact, str]] = []
+    undecided = 0
     for record in itertools.islice(_records(path), limit):
         try:
-            placed.append((_recognised(record.content, zsre_target), record.place()))
+            fact = _recognised(record.content, zsre_target or "answers")
         except FactsError as error:
             problems.append(f"{record.place()}: {error}")
+            continue
+        placed.append((fact, record.place()))
+        undecided += zsre_target is None and {"src", "alt"} <= _present(record.content).keys()
     if problems:
         records = "record" if len(problems) == 1 else "records"
         raise FactsError(_listing(f"{path} has {len(problems)} bad {records}", problems))
-    facts, duplicates, conflicts = _merge(placed)
-    contradictions = _listing(f"{path} has contradictions ({len(conflicts)})", conflicts)
-    if conflicts and on_conflict == "error":
-        raise FactsError(
-            f"{contradictions}\nkeep one of each, or the first with on_conflict='first' "
-            "(meg edit --on-conflict first)"
+    if undecided:
+        warnings.warn(
+            f"{path}: {undecided} of {len(placed)} records are ZsRE with both answers and alt; "
+            "answers are taken. Choose with zsre_target='answers' or 'alt' (meg ... --zsre-target "
+            "alt)",
+            stacklevel=3,
         )
-    if conflicts:
-        warnings.warn(f"{contradictions}\nthe first of each is kept", stacklevel=2)
-    if duplicates:
-        text = _listing(f"{path} repeats facts ({len(duplicates)}), each kept once", duplicates)
-        warnings.warn(text, stacklevel=2)
-    if not facts:
-        raise FactsError(f"{path} holds no facts")
-    return facts
+    return placed
 
 
 def check_facts(facts: Iterable[Fact], edited: Iterable[Fact] = ()) -> None:
@@ -492,7 +662,7 @@ def several_answers(facts: Iterable[Fact]) -> list[str]:
     lines = []
     for fact in facts:
         if fact.subject and fact.relation:
-            first = firsts.setdefault((normalized(fact.subject), fact.relation), fact)
+            first = firsts.setdefault((normalized_query(fact.subject), fact.relation), fact)
             if first.normalized_answer != fact.normalized_answer:
                 lines.append(
                     f"{first.query!r} {first.answer!r}, but {fact.query!r} {fact.answer!r}"
@@ -527,42 +697,75 @@ def unrelated_to(others: Iterable[Fact], edited: Iterable[Fact]) -> list[Fact]:
         The remaining facts, in their order.
     """
     edited = list(edited)
-    subjects = {fact.subject for fact in edited} - {None}
+    subjects = {normalized_query(fact.subject) for fact in edited if fact.subject}
     asked = {
-        normalized(text)
+        normalized_query(text)
         for fact in edited
         for text in (fact.query, *fact.paraphrases, *(other.query for other in fact.locality))
     }
     unrelated = []
     for fact in others:
-        wordings = {normalized(text) for text in (fact.query, *fact.paraphrases)}
-        if fact.subject not in subjects and not wordings & asked:
-            locality = [other for other in fact.locality if normalized(other.query) not in asked]
+        wordings = {normalized_query(text) for text in (fact.query, *fact.paraphrases)}
+        subject = normalized_query(fact.subject) if fact.subject else None
+        if subject not in subjects and not wordings & asked:
+            locality = [q for q in fact.locality if normalized_query(q.query) not in asked]
             unrelated.append(dataclasses.replace(fact, locality=tuple(locality)))
     return unrelated
 
 
-def _merge(placed: list[tuple[Fact, str]]) -> tuple[list[Fact], list[str], list[str]]:
-    """Facts without repetitions, the repetitions, and the contradictions."""
+def _one_of_each(placed: list[tuple[Fact, str]], name: str, on_conflict: OnConflict) -> list[Fact]:
+    """Facts that fit together, in their order; what is left out is warned of, or refused."""
+    last = on_conflict == "last"
+    facts, duplicates, conflicts = _merge(placed, last)
+    contradictions = _listing(f"{name} has contradictions ({len(conflicts)})", conflicts)
+    if conflicts and on_conflict == "error":
+        raise FactsError(
+            f"{contradictions}\nkeep one of each, or the first or the last of each with "
+            "on_conflict='first' or 'last' (meg edit --on-conflict first)"
+        )
+    if conflicts:
+        warnings.warn(f"{contradictions}\nthe {on_conflict} of each is kept", stacklevel=3)
+    if duplicates:
+        text = _listing(f"{name} repeats facts ({len(duplicates)}), each kept once", duplicates)
+        warnings.warn(text, stacklevel=3)
+    return facts
+
+
+def _merge(
+    placed: list[tuple[Fact, str]], last: bool = False
+) -> tuple[list[Fact], list[str], list[str]]:
+    """Facts without repetitions, the repetitions, and the contradictions.
+
+    Args:
+        placed: facts with their places.
+        last: keep the last of each, not the first.
+    """
     by_query: dict[str, tuple[Fact, str]] = {}
     by_id: dict[str, str] = {}
     facts, duplicates, conflicts = [], [], []
-    for fact, place in placed:
-        first, first_place = by_query.get(fact.normalized_query, (None, ""))
-        if first is None and fact.id in by_id:
-            conflicts.append(f"{by_id[fact.id]} and {place} share the id {fact.id!r}")
-        elif first is None:
+    for fact, place in reversed(placed) if last else placed:
+        kept, kept_place = by_query.get(fact.normalized_query, (None, ""))
+        if kept is None and fact.id not in by_id:
             by_query[fact.normalized_query] = fact, place
             by_id[fact.id] = place
             facts.append(fact)
-        elif first.normalized_answer == fact.normalized_answer:
-            duplicates.append(f"{first_place} and {place}: {fact.query!r}")
+            continue
+        pairs = [(kept, kept_place or by_id[fact.id]), (fact, place)]
+        (one, here), (other, there) = reversed(pairs) if last else pairs
+        if kept is None:
+            conflicts.append(f"{here} and {there} share the id {fact.id!r}")
+        elif kept.normalized_answer == fact.normalized_answer:
+            duplicates.append(f"{here} and {there}: {fact.query!r}")
         else:
+            assert one is not None and other is not None
+            asked = repr(one.query)
+            if other.query != one.query:
+                asked += f", or {other.query!r},"
             conflicts.append(
-                f"{first_place} and {place}: {fact.query!r} is answered with both "
-                f"{first.answer!r} and {fact.answer!r}"
+                f"{here} and {there}: {asked} is answered with both {one.answer!r} and "
+                f"{other.answer!r}"
             )
-    return facts, duplicates, conflicts
+    return (facts[::-1] if last else facts), duplicates, conflicts
 
 
 def _listing(head: str, lines: list[str], most: int = 20) -> str:

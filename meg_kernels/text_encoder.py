@@ -7,7 +7,6 @@ edited, so that it must generalise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from meg_kernels.checkpoints import not_finite
+from meg_kernels.checks import FLAG, SEED, check_fields, integer, number
+from meg_kernels.gradients import check_trainable
 from meg_kernels.precision import fast_products
-from meg_kernels.pretrained import DEFAULT_ENCODER, load_encoder, save_tokenizer
+from meg_kernels.pretrained import (
+    DEFAULT_ENCODER,
+    check_tokenizer,
+    check_tokens,
+    load_encoder,
+    ready_to_pad,
+    save_tokenizer,
+    tokenized,
+)
 from meg_kernels.progress import progress_bar
 from meg_kernels.texts import as_texts
 
-MAX_TOKENS = 128
+MAX_TOKENS = 128  # of a text, at most
 
 
 @dataclass(frozen=True)
@@ -33,10 +43,17 @@ class Wordings:
     Args:
         same: wordings of one query; tuning needs two that differ.
         different: queries that must not be taken for it.
+
+    Raises:
+        TypeError: one of the two is no list of texts.
     """
 
     same: tuple[str, ...]
     different: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "same", tuple(as_texts("same", self.same)))
+        object.__setattr__(self, "different", tuple(as_texts("different", self.different)))
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,7 @@ class EncoderTuningConfig:
         hard_negatives: whether `Wordings.different` are negatives as well.
         alike_batches: whether a batch is made of facts whose queries look alike, such as the same
             question about many subjects: they are the negatives that an edited model meets.
-        seed: of the pairs, their order and the dropout; from 0.
+        seed: of the pairs, their order and the dropout, 0 to 2**63 - 1.
 
     Raises:
         ValueError: a value is out of range or of the wrong type; the message names it.
@@ -66,22 +83,16 @@ class EncoderTuningConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} is {value!r}; it must be an integer from {least}")
-        for name in ("learning_rate", "temperature"):
-            value = getattr(self, name)
-            if (
-                not isinstance(value, (int, float))
-                or isinstance(value, bool)
-                or not 0 < value < math.inf
-            ):
-                raise ValueError(f"{name} is {value!r}; it must be a positive finite number")
-        for name in ("hard_negatives", "alike_batches"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}; it must be True or False")
+        check_fields(
+            self,
+            epochs=integer(1),
+            batch_size=integer(2),
+            learning_rate=number(above=0),
+            temperature=number(above=0),
+            hard_negatives=FLAG,
+            alike_batches=FLAG,
+            seed=SEED,
+        )
 
 
 class TextEncoder(nn.Module):
@@ -94,7 +105,8 @@ class TextEncoder(nn.Module):
             paper).
 
     Raises:
-        ValueError: `pooling` is neither of the two.
+        ValueError: `pooling` is neither of the two, the tokenizer is not the model's or cannot
+            pad, or the model gives no finite vector for each token of a text.
     """
 
     def __init__(
@@ -106,10 +118,39 @@ class TextEncoder(nn.Module):
         super().__init__()
         if pooling not in ("mean", "cls"):
             raise ValueError(f"pooling is {pooling!r}; it must be 'mean' or 'cls'")
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"{type(model).__name__} is a sequence-to-sequence model; as an encoder, take one "
+                "of BERT's kind, or its encoder alone: model.get_encoder()"
+            )
+        check_trainable(model, "the encoder")
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer = ready_to_pad(tokenizer, tokenizer.padding_side)
         self.pooling = pooling
+        check_tokenizer(self.tokenizer, model)
         self.eval().requires_grad_(False)
+        self._check_vectors()
+
+    @torch.no_grad()
+    def _check_vectors(self) -> None:
+        if self.model.device.type == "meta":
+            return
+        if names := not_finite(self.model.named_parameters()):
+            raise ValueError(
+                f"the encoder has NaN or infinite weights in {', '.join(names[:3])}; load a sound "
+                "checkpoint"
+            )
+        try:
+            finite = bool(self(["a text"]).isfinite().all())
+        except Exception as error:
+            raise ValueError(
+                f"{type(self.model).__name__} gives no vectors of a text ({error}); take an "
+                "encoder of texts, such as one of BERT's kind, with its own tokenizer"
+            ) from error
+        if not finite:
+            raise ValueError(
+                f"{type(self.model).__name__} gives NaN or infinite vectors; load it in float32"
+            )
 
     @classmethod
     def from_pretrained(
@@ -156,18 +197,42 @@ class TextEncoder(nn.Module):
         """Length of one vector."""
         return self.model.config.hidden_size
 
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens of a text are read, from its beginning; what follows does not count."""
+        most = getattr(self.model.config, "max_position_embeddings", None) or MAX_TOKENS
+        return min(MAX_TOKENS, most, self.tokenizer.model_max_length)
+
+    def too_long(self, texts: Iterable[str]) -> list[int]:
+        """Which of these texts are not read to their end: their places, in order."""
+        texts = as_texts("texts", texts)
+        # Few tokens stand for less than a byte: short texts need not be tokenized for this.
+        long = [i for i, text in enumerate(texts) if 2 * len(text.encode()) + 4 > self.max_tokens]
+        if not long:
+            return []
+        tokens = tokenized(self.tokenizer, [texts[i] for i in long], verbose=False).input_ids
+        return [i for i, ids in zip(long, tokens, strict=True) if len(ids) > self.max_tokens]
+
     def forward(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors of one batch of texts, differentiable in the weights.
 
         Args:
-            texts: N texts, at least one; of each, the first 128 tokens are read.
+            texts: N texts, at least one; of each, the first `max_tokens` tokens are read, so that
+                texts that differ only after them have one vector.
 
         Returns:
             [N, dim] float32, on the model's device.
         """
-        tokens = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-        ).to(self.model.device)
+        tokens = tokenized(
+            self.tokenizer,
+            as_texts("texts", texts),
+            padding=True,
+            truncation=True,
+            max_length=self.max_tokens,
+            return_tensors="pt",
+        )
+        check_tokens(tokens["input_ids"], self.tokenizer, self.model)
+        tokens = tokens.to(self.model.device)
         hidden = self.model(**tokens).last_hidden_state
         if self.pooling == "cls":
             return F.normalize(hidden[:, 0].float(), dim=-1)
@@ -191,8 +256,7 @@ class TextEncoder(nn.Module):
             ValueError: `batch_size` is below 1.
         """
         texts = as_texts("texts", texts)
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        batch_size = integer(1)("batch_size", batch_size)
         if not texts:
             return torch.empty(0, self.dim, device=self.model.device)
         # Texts of one length together: padding costs as much as text.

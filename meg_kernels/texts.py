@@ -1,18 +1,108 @@
-"""Texts as callers give them: when two count as the same, and the guard of every list of them."""
+"""Texts as callers give them: when two count as the same, and the guard of every list of them.
+
+Three rules, each on top of the one before:
+
+    normalized          how a text is written does not count: case, white space, and signs that
+                        keyboards and programs write in several ways
+    normalized_query    nor do the signs around a question: 'Who wrote "Emma"?', 'who wrote Emma'
+    normalized_answer   nor the full stop behind an answer: 'Ana Vee.', 'Ana Vee'
+
+Signs inside a text count, so that C and C++, 5 and -5, 10² and 102, Århus and Arhus stay apart.
+"""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
+from typing import Any, TypeGuard
+
+_ALIKE = {
+    "'": "‘’‚‛ʻʼ`´′",
+    '"': "“”„‟«»″〝〞〟",
+    "-": "‐‑‒–—―−﹣",
+    "...": "…",
+    ".": "。",
+    "?": "؟",
+    # Zero width: they say how a line breaks or which way it is written.
+    "": "\u00ad\u061c\u200b\u200c\u200e\u200f\u2060\ufe0e\ufe0f\ufeff"
+    "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069",
+}
+# Of the joiner, only that between emoji counts: it makes one of several.
+_JOINER = re.compile(r"\u200d(?=[\w\s\x00-\x7f]|$)")
+_QUOTED = re.compile(r"""(?<!\S)(["'])((?:(?!\1).)+)\1(?=[?!.:;,]*(?:\s|$))""")
+_BEFORE_QUERY, _BEHIND_QUERY = "¿¡ ", "?!.:;,। "
+_FULL_STOP = re.compile(r"(?<!\.)\.$")
+
+
+def _table() -> dict[int, str]:
+    """Every character that is another way to write others, with those."""
+    table = {ord(other): sign for sign, others in _ALIKE.items() for other in others}
+    for code in (0x3000, *range(0xFF00, 0xFFF0)):  # of full and of half width
+        kind, *codes = unicodedata.decomposition(chr(code)).split() or [""]
+        if kind in ("<wide>", "<narrow>"):
+            table[code] = table.get(plain := int(codes[0], 16), chr(plain))
+    return table
+
+
+_TABLE = _table()
 
 
 def normalized(text: str) -> str:
-    """The text as it is compared with others: case and white space do not count.
+    """The text as it is compared with others, whatever way it is written.
 
-    >>> normalized(" Who  wrote EMMA?")
-    'who wrote emma?'
+    Case and white space do not count, nor the form of quotes and dashes, the width of characters,
+    how accents are composed, and characters of no width.
+
+    >>> normalized(" Who  wrote ‘EMMA’?")
+    "who wrote 'emma'?"
     """
-    return " ".join(text.split()).casefold()
+    text = text.casefold()
+    if text.isascii():
+        return " ".join(text.replace("`", "'").split())
+    text = unicodedata.normalize("NFD", text).casefold().translate(_TABLE)
+    return " ".join(unicodedata.normalize("NFC", _JOINER.sub("", text)).split())
+
+
+def normalized_query(text: str) -> str:
+    """What a query asks: two with the same one ask the same.
+
+    >>> normalized_query("Who wrote “Emma”?") == normalized_query("who wrote Emma")
+    True
+    """
+    text = _unquoted(normalized(text))
+    return text.lstrip(_BEFORE_QUERY).rstrip(_BEHIND_QUERY) or text
+
+
+def normalized_answer(text: str) -> str:
+    """What an answer says: two with the same one are the same answer.
+
+    >>> normalized_answer("Ana Vee.") == normalized_answer("“Ana Vee”")
+    True
+    """
+    text = _unquoted(normalized(text))
+    return _FULL_STOP.sub("", text) or text
+
+
+def _unquoted(text: str) -> str:
+    """The text without the quotation marks around its words."""
+    return _QUOTED.sub(lambda quoted: quoted[2] if re.search(r"\w", quoted[2]) else quoted[0], text)
+
+
+def is_ordered(value: Any) -> TypeGuard[Iterable[Any]]:
+    """Whether `value` is an iterable that has an order, and no text itself."""
+    unfit = isinstance(value, (str, bytes, bytearray, Mapping, AbstractSet))
+    return isinstance(value, Iterable) and not unfit
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: it holds no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def as_texts(name: str, value: Iterable[str]) -> list[str]:
@@ -28,17 +118,22 @@ def as_texts(name: str, value: Iterable[str]) -> list[str]:
     Raises:
         TypeError: `value` is a single text, has no order or is no iterable, or one of its items is
             not text.
+        ValueError: a text holds half of a surrogate pair.
 
     >>> as_texts("prompts", ("Who?", "Where?"))
     ['Who?', 'Where?']
     """
     if isinstance(value, str):
         raise TypeError(f"{name} is the text {value!r}; it must be a list of texts: [{value!r}]")
-    unfit = isinstance(value, (bytes, Mapping, AbstractSet))
-    if unfit or not isinstance(value, Iterable):
+    if not is_ordered(value):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a list of texts")
     texts = list(value)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"{name}[{i}] is {text!r}; it must be text")
+        if not is_unicode(text):
+            raise ValueError(
+                f"{name}[{i}] is {text!r}; it must be text without halves of surrogate pairs, "
+                "which no tokenizer takes"
+            )
     return texts

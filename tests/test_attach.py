@@ -6,6 +6,7 @@ The oracle answers one query at a time, without padding, with a model of its own
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 
 import pytest
@@ -367,7 +368,12 @@ def test_one_block_serves_beams_samples_greedy_and_plain_calls_in_turn(tiny_mode
 def fingerprint(model):
     """All that attaching could leave behind: modules, parameters, hooks, attributes."""
     hooks = [
-        (name, len(module._forward_hooks), len(module._forward_pre_hooks))
+        (
+            name,
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            "forward" in vars(module),
+        )
         for name, module in model.named_modules()
     ]
     return (
@@ -406,7 +412,6 @@ def test_neurons_are_gone_after_an_exception_in_the_block(tiny_model):
     with pytest.raises(KeyError), attached.neurons(strong_neurons(model, 1)):
         raise KeyError
     assert torch.equal(model(ids).logits, logits)
-    assert "_expand_inputs_for_generation" not in vars(model)
     with attached.neurons(strong_neurons(model, 1)):
         assert not torch.equal(model(ids).logits, logits)
 
@@ -502,10 +507,20 @@ def test_a_detached_attachment_refuses_neurons(tiny_model):
 @pytest.mark.parametrize("name", ["phi", "gpt2", "llama"])
 def test_attaching_twice_to_a_layer_is_refused(tiny_model, name):
     model = tiny_model(name)
-    attach(model, LAYER)
+    attached = attach(model, LAYER)
     before = fingerprint(model)
     with pytest.raises(ValueError, match=f"layer {LAYER} carries neurons already; detach"):
         attach(model, LAYER)
+    assert fingerprint(model) == before
+    attached.detach()
+
+
+def test_an_attachment_that_nobody_holds_makes_room_for_another(tiny_model):
+    model = tiny_model("llama")
+    before = fingerprint(model)
+    attach(model, LAYER)
+    gc.collect()
+    attach(model, LAYER).detach()
     assert fingerprint(model) == before
 
 
@@ -572,7 +587,8 @@ def test_the_model_continues_from_its_lower_layers_output_to_the_same_logits(mod
 
     calls = []
     for i, block in enumerate(layers_of(model)):
-        block.register_forward_hook(lambda *_, i=i: calls.append(i))
+        computing = next(m for m in block.modules() if getattr(m, "weight", hidden[0, 0]).dim() > 1)
+        computing.register_forward_hook(lambda *_, i=i: calls.append(i))
     before = fingerprint(model)
     for _ in range(2):  # the same hidden states serve many forward calls
         with lower.replaced_by(hidden):

@@ -464,7 +464,7 @@ def assert_fits(model, tokenizer):
 
 
 def test_a_model_without_an_output_layer_is_told_what_is_missing(tiny_model, tokenizer):
-    attached = attach(tiny_model("llama").model, LAYER)
+    attached = attach(tiny_model("llama", vocab_size=len(tokenizer)).model, LAYER)
     with pytest.raises(ValueError, match=r"LlamaModel has no output layer.*AutoModelForCausalLM"):
         collect(PromptedModel.of(attached.model, tokenizer), attached, tiny.FACTS[:1])
 

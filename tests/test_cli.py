@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -27,17 +28,20 @@ from typer.testing import CliRunner
 
 import meg_kernels
 from meg_kernels import (
+    CollectionConfig,
     EditorConfig,
     FactsError,
     GeneratorConfig,
     MeGEditor,
     cli,
+    read_facts,
     shipped,
     write_facts,
 )
 from meg_kernels.cli import commands, tables
 from meg_kernels.editing.distill import Distillation, Quality
 from meg_kernels.editing.evaluate import METRICS
+from meg_kernels.routing.manifest import sealed
 
 EDITED = FACTS[:4]
 COMMANDS = (
@@ -58,7 +62,7 @@ SHARES = {*METRICS, "score"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tiny_settings():
+def tiny_settings(tmp_path_factory):
     """The stages' settings as the tiny models need them, tables in full width."""
 
     def configure(**given) -> EditorConfig:
@@ -76,6 +80,7 @@ def tiny_settings():
         # The tiny encoder takes 32 tokens.
         patch.setattr("meg_kernels.editing.edited_model.shipped_passages", lambda: UNRELATED)
         patch.setattr(tables.console, "width", 300, raising=False)
+        patch.setenv("MEG_KERNELS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
@@ -211,6 +216,16 @@ def test_evaluate_writes_the_report_that_it_shows(edited, tmp_path):
     assert content["protocol"]["edited_facts"] == len(EDITED)
 
 
+def test_evaluate_writes_nothing_to_the_folder_and_needs_no_cache(edited, tmp_path, monkeypatch):
+    out = edited[0]
+    before = {path: path.stat().st_mtime_ns for path in [out, *out.rglob("*")]}
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEG_KERNELS_CACHE", str(tmp_path / "file" / "cache"))
+    shown = run("evaluate", out, "--limit", 1)
+    assert shown.count("not resumable after an interruption") == 1 and "Reliability" in shown
+    assert before == {path: path.stat().st_mtime_ns for path in [out, *out.rglob("*")]}
+
+
 def test_evaluate_asks_the_facts_of_another_file_up_to_the_limit(edited, facts_file, tmp_path):
     out, _ = edited
     report = tmp_path / "report.json"
@@ -292,8 +307,8 @@ def test_list_shows_each_fact_and_where_its_neuron_comes_from(edited, tmp_path, 
     run("add", out, tmp_path / "more.jsonl")
     manifest = json.loads((out / "meg.json").read_text(encoding="utf-8"))
     manifest["report"]["unlearnt"] = [EDITED[1].id]
-    manifest["model"] = "absent"  # which list does not look for
-    (out / "meg.json").write_text(json.dumps(manifest), encoding="utf-8")
+    manifest["base"]["name"] = "absent"  # which list does not look for
+    (out / "meg.json").write_text(json.dumps(sealed(manifest)), encoding="utf-8")
     monkeypatch.setattr(MeGEditor, "from_pretrained", lambda *given: pytest.fail("it was loaded"))
     shown = run("list", out, "--json", tmp_path / "list.json")
     content = json.loads((tmp_path / "list.json").read_text(encoding="utf-8"))
@@ -306,6 +321,7 @@ def test_list_shows_each_fact_and_where_its_neuron_comes_from(edited, tmp_path, 
             "subject": fact.subject,
             "neuron": "collected" if fact is named else "generated",
             "learnt": fact is not EDITED[1],
+            "served": fact is not EDITED[1],
         }
         for fact in facts
     ]
@@ -316,11 +332,36 @@ def test_list_shows_each_fact_and_where_its_neuron_comes_from(edited, tmp_path, 
             row["answer"],
             row["subject"] or "–",
             row["neuron"],
-            "yes" if row["learnt"] else "no",
+            "yes" if row["learnt"] else "no: left to the base model",
         ]
         for row in content
     ]
-    assert "5 facts are edited; 1 of them with collected neurons, 1 not learnt" in shown
+    assert "5 facts are edited; 1 of them with collected neurons, 1 not learnt, 1 left" in shown
+    manifest["config"]["serve_unlearnt"] = True
+    (out / "meg.json").write_text(json.dumps(manifest), encoding="utf-8")
+    shown = run("list", out)
+    assert facts_table(shown)[1][-1] == "no" and "1 not learnt, 0 left to the base" in shown
+
+
+def test_facts_that_are_not_learnt_are_left_to_the_base_model_and_said_to_be(
+    models, facts_file, tuning_file, tmp_path, monkeypatch
+):
+    hopeless = CollectionConfig(max_steps=1)
+    monkeypatch.setattr("test_cli.CONFIG", dataclasses.replace(CONFIG, collection=hopeless))
+    out = tmp_path / "out"
+    arguments = ["edit", facts_file, *models, "--out", out, "--tuning", tuning_file, "--layer", 1]
+    shown = run(*arguments, "--generator", "bank")
+    assert cells(shown, "collect")[2] == "0 of 4 facts learnt, 4 left to the base model"
+    assert "not learnt, so that the base model answers for them: 4 of them" in shown
+    shown = run("ask", out, EDITED[0].query, "--max-new-tokens", 3)
+    (row,) = facts_table(shown)
+    assert row[1] == row[2] and "not learnt" in row[3]
+    shown = run("evaluate", out)
+    assert "not learnt and left to the base model, but counted: 4 of 4 facts" in shown
+    assert "base model answers" not in run("gate", out, "--serve-unlearnt")
+    assert facts_table(run("ask", out, EDITED[0].query))[0][3].startswith("yes")
+    shown = run(*arguments, "--generator", "bank", "--serve-unlearnt")
+    assert cells(shown, "collect")[2] == "0 of 4 facts learnt"
 
 
 def test_facts_are_removed_by_id_or_query(edited, tmp_path, monkeypatch, capsys):
@@ -350,6 +391,20 @@ def test_a_folder_of_other_things_is_refused_before_the_work(
         said = fails(monkeypatch, capsys, *arguments, "--out", tmp_path)
         assert "holds other files (notes.txt)" in said
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_commands_own_input_is_safe_in_the_folder_that_it_writes(
+    edited, models, tuning_file, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "p"
+    write_facts(out / "facts-mine.jsonl", [FACTS[4]])
+    arguments = ("edit", out / "facts-mine.jsonl", *models, "--tuning", tuning_file)
+    said = fails(monkeypatch, capsys, *arguments, "--out", out)
+    assert "holds other files (facts-mine.jsonl)" in said
+    shutil.copytree(edited[0], out, dirs_exist_ok=True)
+    run("add", out, out / "facts-mine.jsonl")
+    assert read_facts(out / "facts-mine.jsonl") == [FACTS[4]]
+    assert MeGEditor.from_pretrained(out).facts == [*EDITED, FACTS[4]]
 
 
 def test_facts_are_added_changed_and_removed(edited, tmp_path):
@@ -387,7 +442,7 @@ def test_facts_are_added_changed_and_removed(edited, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["edited", "more.jsonl"]
 
 
-def test_an_interrupted_further_training_is_kept_beside_the_folder(edited, tmp_path, monkeypatch):
+def test_an_interrupted_further_training_is_kept_in_the_folder(edited, tmp_path, monkeypatch):
     out = shutil.copytree(edited[0], tmp_path / "edited")
     write_facts(tmp_path / "more.jsonl", [FACTS[4]])
     run("add", out, tmp_path / "more.jsonl")
@@ -395,7 +450,7 @@ def test_an_interrupted_further_training_is_kept_beside_the_folder(edited, tmp_p
         patch.setattr("meg_kernels.editing.editor.MeGEditor._put", interrupt)
         result = CliRunner().invoke(cli.app, ["train", str(out)])
     assert result.exit_code != 0
-    assert list((tmp_path / ".edited.train").glob("generator-*.safetensors"))
+    assert list((out / ".meg-work" / "train").glob("generator-*.safetensors"))
     steps = []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a: steps.append(1) or step(*a))
@@ -488,7 +543,7 @@ def test_distill_says_that_another_solver_is_replaced(edited_dit, tmp_path):
     manifest = json.loads((out / "meg.json").read_text(encoding="utf-8"))
     sampler = {"solver": "ddpm", "num_steps": 6, "spacing": "respaced"}
     manifest["config"]["generator"]["sampler"] |= sampler
-    (out / "meg.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (out / "meg.json").write_text(json.dumps(sealed(manifest)), encoding="utf-8")
     shown = run("distill", out, "--steps", 2, "--teacher-steps", 6)
     assert "sampled with ddim from now on, no longer with ddpm" in shown
     assert MeGEditor.from_pretrained(out).config.generator.sampler.solver == "ddim"
@@ -502,12 +557,12 @@ def test_an_interrupted_distillation_goes_on_where_it_was(
     monkeypatch.setattr(sys, "argv", ["meg", *map(str, arguments)])
 
     with monkeypatch.context() as patch:
-        patch.setattr(MeGEditor, "save_pretrained", interrupt)
+        patch.setattr("meg_kernels.routing.saving.Writer.save", interrupt)
         with pytest.raises(SystemExit) as exit_:
             cli.main()
     assert exit_.value.code == 130
     assert "start it again with the same arguments" in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "few").exists()
+    assert [path.name for path in (tmp_path / "few").iterdir()] == [".meg-work"]
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", interrupt)
         run(*arguments)
@@ -559,12 +614,13 @@ def test_an_interrupted_edit_goes_on_where_it_was(
             cli.main()
     assert exit_.value.code == 130
     assert "start it again with the same arguments" in " ".join(capsys.readouterr().err.split())
-    assert not out.exists()
+    assert [path.name for path in out.iterdir()] == [".meg-work"]
     with monkeypatch.context() as patch:
         patch.setattr("meg_kernels.editing.collect._Fit.run", interrupt)
         run(*arguments)
     assert MeGEditor.from_pretrained(out).facts == EDITED
     assert [path.name for path in out.parent.iterdir()] == ["edited"]
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
 
 
 def test_facts_that_contradict_each_other_are_refused_or_the_first_kept(
@@ -581,14 +637,36 @@ def test_facts_that_contradict_each_other_are_refused_or_the_first_kept(
     with pytest.warns(UserWarning):
         run(*arguments, "--on-conflict", "first")
     assert [fact.answer for fact in MeGEditor.from_pretrained(out).facts] == ["red"]
+    with pytest.warns(UserWarning, match="the last of each is kept"):
+        run(*arguments, "--on-conflict", "last")
+    assert [fact.answer for fact in MeGEditor.from_pretrained(out).facts] == ["blue"]
+    lines = [{"query": "The color of Bena is", "answer": color} for color in ("red", "blue")]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    assert "--on-conflict first" in fails(monkeypatch, capsys, "add", out, path)
+    with pytest.warns(UserWarning, match="the last of each is kept"):
+        run("add", out, path, "--on-conflict", "last")
+    assert [fact.answer for fact in MeGEditor.from_pretrained(out).facts] == ["blue", "blue"]
+
+
+def test_which_answer_of_zsre_was_taken_is_said_and_can_be_chosen(edited, tmp_path):
+    path, out = tmp_path / "zsre.json", shutil.copytree(edited[0], tmp_path / "edited")
+    record = {"src": "The color of Fina is", "answers": ["red"], "alt": "blue"}
+    path.write_text(json.dumps([record]))
+    with pytest.warns(UserWarning, match=r"1 of 1 records .* answers are taken. Choose .*--zsre-t"):
+        run("add", out, path)
+    assert MeGEditor.from_pretrained(out).facts[-1].answer == "red"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run("add", out, path, "--zsre-target", "alt", "--replace")
+    assert MeGEditor.from_pretrained(out).facts[-1].answer == "blue"
 
 
 def test_an_unknown_way_to_treat_conflicts_is_refused(facts_file, tmp_path):
-    arguments = ["edit", str(facts_file), "--out", str(tmp_path), "--on-conflict", "last"]
+    arguments = ["edit", str(facts_file), "--out", str(tmp_path), "--on-conflict", "newest"]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 2
     said = " ".join(result.output.replace("│", " ").split())
-    assert "'last' is not one of 'error', 'first'" in said
+    assert "'newest' is not one of 'error', 'first', 'last'" in said
 
 
 def test_what_a_user_can_mend_is_one_clear_line(edited, edited_dit, tmp_path, monkeypatch, capsys):
@@ -603,7 +681,7 @@ def test_what_a_user_can_mend_is_one_clear_line(edited, edited_dit, tmp_path, mo
         (["distill", tmp_path / "absent", "--steps", 1], "holds no edited model"),
         (["remove", edited[0], *(fact.id for fact in EDITED)], "instead, delete the folder"),
         (["distill", edited[0], "--steps", 1], "mlp and bank already take one step"),
-        (["distill", edited_dit, "--steps", 5], "steps is 5; it must be 1 to 4"),
+        (["distill", edited_dit, "--steps", 5], "steps is 5; it must be an integer in 1 to 4"),
         (["distill", edited_dit, "--steps", 2, "--teacher-steps", 2], "teacher_steps is 2"),
     ):
         said = fails(monkeypatch, capsys, *arguments)

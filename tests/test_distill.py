@@ -446,9 +446,9 @@ def test_generators_of_one_step_are_refused(kind):
 @pytest.mark.parametrize(
     "steps, teacher_steps, message",
     [
-        (0, 50, "steps is 0; it must be 1 to 4"),
-        (-1, None, "steps is -1; it must be 1 to 4"),
-        (5, 50, "steps is 5; it must be 1 to 4"),
+        (0, 50, "steps is 0; it must be an integer in 1 to 4"),
+        (-1, None, "steps is -1; it must be an integer in 1 to 4"),
+        (5, 50, "steps is 5; it must be an integer in 1 to 4"),
         (2, 2, "teacher_steps is 2; it must be a multiple of steps, 2, greater than it"),
         (3, 50, "teacher_steps is 50; it must be a multiple of steps, 3"),
         (2, 0, "teacher_steps is 0; it must be"),
@@ -554,7 +554,7 @@ def test_a_failed_distillation_leaves_the_editor_as_it_was(editor, monkeypatch):
     monkeypatch.setattr(distilling, "fit", interrupt)
     with pytest.raises(KeyboardInterrupt):
         editor.distill(1, teacher_steps=TEACHER_STEPS)
-    with pytest.raises(ValueError, match="steps is 9; it must be 1 to 4"):
+    with pytest.raises(ValueError, match="steps is 9; it must be an integer in 1 to 4"):
         editor.distill(9)
     assert state(editor) == before and editor.config == config
 

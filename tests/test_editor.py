@@ -50,12 +50,14 @@ from tiny import (
 from meg_kernels import (
     CollectionConfig,
     CorruptFileError,
+    DiTConfig,
     EditorConfig,
     Fact,
     FactsError,
     GeneratorConfig,
     MeGEditor,
     PromptTemplate,
+    Router,
     TextEncoder,
 )
 from meg_kernels.editing import editor as editing
@@ -63,6 +65,7 @@ from meg_kernels.editing import fit as fitting
 from meg_kernels.editing import stages, tuning
 from meg_kernels.editing.evaluate import Evaluation
 from meg_kernels.routing import saving
+from meg_kernels.routing.manifest import sealed
 from meg_kernels.routing.neuron_cache import Served
 from meg_kernels.routing.router import RoutingConfig
 from meg_kernels.storage import read_tensors, write_tensors
@@ -448,10 +451,87 @@ def test_facts_that_cannot_be_learnt_are_reported(editor):
     assert editor.edits.report.unlearnt == tuple(FURTHER[1:])
 
 
+def unlearnt_editor(**changes) -> MeGEditor:
+    """All of EDITED, of which the last two were not learnt; their neurons answer something."""
+    editor = make_editor(dataclasses.replace(BANK, **changes))
+    edit(editor)
+    report = dataclasses.replace(editor.edits.report, unlearnt=tuple(EDITED[3:]))
+    editor.router.edits = dataclasses.replace(editor.edits, report=report)
+    return editor
+
+
+def test_the_base_model_answers_for_facts_that_were_not_learnt(tmp_path):
+    editor = unlearnt_editor()
+    base = editor.generate_base(QUERIES, MOST)
+    routing = editor.route([*QUERIES, UNRELATED[0]])
+    assert routing.accepted.tolist() == [True] * 3 + [False] * 3
+    assert routing.left_to_base.tolist() == [False] * 3 + [True] * 2 + [False]
+    assert editor.generate(QUERIES, MOST) == ANSWERS[:3] + base[3:] != ANSWERS
+    editor.save_pretrained(tmp_path)
+    assert load(tmp_path).generate(QUERIES, MOST) == ANSWERS[:3] + base[3:]
+    router = Router.from_pretrained(tmp_path, "cpu")
+    assert router.route(QUERIES).accepted.tolist() == [True] * 3 + [False] * 2
+
+
+def test_their_neurons_answer_if_that_is_asked_for(tmp_path):
+    editor = unlearnt_editor(serve_unlearnt=True)
+    assert editor.generate(QUERIES, MOST) == ANSWERS
+    editor.set_gate(serve_unlearnt=False)
+    assert editor.route(QUERIES).accepted.tolist() == [True] * 3 + [False] * 2
+    editor.set_gate(serve_unlearnt=True)
+    editor.save_pretrained(tmp_path)
+    assert load(tmp_path).generate(QUERIES, MOST) == ANSWERS
+    assert Router.from_pretrained(tmp_path, "cpu").route(QUERIES).accepted.all()
+
+
+def test_an_evaluation_counts_the_facts_that_are_left_to_the_base_model():
+    report = unlearnt_editor().evaluate()
+    assert report.n == len(EDITED) and report.metrics.reliability_ag == 3 / 5
+    assert report.protocol["left_to_base"] == 2
+    served = unlearnt_editor(serve_unlearnt=True).evaluate()
+    assert served.metrics.reliability_ag == 1 and served.protocol["left_to_base"] == 0
+
+
+def test_facts_that_are_learnt_after_all_have_their_neurons():
+    editor = unlearnt_editor()
+    editor.add(EDITED[3:4], replace=True)
+    assert editor.route(QUERIES).accepted.tolist() == [True] * 4 + [False]
+    editor.remove(EDITED[4])
+    assert editor.router.num_left_to_base == 0
+
+
+@pytest.mark.parametrize(("on_conflict", "kept"), [("first", "red"), ("last", "pink")])
+def test_of_contradicting_facts_one_is_edited_on_request(on_conflict, kept):
+    other = Fact(EDITED[0].query.upper(), "pink")
+    editor = make_editor(BANK)
+    with pytest.warns(UserWarning, match=r"facts\[0\] and facts\[2\]: .*\n.* of each is kept"):
+        edit(editor, [*EDITED[:2], other], on_conflict=on_conflict)
+    assert {fact.answer for fact in editor.facts} == {kept, EDITED[1].answer}
+    with pytest.warns(UserWarning, match="of each is kept"):
+        editor.add([FURTHER[0], dataclasses.replace(FURTHER[0], answer="x")], on_conflict="first")
+    assert editor.facts[-1] == FURTHER[0]
+
+
+def test_a_repeated_fact_is_edited_once():
+    editor = make_editor(BANK)
+    again = Fact(EDITED[0].query.upper(), f"{EDITED[0].answer}.")
+    with pytest.warns(UserWarning, match=r"repeats facts \(1\), each kept once"):
+        edit(editor, [*EDITED[:2], again])
+    assert editor.facts == EDITED[:2]
+
+
+def test_a_network_that_cannot_be_built_is_refused_before_the_work(monkeypatch):
+    huge = GeneratorConfig.dit(network=DiTConfig(width=65536, depth=4))
+    editor = make_editor(dataclasses.replace(CONFIG, generator=huge))
+    monkeypatch.setattr("meg_kernels.editing.stages.collect", interrupt)
+    with pytest.raises(ValueError, match=r"the generator's network takes .* GiB"):
+        edit(editor)
+
+
 @pytest.mark.parametrize(
     "facts, message",
     [
-        ([], "there are no facts to edit"),
+        ([], "facts is empty; there must be"),
         ([EDITED[0], dataclasses.replace(EDITED[0], answer="pink", id="")], "The color of Abo is"),
     ],
 )
@@ -489,23 +569,35 @@ def test_too_few_tuning_facts_are_refused():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"gate": "none"}, "gate is 'none'; it must be one of similarity, familiarity"),
-        ({"calibration_share": 0.0}, "calibration_share is 0.0; it must be between 0 and 1"),
-        ({"calibration_share": 1.0}, "calibration_share is 1.0; it must be between 0 and 1"),
-        ({"threshold": math.nan}, "threshold is nan; it must be finite, or None"),
-        ({"threshold": "high"}, "threshold is 'high'; it must be finite, or None"),
-        ({"layer": -1}, "layer is -1; it must be a layer's number, from 0"),
-        ({"layer": "mlp"}, "layer is 'mlp'; it must be a layer's number, from 0"),
-        ({"most_tuning_facts": 0}, "most_tuning_facts is 0; it must be at least 1, or None"),
-        ({"rejection_weight": 0.0}, "rejection_weight is 0.0; it must be positive"),
-        ({"rejection_weight": math.inf}, "rejection_weight is inf; it must be positive"),
+        ({"gate": "none"}, "gate is 'none'; it must be one of 'similarity', 'familiarity'"),
+        (
+            {"calibration_share": 0.0},
+            "calibration_share is 0.0; it must be a number, above 0 and below 1",
+        ),
+        (
+            {"calibration_share": 1.0},
+            "calibration_share is 1.0; it must be a number, above 0 and below 1",
+        ),
+        ({"threshold": math.nan}, "threshold is nan; it must be a number, finite, or None"),
+        ({"threshold": "high"}, "threshold is 'high'; it must be a number, finite, or None"),
+        ({"layer": -1}, "layer is -1; it must be an integer of at least 0, or None"),
+        ({"layer": "mlp"}, "layer is 'mlp'; it must be an integer of at least 0, or None"),
+        (
+            {"most_tuning_facts": 0},
+            "most_tuning_facts is 0; it must be an integer of at least 1, or None",
+        ),
+        ({"rejection_weight": 0.0}, "rejection_weight is 0.0; it must be a number, positive"),
+        ({"rejection_weight": math.inf}, "rejection_weight is inf; it must be a number, positive"),
         (
             {"encoder_tuning": None},
             "encoder_tuning is None; it must be an instance of EncoderTuningConfig",
         ),
         ({"collection": {}}, "collection is {}; it must be an instance of CollectionConfig"),
         ({"generator": "mlp"}, "generator is 'mlp'; it must be an instance of GeneratorConfig"),
-        ({"template": "Q: {}"}, "template is 'Q: {}'; it must be a PromptTemplate, or None"),
+        (
+            {"template": "Q: {}"},
+            "template is 'Q: {}'; it must be an instance of PromptTemplate, or None",
+        ),
     ],
 )
 def test_a_configuration_out_of_range_is_refused(change, message):
@@ -557,9 +649,9 @@ def test_a_threshold_can_be_chosen_and_a_gate_that_does_not_exist_cannot(editor)
     before = editor.edits.gate.threshold
     calibration = editor.set_gate("similarity", threshold=-2.0)
     assert calibration.threshold == before and editor.route(LOCALITY).accepted.all()
-    with pytest.raises(ValueError, match="it must be one of similarity, familiarity"):
+    with pytest.raises(ValueError, match="it must be one of 'similarity', 'familiarity'"):
         editor.set_gate("nearest")
-    with pytest.raises(ValueError, match="threshold is nan; it must be finite"):
+    with pytest.raises(ValueError, match="threshold is nan; it must be a number, finite"):
         editor.set_gate("similarity", threshold=float("nan"))
     gate = editor.edits.gate
     editor.set_gate("similarity", require_subject=False)  # which leaves it as it is
@@ -986,7 +1078,7 @@ def test_a_fact_that_is_edited_already_is_not_added(editor, fact, message):
     before = state(editor)
     with pytest.raises(FactsError, match=message):
         editor.add([FURTHER[0], fact])
-    with pytest.raises(FactsError, match="there are no facts to add"):
+    with pytest.raises(FactsError, match="facts is empty; there must be"):
         editor.add([])
     assert state(editor) == before
 
@@ -1137,7 +1229,7 @@ def test_saving_again_leaves_no_stale_files(editor, folder):
     assert state(load(folder)) == state(editor)
 
 
-@pytest.mark.parametrize("stage", ["write_facts", "write_tensors", "_write_encoder", "write_json"])
+@pytest.mark.parametrize("stage", ["write_facts", "write_tensors", "sync_files", "write_json"])
 def test_an_interruption_while_saving_leaves_what_was_saved(editor, folder, monkeypatch, stage):
     before = state(editor)
     editor.add(FURTHER)
@@ -1179,7 +1271,7 @@ def file_of(folder, kind):
 def test_a_truncated_file_is_named(folder, kind):
     path = file_of(folder, kind)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(CorruptFileError, match=f"{path.name} is truncated"):
+    with pytest.raises(CorruptFileError, match=f"{path.name} does not hold what was saved"):
         load(folder)
 
 
@@ -1203,7 +1295,7 @@ def test_facts_with_other_content_are_named(folder):
 def test_a_truncated_encoder_is_named(folder):
     (path,) = file_of(folder, "encoder").glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(CorruptFileError, match=f"{path.parent.name} is damaged"):
+    with pytest.raises(CorruptFileError, match=f"{path.parent.name} does not hold what was saved"):
         load(folder)
 
 
@@ -1227,7 +1319,7 @@ def test_a_missing_file_is_named(folder, kind):
 def change_manifest(folder, **changes):
     path = folder / "meg.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(manifest | changes), encoding="utf-8")
+    path.write_text(json.dumps(sealed(manifest | changes)), encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -18,15 +18,18 @@ from meg_kernels.facts import (
     LocalityQuery,
     as_facts,
     check_facts,
+    editable_facts,
     read_facts,
     unrelated_to,
     write_facts,
+    written_facts,
 )
 from meg_kernels.shipped import (
     demo_facts,
     shipped_tuning_facts,
     shipped_unrelated_queries,
 )
+from meg_kernels.texts import normalized_query as normalized
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -73,15 +76,16 @@ def file(tmp_path):
     return write
 
 
+NEEDED = (
+    "a fact needs query and answer, or requested_rewrite (CounterFact), or src and answers (ZsRE)"
+)
+
+
 def real(name: str) -> Path:
     path = DATA / name
     if not path.is_file():
         pytest.skip(f"the data set {name} is not here")
     return path
-
-
-def normalized(text: str) -> str:
-    return " ".join(text.split()).casefold()
 
 
 # One fact
@@ -263,7 +267,8 @@ def test_every_bad_row_is_named_with_its_field():
         "facts that cannot be used (5):",
         "  facts[1]: answer is missing",
         "  facts[2]: it is 'text'; it must be a Fact or a dict",
-        "  facts[3]: answers is empty; it must hold the new answer",
+        "  facts[3]: answers is empty; it must hold the new answer; alt is taken with "
+        "--zsre-target alt",
         "  facts[4]: id is ' '; it must be text that is not blank",
         "  facts[5]: it is None; it must be a Fact or a dict",
     ]
@@ -359,7 +364,8 @@ def test_the_contradiction_in_real_counterfact_is_reported_by_its_lines():
         "has contradictions (1):\n"
         "  line 8469 (record 309) and line 9157 (record 334): 'What is the twin city of Warsaw? "
         "It is' is answered with both 'Valencia' and 'Cairo'\n"
-        "keep one of each, or the first with on_conflict='first' (meg edit --on-conflict first)"
+        "keep one of each, or the first or the last of each with on_conflict='first' or 'last' "
+        "(meg edit --on-conflict first)"
     ) in str(error.value)
 
 
@@ -427,13 +433,15 @@ def test_blank_alternatives_of_real_zsre_are_reported_by_line():
 
 # Our own JSON lines
 
-texts = st.text(min_size=1).filter(str.strip)
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
+texts = texts.filter(str.strip)
+ids = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(str.strip)
 facts_of_all_kinds = st.lists(
     st.builds(
         Fact,
         query=texts,
-        answer=texts,
-        id=st.just("") | texts,
+        answer=texts.filter(lambda text: "\n" not in text.strip()),
+        id=st.just("") | ids,
         subject=st.none() | texts,
         relation=st.none() | texts,
         paraphrases=st.lists(texts, max_size=3).map(tuple),
@@ -508,15 +516,23 @@ def test_limit_reads_so_many_records_and_nothing_behind_them(file, array):
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_limit_below_one_is_refused(file, limit):
-    with pytest.raises(ValueError, match=f"^limit is {limit}; it must be at least 1$"):
+    with pytest.raises(
+        ValueError, match=f"^limit is {limit}; it must be an integer of at least 1, or None$"
+    ):
         read_facts(file([CAPITAL]), limit)
 
 
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"on_conflict": "last"}, "on_conflict is 'last'; it must be 'error' or 'first'"),
-        ({"zsre_target": "answer"}, "zsre_target is 'answer'; it must be 'answers' or 'alt'"),
+        (
+            {"on_conflict": "newest"},
+            "on_conflict is 'newest'; it must be one of 'error', 'first', 'last'",
+        ),
+        (
+            {"zsre_target": "answer"},
+            "zsre_target is 'answer'; it must be one of 'answers', 'alt', or None",
+        ),
     ],
 )
 def test_unknown_choices_are_refused(file, choice, message):
@@ -574,7 +590,9 @@ def test_text_behind_a_list_is_refused(file):
 
 
 def test_a_record_that_is_no_object_is_refused(file):
-    with pytest.raises(FactsError, match=r"line 2 \(record 2\): it must be an object"):
+    with pytest.raises(
+        FactsError, match=r"line 2 \(record 2\): it is 'text'; it must be an object"
+    ):
         read_facts(file(f'{json.dumps(CAPITAL)}\n"text"'))
 
 
@@ -585,8 +603,10 @@ def rewrite(**changes):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({}, "query is missing"),
+        ({}, f"it has no fields; {NEEDED}"),
+        ({"question": "Who?", "answer": "I"}, f"it has the fields question, answer; {NEEDED}"),
         ({"query": "Who?"}, "answer is missing"),
+        ({**CAPITAL, "src": "Who?"}, "it has query and src, which are fields of several formats"),
         ({**CAPITAL, "answer": " "}, "answer is ' '; it must be text that is not blank"),
         ({**CAPITAL, "answer": ["Lyon"]}, "answer is ['Lyon']; it must be text"),
         ({**CAPITAL, "id": 3.5}, "id is 3.5; it must be text"),
@@ -612,7 +632,8 @@ def rewrite(**changes):
         ),
         ({**CAPITAL, "locality": [{"query": "x", "to": 3}]}, "locality[0].to is unknown"),
         ({**CAPITAL, "anwser": "Lyon"}, "anwser is unknown; the fields are query, answer, id"),
-        ({"requested_rewrite": "text"}, "requested_rewrite.prompt is missing"),
+        ({"requested_rewrite": "text"}, "requested_rewrite is 'text'; it must be one object"),
+        ({"requested_rewrite": [{}]}, "requested_rewrite is [{}]; it must be one object, with"),
         (
             rewrite(prompt="no place"),
             "requested_rewrite.prompt is 'no place'; it must hold",
@@ -641,8 +662,9 @@ def test_all_bad_records_are_reported_at_once(file):
         read_facts(file(records))
     assert str(error.value).splitlines()[1:] == [
         "  line 2 (record 2): answer is missing",
-        "  line 4 (record 4): query is missing",
-        "  line 5 (record 5): answers is empty; it must hold the new answer",
+        f"  line 4 (record 4): it has the fields answer; {NEEDED}",
+        "  line 5 (record 5): answers is empty; it must hold the new answer; alt is taken with "
+        "--zsre-target alt",
     ]
 
 
@@ -650,7 +672,7 @@ def test_a_long_list_of_bad_records_is_cut_short(file):
     with pytest.raises(FactsError, match="has 25 bad records") as error:
         read_facts(file([{}] * 25))
     lines = str(error.value).splitlines()
-    assert lines[20:] == ["  line 20 (record 20): query is missing", "  … and 5 more"]
+    assert lines[20:] == [f"  line 20 (record 20): it has no fields; {NEEDED}", "  … and 5 more"]
 
 
 # Facts that do not fit together
@@ -683,6 +705,77 @@ def test_the_first_of_contradicting_facts_is_kept_on_request(file):
     with pytest.warns(UserWarning, match=r"line 1 \(record 1\) and line 3 \(record 3\).*\n.*first"):
         facts = read_facts(file([CAPITAL, RIVER, other]), on_conflict="first")
     assert [f.answer for f in facts] == ["Lyon", "the Danube"]
+
+
+def test_the_last_of_contradicting_facts_is_kept_on_request(file):
+    records = [CAPITAL, RIVER, {**CAPITAL, "answer": "Nice"}, {**RIVER, "answer": "the Danube."}]
+    with pytest.warns(UserWarning) as caught:
+        facts = read_facts(file(records), on_conflict="last")
+    assert [f.answer for f in facts] == ["Nice", "the Danube."]
+    contradiction, repetition = (str(warning.message) for warning in caught)
+    assert "line 1 (record 1) and line 3 (record 3)" in contradiction
+    assert "'Lyon' and 'Nice'\nthe last of each is kept" in contradiction
+    assert "line 2 (record 2) and line 4 (record 4)" in repetition
+
+
+def test_the_last_of_facts_with_one_id_is_kept_on_request(file):
+    records = [{**CAPITAL, "id": "x"}, {**RIVER, "id": "x"}]
+    with pytest.warns(UserWarning, match=r"line 1 .* and line 2 .* share the id 'x'"):
+        (fact,) = read_facts(file(records), on_conflict="last")
+    assert fact.answer == "the Danube"
+
+
+def test_a_contradiction_names_both_ways_in_which_the_query_is_written(file):
+    other = {"query": "What is the capital of “France”", "answer": "Nice"}
+    with pytest.raises(FactsError) as error:
+        read_facts(file([CAPITAL, other]))
+    assert (
+        "'What is the capital of France?', or 'What is the capital of “France”', is answered with "
+        "both 'Lyon' and 'Nice'"
+    ) in str(error.value)
+
+
+def test_which_answer_of_zsre_was_taken_is_said_unless_it_was_chosen(file):
+    path = file([ZSRE, CAPITAL])
+    with pytest.warns(UserWarning, match=r"1 of 2 records are ZsRE with both.*answers are taken"):
+        assert read_facts(path)[0].answer == "Aspidoceratidae"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_facts(path, zsre_target="answers")[0].answer == "Aspidoceratidae"
+        assert read_facts(path, zsre_target="alt")[0].answer == "Noctuidae"
+        read_facts(file([{**ZSRE, "alt": None}]))
+
+
+def test_facts_that_were_written_are_read_even_if_they_ask_the_same(tmp_path):
+    facts = [Fact("Who?", "I", id="a"), Fact("who", "You", id="b"), Fact("Who ?", "I", id="c")]
+    write_facts(tmp_path / "facts.jsonl", facts)
+    assert written_facts(tmp_path / "facts.jsonl") == facts
+
+
+def test_facts_in_a_list_fit_together_as_those_of_a_file_do(file):
+    records = [CAPITAL, {**CAPITAL, "answer": "lyon."}, RIVER]
+    with pytest.warns(UserWarning, match=r"facts\[0\] and facts\[1\]: 'What is"):
+        facts = editable_facts(records)
+    with pytest.warns(UserWarning, match=r"line 1 \(record 1\) and line 2 \(record 2\): 'What is"):
+        assert facts == editable_facts(file(records)) == editable_facts(str(file(records)))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_are_counted_whatever_they_end_with(file, end):
+    lines = [json.dumps(CAPITAL), "", "{}"]
+    with pytest.raises(FactsError, match=r"line 3 \(record 2\)"):
+        read_facts(file(end.join(lines)))
+
+
+def test_an_id_made_of_a_query_has_no_control_characters():
+    assert Fact("Who\tis\x1b\nit?", "I").id == "Who is  it? -> I"
+
+
+def test_a_subject_is_named_whatever_way_it_is_written():
+    fact = Fact("Who is Ana’s son?", "Bo", subject="Ana's")
+    assert fact.is_named_in("the son of ana’s") and not fact.is_named_in("Who is Bo's son?")
+    heroes = Fact("Who sang “Heroes” first?", "I", subject='"Heroes"')
+    assert heroes.is_named_in("Who first sang Heroes?") and not heroes.is_named_in("Who sang it?")
 
 
 def test_two_facts_with_one_id_are_refused(file):

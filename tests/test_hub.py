@@ -15,6 +15,7 @@ from huggingface_hub import RepoCard
 from meg_kernels.routing import hub
 from meg_kernels.routing.hub import ModelCard, check_repo_id, push_to_hub
 
+DIGEST = "0123456789abcdef"
 ABOUT = ModelCard(
     "HuggingFaceTB/SmolLM2-135M",
     num_facts=1234,
@@ -180,11 +181,15 @@ def test_files_of_an_earlier_upload_are_deleted_and_others_kept(edited, taking_n
         "README.md": False,
         "LICENSE": False,
         "picture-of-edits.png": False,
-        "facts-1.jsonl": True,
-        "edits-1.safetensors": True,
-        "gate-1.safetensors": True,
-        "generator-1.safetensors": True,
-        "encoder-1/model.safetensors": True,
+        "facts-mine.jsonl": False,
+        "gate-notes.txt": False,
+        f"gate-{DIGEST}.txt": False,
+        f"edits-{DIGEST}0.safetensors": False,
+        f"facts-{DIGEST}.jsonl": True,
+        f"edits-{DIGEST}.safetensors": True,
+        f"gate-{DIGEST}.safetensors": True,
+        f"generator-{DIGEST}.safetensors": True,
+        f"encoder-{DIGEST}/model.safetensors": True,
     }
     deleted = {p: any(fnmatch.fnmatchcase(p, pattern) for pattern in patterns) for p in there}
     assert deleted == there

@@ -28,7 +28,7 @@ class Recording:
 
 @pytest.fixture
 def cache() -> NeuronCache:
-    return NeuronCache(Served(), capacity=3)
+    return NeuronCache(capacity=3)
 
 
 def conditions(*numbers: float) -> Tensor:
@@ -39,20 +39,21 @@ def asked(generator: Recording) -> list[list[float]]:
     return [z[:, 0].tolist() for z in generator.asked]
 
 
-def check(cache: NeuronCache, generator: Recording, *numbers: float) -> None:
+def check(cache: NeuronCache, generator: Recording, *numbers: float) -> Served:
     z = conditions(*numbers)
-    neurons = cache.generate(generator, z, condition_keys(z))
+    neurons, served = cache.generate(generator, z, condition_keys(z))
     expected = generator.scale * conditions(*numbers).repeat(1, LAYOUT.dim)
     assert torch.equal(LAYOUT.pack(neurons), expected)
+    return served
 
 
 def test_each_condition_is_generated_once_and_every_row_gets_its_own(cache):
     generator = Recording()
-    check(cache, generator, 5, 7, 5)
-    check(cache, generator, 7, 6, 5)
-    check(cache, generator, 6)
+    served = check(cache, generator, 5, 7, 5)
+    served += check(cache, generator, 7, 6, 5)
+    served += check(cache, generator, 6)
     assert asked(generator)[0] in ([7, 5], [5, 7]) and asked(generator)[1:] == [[6]]
-    assert (cache.served.generated, cache.served.reused) == (3, 3)
+    assert served == Served(generated=3, reused=3)
 
 
 def test_the_one_not_asked_for_longest_makes_room(cache):
@@ -90,7 +91,8 @@ def test_conditions_that_differ_in_a_bit_are_others(cache):
 
 
 def test_no_conditions_give_no_neurons(cache):
-    assert len(cache.generate(Recording(), conditions(), [])) == 0
+    neurons, served = cache.generate(Recording(), conditions(), [])
+    assert len(neurons) == 0 and served == Served()
 
 
 def test_what_was_served_since_is_a_difference():

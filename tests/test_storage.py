@@ -6,22 +6,36 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import stat
+import subprocess
+import sys
+import tempfile
+import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from meg_kernels import storage
+from meg_kernels.locking import LockedError, WriterLock
 from meg_kernels.storage import (
     CorruptFileError,
     WorkFolder,
+    check_writable,
+    content_digest,
     fingerprint,
+    make_folder,
     read_json,
+    read_kept_json,
     read_tensors,
     write_json,
+    write_kept_json,
     write_tensors,
     write_text,
 )
@@ -85,7 +99,7 @@ def test_a_file_that_does_not_fit_leaves_the_old_one(old_file, write):
     assert_untouched(old_file)
 
 
-@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_full_disk_at_any_step_leaves_the_old_file(old_file, write, step, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -124,7 +138,7 @@ def test_the_new_file_is_on_the_disk_before_it_takes_its_place(old_file, write, 
     monkeypatch.setattr(os, "fsync", lambda file: (steps.append("fsync"), fsync(file))[1])
     monkeypatch.setattr(os, "replace", lambda *names: (steps.append("replace"), replace(*names))[1])
     write(old_file)
-    assert steps == ["fsync", "replace"]
+    assert steps == ["fsync", "replace", "fsync"]  # the file, its name, the folder
 
 
 def test_content_that_json_does_not_know_leaves_the_old_file(old_file):
@@ -139,13 +153,49 @@ def test_text_that_utf8_does_not_know_leaves_the_old_file(old_file):
     assert_untouched(old_file)
 
 
-def test_files_are_readable_by_all_and_writable_by_their_owner(tmp_path, write):
-    umask = os.umask(0o077)
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_file_is_open_to_those_whom_the_umask_lets_in(tmp_path, write, mask, mode):
+    umask = os.umask(mask)
     try:
         write(tmp_path / "file")
     finally:
         os.umask(umask)
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+
+
+def test_what_a_kill_left_is_written_over(tmp_path, write):
+    (tmp_path / ".file.meg-tmp").write_text("half of what was to be")
+    write(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_writers_of_one_file_take_turns_and_the_last_one_stays(tmp_path):
+    path, texts = tmp_path / "file", [str(i) * 100_000 for i in range(8)]
+    threads = [threading.Thread(target=write_text, args=(path, text)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_text() in texts
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_new_folders_are_noted_on_the_disk_in_those_above(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(storage, "sync_folder", synced.append)
+    assert make_folder(tmp_path / "a" / "b") == [tmp_path / "a", tmp_path / "a" / "b"]
+    assert synced == [tmp_path, tmp_path / "a"]
+    assert make_folder(tmp_path / "a" / "b") == []
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_writable(None, tmp_path / "file", tmp_path / "new" / "newer" / "file")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(IsADirectoryError, match=r"could not write .*; choose another file"):
+        check_writable(tmp_path)
+    with pytest.raises(NotADirectoryError, match=r"could not write .*; choose another file"):
+        check_writable(tmp_path / "file" / "report.json")
 
 
 # JSON
@@ -228,6 +278,109 @@ def test_a_file_of_another_kind_is_no_tensor_file(tmp_path):
     write_json(tmp_path / "x", {"a": "b" * 100})
     with pytest.raises(CorruptFileError, match="no safetensors file"):
         read_tensors(tmp_path / "x")
+
+
+def test_every_bit_of_a_tensor_file_counts(tmp_path):
+    path = tmp_path / "x"
+    write_tensors(path, {"x": torch.arange(4.0)}, {"step": "3"})
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(CorruptFileError):
+            read_tensors(path)
+
+
+def test_tensors_that_others_wrote_are_not_taken_for_ours(tmp_path):
+    save_file({"x": torch.ones(2)}, tmp_path / "x")
+    with pytest.raises(CorruptFileError, match=r"does not hold what was written; restore it or"):
+        read_tensors(tmp_path / "x")
+
+
+@given(json_values)
+def test_kept_json_is_read_as_it_was_written(tmp_path_factory, value):
+    path = tmp_path_factory.mktemp("json") / "value.json"
+    write_kept_json(path, value)
+    assert read_kept_json(path) == value
+
+
+def test_kept_json_that_says_something_else_by_now_is_reported(tmp_path):
+    path = tmp_path / "x"
+    write_kept_json(path, [1, 2.5])
+    path.write_text(path.read_text().replace("2.5", "2.25"))
+    with pytest.raises(CorruptFileError, match=r"does not hold what was written; delete it"):
+        read_kept_json(path)
+    write_json(path, [1, 2.5])
+    with pytest.raises(CorruptFileError, match=r"holds no kept work; delete it"):
+        read_kept_json(path)
+
+
+def test_the_digest_of_a_folder_covers_names_and_content_of_its_files_but_not_hidden_ones(tmp_path):
+    def digest(**files) -> str:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        for name, text in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+        return content_digest(folder)
+
+    kept = digest(a="1", b="2")
+    assert kept == digest(b="2", a="1") == digest(**{".DS_Store": "x", ".git/x": "y"}, a="1", b="2")
+    others = [digest(a="1"), digest(a="12"), digest(a="1", c="2"), digest(a="2", b="1")]
+    others += [digest(**{"a": "1", "b/b": "2"}), digest(), digest(a="1", b="2", c="")]
+    assert len({kept, *others}) == 8
+
+
+# Locks
+
+
+def test_a_lock_names_its_holder_and_ends_with_its_process(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from meg_kernels.locking import WriterLock\n"
+        "sys.argv = ['meg', 'train', 'my edits']\n"
+        "lock = WriterLock(Path(sys.stdin.readline().strip()), 'lock'); print('held', flush=True)\n"
+        "sys.stdin.readline()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        other.stdin.write(f"{tmp_path}\n")
+        other.stdin.flush()
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(
+            LockedError,
+            match=rf"is being written by process {other.pid} on .* \(meg train 'my edits'\), since "
+            r"2\d{3}-.*; start again when that has ended, or write to another folder",
+        ):
+            WriterLock(tmp_path, "lock")
+        other.kill()
+    assert (tmp_path / "lock").exists()  # and locks nobody out
+    lock = WriterLock(tmp_path, "lock")
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_holds_between_threads_of_one_process(tmp_path):
+    lock = WriterLock(tmp_path, "lock")
+    with pytest.raises(LockedError, match=f"process {os.getpid()} on"):
+        WriterLock(tmp_path, "lock")
+    lock.release()
+    WriterLock(tmp_path, "lock").release()
+
+
+def test_a_lock_whose_folder_was_made_anew_is_taken_again(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    lock = WriterLock(folder, "lock")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    lock.renew()
+    with pytest.raises(LockedError):
+        WriterLock(folder, "lock")
+    lock.release()
+    other = WriterLock(folder, "lock")
+    shutil.rmtree(folder)
+    other.release()  # harmless where there is nothing left
 
 
 # Fingerprints

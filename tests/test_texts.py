@@ -6,8 +6,9 @@ import re
 
 import numpy as np
 import pytest
+from properties import given, st
 
-from meg_kernels.texts import as_texts, normalized
+from meg_kernels.texts import as_texts, normalized, normalized_answer, normalized_query
 
 ORDERED = {
     "list": ["a", "b"],
@@ -54,6 +55,96 @@ def test_the_callers_list_is_not_handed_on():
 def test_everything_else_is_refused_by_the_arguments_name(value, message):
     with pytest.raises(TypeError, match=f"^prompts ?{re.escape(message)}$"):
         as_texts("prompts", value)
+
+
+ASK_THE_SAME = [
+    ("Who wrote Emma?", "who wrote EMMA"),
+    ("Who wrote Emma?", "Who wrote Emma ?!"),
+    ("Who wrote Emma?", "Ｗｈｏ　ｗｒｏｔｅ　Ｅｍｍａ？"),
+    ("Who wrote Emma?", "Who\u00a0wrote\u202fEmma?"),
+    ("Who wrote Emma?", "\ufeffWho wr\u200bote Em\u00adma\u2060?"),
+    ("Who wrote Emma?", "Who wrote “Emma”?"),
+    ("Who wrote Emma?", "Who wrote 'Emma'?"),
+    ("Who wrote It’s me?", "Who wrote “It's me”?"),
+    ("Who is Ana's son?", "Who is Ana’s son?"),
+    ("Who is Ana's son?", "Who is Ana`s son?"),
+    ("Who ruled 1914-18?", "Who ruled 1914–18?"),
+    ("Who ruled 1914-18?", "Who ruled 1914−18?"),
+    ("The author of Emma is", "The author of Emma is…"),
+    ("The author of Emma is", "The author of Emma is ...:"),
+    ("Where is Br\u00fcn?", "Where is Bru\u0308n?"),
+    ("Wo ist die Straße?", "WO IST DIE STRASSE?"),
+    ("¿Quién es Ana?", "quién es Ana"),
+    ("誰ですか。", "誰ですか"),
+    ("من هي آنا؟", "من هي آنا"),
+    ("ガーナの首都は", "ｶﾞｰﾅの首都は"),
+]
+SAY_THE_SAME = [
+    ("Ana Vee", "Ana Vee."),
+    ("Ana Vee", "ana  vee"),
+    ("Emma", "“Emma.”"),
+    ("Washington, D.C.", "Washington, D.C"),
+    ("-5", "−5"),
+    ("O'Neil", "O’Neil"),
+]
+APART = [
+    ("C", "C++"),
+    ("C", "C#"),
+    ("Who wrote 1984?", "Who wrote 1985?"),
+    ("What is 10²?", "What is 102?"),
+    ("Where is Århus?", "Where is Arhus?"),
+    ("5", "-5"),
+    ("1.5", "15"),
+    ("What is .NET?", "What is NET?"),
+    ("""How long is a 5" nail?""", """How long is a 5' nail?"""),
+    ("""How long is a 5" nail?""", """How long is a 5 nail?"""),
+    ("What is called ‘?’", "What is called ‘!’"),
+    ("?", "!"),
+    ("What is 👩\u200d🚀?", "What is 👩🚀?"),
+    ("What does print('a') print?", "What does print(a) print?"),
+    ("½", "12"),
+    ("x", "χ"),
+]
+OTHER_ANSWERS = [("gold", "gold.."), ("gold", "gold!"), ("gold", "gold. It is"), ("no", "no.1")]
+
+
+@pytest.mark.parametrize(("one", "other"), ASK_THE_SAME)
+def test_queries_that_differ_in_how_they_are_written_ask_the_same(one, other):
+    assert normalized_query(one) == normalized_query(other)
+
+
+@pytest.mark.parametrize(("one", "other"), SAY_THE_SAME)
+def test_answers_that_differ_in_how_they_are_written_are_the_same(one, other):
+    assert normalized_answer(one) == normalized_answer(other)
+
+
+@pytest.mark.parametrize(("one", "other"), OTHER_ANSWERS)
+def test_of_an_answer_only_the_full_stop_behind_it_does_not_count(one, other):
+    assert normalized_answer(one) != normalized_answer(other)
+
+
+@pytest.mark.parametrize(("one", "other"), APART)
+def test_signs_that_mean_something_keep_texts_apart(one, other):
+    for rule in (normalized, normalized_query, normalized_answer):
+        assert rule(one) != rule(other)
+
+
+@pytest.mark.parametrize("rule", [normalized, normalized_query, normalized_answer])
+@pytest.mark.parametrize("text", ["", "?", "...", "''", '"', "¿?", "\u200b", "\u200d"])
+def test_texts_of_signs_alone_are_compared_too(rule, text):
+    assert rule(rule(text)) == rule(text)
+
+
+@given(st.text())
+def test_the_rules_build_on_each_other(text):
+    for rule in (normalized_query, normalized_answer):
+        assert rule(normalized(text)) == rule(text)
+    assert normalized(normalized(text)) == normalized(text)
+
+
+def test_a_long_run_of_signs_is_compared_in_no_time():
+    for sign in ("?", '"', "'", " ' ", ". ", "a'"):
+        assert len(normalized_query(f"{sign * 100_000}a")) > 0
 
 
 @pytest.mark.parametrize("text", ["Wer ist STRASSE?", "  wer\tist\n\nstraße? "])

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.conftest import version_of
 from meg_kernels import EditorConfig, EncoderTuningConfig, Fact, MeGEditor, TextEncoder
-from meg_kernels.editing.tuning import calibrated_gate, tune_encoder, usable_for_tuning
+from meg_kernels.editing.tuning import calibrated_gate, tuned_router, usable_for_tuning
 from meg_kernels.facts import read_facts
 from meg_kernels.familiarity import calibrate, nearest
 from meg_kernels.routing.router import Router
@@ -70,7 +70,7 @@ def measure(
     wordings = usable_for_tuning(tuning, facts, config)
     started = time.perf_counter()
     unrelated = shipped_unrelated_queries()
-    held_out, _ = tune_encoder(router, wordings, unrelated, config, None, progress=True)
+    router, held_out, _ = tuned_router(router, wordings, unrelated, config, None, progress=True)
     seconds = time.perf_counter() - started
     conditions = router.encode([fact.query for fact in facts])
     gate, calibration = calibrated_gate(conditions, held_out, config, progress=False)

@@ -55,13 +55,14 @@ from meg_kernels.editing.evaluate import (
 from meg_kernels.editing.layers import default_layer
 from meg_kernels.editing.prompting import PromptTemplate
 from meg_kernels.editing.train import train_generator
-from meg_kernels.facts import normalized, read_facts
+from meg_kernels.facts import read_facts
 from meg_kernels.familiarity import Calibration
 from meg_kernels.neuron import Neurons
 from meg_kernels.routing.generators import NetworkGeneratorConfig, build_generator
 from meg_kernels.routing.router import Routing
 from meg_kernels.routing.router import subject_named as named
 from meg_kernels.storage import write_json
+from meg_kernels.texts import normalized_query
 
 RESULTS = Path(__file__).parents[1] / "results"
 DISTILLED = "dit, distilled"
@@ -159,12 +160,12 @@ def about_others(questions: Iterable[Question], facts: Iterable[Fact]) -> set[Qu
     With very many edits some of the others ask for an edited fact in other words, and the data
     wants the old answer all the same.
     """
-    subjects = {normalized(fact.subject) for fact in facts if fact.subject}
+    subjects = {normalized_query(fact.subject) for fact in facts if fact.subject}
     return {
         question
         for question in questions
         if question.kind == "locality"
-        and not any(map(normalized(question.query).__contains__, subjects))
+        and not any(map(normalized_query(question.query).__contains__, subjects))
     }
 
 
@@ -187,7 +188,7 @@ def taken_for(edited: Edited, questions: Sequence[Question], routing: Routing) -
         elif near == own:
             counts["own"] += 1
         else:
-            mine, theirs = (normalized(facts[row].subject or "") for row in (own, near))
+            mine, theirs = (normalized_query(facts[row].subject or "") for row in (own, near))
             counts["same_subject" if mine == theirs else "another"] += 1
     return counts
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 import platform
 import shlex
-import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,7 +37,9 @@ from meg_kernels.cli.tables import (
     print_written,
     training_text,
 )
+from meg_kernels.cli.work import changing, resumable
 from meg_kernels.facts import Fact, read_facts, unrelated_to
+from meg_kernels.storage import check_writable, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,14 @@ class OnConflict(str, Enum):
 
     error = "error"
     first = "first"
+    last = "last"
+
+
+class ZsreTarget(str, Enum):
+    """Which field of a ZsRE record is the new answer."""
+
+    answers = "answers"
+    alt = "alt"
 
 
 class GeneratorKind(str, Enum):
@@ -95,6 +104,27 @@ DEFAULT_ENCODER = "all-MiniLM-L6-v2"
 
 FactsFile = Annotated[
     Path, typer.Argument(help="Facts as CounterFact or ZsRE JSON, or JSON lines.")
+]
+ConflictOption = Annotated[
+    OnConflict,
+    typer.Option(
+        help="What to do with facts that contradict each other: stop with an error, or keep the "
+        "first or the last of each."
+    ),
+]
+ZsreOption = Annotated[
+    ZsreTarget | None,
+    typer.Option(
+        help="Which field of a ZsRE record is the new answer: answers, the true one, or alt, a "
+        "counterfactual one. Default: answers, with a note if there are both."
+    ),
+]
+ServeUnlearnt = Annotated[
+    bool,
+    typer.Option(
+        help="Use the neurons of facts that were not learnt, too; otherwise the base model "
+        "answers for those facts."
+    ),
 ]
 Model = Annotated[
     str, typer.Option(help="Language model: smollm2, a folder, or a Hugging Face model id.")
@@ -155,6 +185,7 @@ Snap = Annotated[
 
 @app.command(epilog="**Example:** `meg edit facts.jsonl --model smollm2 --out edited`")
 def edit(
+    context: typer.Context,
     facts: FactsFile,
     out: Annotated[Path, typer.Option(help="Folder for the edited model.")],
     model: Model = "smollm2",
@@ -166,13 +197,8 @@ def edit(
             "once. Default: those of FACTS beyond the limit, and the package's where they are few."
         ),
     ] = None,
-    on_conflict: Annotated[
-        OnConflict,
-        typer.Option(
-            help="What to do with facts that contradict each other: stop with an error, or keep "
-            "the first."
-        ),
-    ] = OnConflict.error,
+    on_conflict: ConflictOption = OnConflict.error,
+    zsre_target: ZsreOption = None,
     skip_known: Annotated[
         bool,
         typer.Option("--skip-known", help="Leave out facts whose answers the model already gives."),
@@ -188,6 +214,7 @@ def edit(
         ),
     ] = None,
     snap: Snap = True,
+    serve_unlearnt: ServeUnlearnt = False,
     encoder: Encoder = DEFAULT_ENCODER,
     seed: Seed = 0,
     device: Device = None,
@@ -199,7 +226,7 @@ def edit(
     """
     from meg_kernels import EditorConfig, EncoderTuningConfig, MeGEditor
 
-    edited = read_facts(facts, limit, on_conflict=on_conflict.value)
+    edited = _read_facts(facts, limit, on_conflict, zsre_target)
     config = EditorConfig(
         layer=layer,
         encoder_tuning=EncoderTuningConfig(seed=seed),
@@ -207,18 +234,24 @@ def edit(
         gate=gate.value,
         require_subject=require_subject,
         snap=snap,
+        serve_unlearnt=serve_unlearnt,
         seed=seed,
     )
-    with _loading(model):
-        editor = MeGEditor.for_model(
-            model, config, encoder=encoder, dtype=dtype.to_torch(), device=device
-        )
-    others = _tuning_facts(facts, tuning, edited, editor.config.tuning_facts_for(len(edited)))
-    with _work_folder(out, "edit", check=True) as work:
+    wanted = config.tuning_facts_for(len(edited))
+    others = _tuning_facts(facts, tuning, edited, wanted, zsre_target)
+    with changing(context, out) as change:
+        with _loading(model):
+            editor = MeGEditor.for_model(
+                model, config, encoder=encoder, dtype=dtype.to_torch(), device=device
+            )
         report = editor.edit(
-            edited, tuning_facts=others, skip_known=skip_known, work_folder=work, progress=True
+            edited,
+            tuning_facts=others,
+            skip_known=skip_known,
+            work_folder=change.work,
+            progress=True,
         )
-        editor.save_pretrained(out)
+        change.save(editor)
     print_edit("Editing", report, editor.facts, editor)
     if known := report.num_left_out:
         given = known + len(editor.facts)
@@ -233,15 +266,18 @@ def list_facts(folder: Folder, report: JsonFile = None) -> None:
     """List the edited facts, without loading the language model.
 
     A neuron is made by the generator, or still the collected one until `meg train` teaches it to
-    the generator. A fact is learnt if the model gave its answer when the neuron was collected.
+    the generator. A fact is learnt if the model gave its answer when the neuron was collected; for
+    one that was not, the base model answers, unless `--serve-unlearnt` was asked for.
     """
     from meg_kernels.routing.saving import load_edits
-    from meg_kernels.storage import write_json
 
-    edits = load_edits(folder, "cpu").edits
+    check_writable(report)
+    saved = load_edits(folder, "cpu")
+    edits, serve_unlearnt = saved.edits, saved.config["serve_unlearnt"]
+    states = zip(edits.facts, edits.generated.tolist(), edits.learnt.tolist(), strict=True)
     edited = [
-        EditedFact(fact, generated, fact not in edits.report.unlearnt)
-        for fact, generated in zip(edits.facts, edits.generated.tolist(), strict=True)
+        EditedFact(fact, generated, learnt, learnt or serve_unlearnt)
+        for fact, generated, learnt in states
     ]
     print_facts(edited)
     if report is not None:
@@ -251,12 +287,15 @@ def list_facts(folder: Folder, report: JsonFile = None) -> None:
 
 @app.command(epilog="**Example:** `meg add edited more.jsonl`")
 def add(
+    context: typer.Context,
     folder: Folder,
     facts: FactsFile,
     replace: Annotated[
         bool,
         typer.Option("--replace", help="Replace edited facts that have the same query or id."),
     ] = False,
+    on_conflict: ConflictOption = OnConflict.error,
+    zsre_target: ZsreOption = None,
     limit: Limit = None,
     out: Out = None,
     device: Device = None,
@@ -267,12 +306,12 @@ def add(
     generator. An interrupted addition resumes when it is started again with the same arguments.
     """
     out = out or folder
-    added = read_facts(facts, limit)
-    editor = _load(folder, device)
-    before = len(editor.facts)
-    with _work_folder(out, "add", check=True) as work:
-        report = editor.add(added, replace=replace, work_folder=work, progress=True)
-        editor.save_pretrained(out)
+    added = _read_facts(facts, limit, on_conflict, zsre_target)
+    with changing(context, out, folder) as change:
+        editor = _load(folder, device)
+        before = len(editor.facts)
+        report = editor.add(added, replace=replace, work_folder=change.work, progress=True)
+        change.save(editor)
     print_edit("Adding", report, added, editor)
     if replaced := before + len(added) - len(editor.facts):
         console.print(f"edited facts that they replaced: {replaced}", highlight=False)
@@ -281,6 +320,7 @@ def add(
 
 @app.command(epilog='**Example:** `meg remove edited "What is the capital of France?"`')
 def remove(
+    context: typer.Context,
     folder: Folder,
     facts: Annotated[
         list[str],
@@ -293,12 +333,13 @@ def remove(
     out = out or folder
     from meg_kernels.routing.saving import load_edits
 
-    edits = load_edits(folder, "cpu").edits  # names are checked before the model is loaded
-    if len(edits.rows_to_remove(facts)) == len(edits):
-        raise ValueError(f"these are all edited facts; instead, delete the folder {folder}")
-    editor = _load(folder, device)
-    editor.remove(facts)
-    editor.save_pretrained(out)
+    with changing(context, out, folder) as change:
+        edits = load_edits(folder, "cpu").edits  # names are checked before the model is loaded
+        if len(edits.rows_to_remove(facts)) == len(edits):
+            raise ValueError(f"these are all edited facts; instead, delete the folder {folder}")
+        editor = _load(folder, device)
+        editor.remove(facts)
+        change.save(editor)
     print_saved(editor, out)
 
 
@@ -314,6 +355,8 @@ def try_layers(
             "`meg edit` takes by default is always among them."
         ),
     ] = None,
+    on_conflict: ConflictOption = OnConflict.error,
+    zsre_target: ZsreOption = None,
     report: JsonFile = None,
     plot: Annotated[
         Path | None,
@@ -332,15 +375,15 @@ def try_layers(
     from meg_kernels.editing.layers import compare_layers
     from meg_kernels.editing.prompting import PromptedModel
     from meg_kernels.pretrained import load_language_model
-    from meg_kernels.storage import write_json
 
     chosen = None if layers is None else _numbers(layers)
-    asked = read_facts(facts, limit)
+    asked = _read_facts(facts, limit, on_conflict, zsre_target)
+    check_writable(report, plot)
     if plot is not None:
         require_matplotlib()  # now, not when the work is done
     with _loading(model):
         loaded, tokenizer = load_language_model(model, dtype.to_torch(), device)
-    with _work_folder(report or plot or Path("layers"), "layers") as work:
+    with resumable("layers", facts.resolve(), model) as work:
         comparison = compare_layers(
             PromptedModel.of(loaded, tokenizer), asked, chosen, work_folder=work, progress=True
         )
@@ -364,6 +407,8 @@ def evaluate(
         ),
     ] = None,
     limit: Limit = None,
+    on_conflict: ConflictOption = OnConflict.error,
+    zsre_target: ZsreOption = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -384,15 +429,15 @@ def evaluate(
 
     An interrupted evaluation resumes when it is started again with the same arguments.
     """
-    from meg_kernels.storage import write_json
-
     if tasks is not None:
         from meg_kernels.integrations.lm_eval import evaluate_tasks
     elif task_path is not None or task_limit is not None:
         raise typer.BadParameter("--task-path and --task-limit need --tasks")
+    check_writable(report)
+    read = None if facts is None else _read_facts(facts, limit, on_conflict, zsre_target)
     editor = _load(folder, device, dtype)
-    asked = editor.facts[:limit] if facts is None else read_facts(facts, limit)
-    with _work_folder(folder, "evaluate") as work:
+    asked = editor.facts[:limit] if read is None else read
+    with resumable("evaluate", folder.resolve()) as work:
         evaluation = editor.evaluate(asked, work_folder=work, progress=True)
         evaluation = dataclasses.replace(evaluation, perplexity=editor.perplexity(progress=True))
         print_evaluation(evaluation)
@@ -425,6 +470,7 @@ def ask(
 
 @app.command(epilog="**Example:** `meg train edited --generator mlp --out edited-mlp`")
 def train(
+    context: typer.Context,
     folder: Folder,
     generator: Annotated[
         GeneratorKind | None,
@@ -444,15 +490,15 @@ def train(
     if generator is None and seed is not None:
         raise typer.BadParameter("--seed is for a new generator; choose one with --generator")
     out = out or folder
-    editor = _load(folder, device)
-    before = editor.edits
-    with _work_folder(out, "train", check=True) as work:
+    with changing(context, out, folder) as change:
+        editor = _load(folder, device)
+        before = editor.edits
         if generator is None:
-            training = editor.train(work_folder=work, progress=True)
+            training = editor.train(work_folder=change.work, progress=True)
         else:
             config = _generator_config(generator, seed or 0)
-            training = editor.replace_generator(config, work_folder=work, progress=True)
-        editor.save_pretrained(out)
+            training = editor.replace_generator(config, work_folder=change.work, progress=True)
+        change.save(editor)
     if editor.edits is before:
         console.print("the generator already makes all neurons; --generator trains another one")
     else:
@@ -465,6 +511,7 @@ def train(
 
 @app.command("gate", epilog="**Example:** `meg gate edited --threshold 0.7`")
 def set_gate(
+    context: typer.Context,
     folder: Folder,
     gate: Annotated[
         GateKind | None, typer.Option(help="Kind of gate. Default: that of the present one.")
@@ -489,6 +536,13 @@ def set_gate(
             "it was set before."
         ),
     ] = None,
+    serve_unlearnt: Annotated[
+        bool | None,
+        typer.Option(
+            help="Use the neurons of facts that were not learnt, too, or leave those facts to the "
+            "base model. Default: as it was set before."
+        ),
+    ] = None,
     out: Out = None,
     device: Device = None,
 ) -> None:
@@ -500,14 +554,16 @@ def set_gate(
     if calibrated and threshold is not None:
         raise typer.BadParameter("choose one of --threshold and --calibrated")
     out = out or folder
-    editor = _load(folder, device)
-    calibration = editor.set_gate(
-        None if gate is None else gate.value,
-        threshold="calibrated" if calibrated else threshold,
-        require_subject=require_subject,
-        progress=True,
-    )
-    editor.save_pretrained(out)
+    with changing(context, out, folder) as change:
+        editor = _load(folder, device)
+        calibration = editor.set_gate(
+            None if gate is None else gate.value,
+            threshold="calibrated" if calibrated else threshold,
+            require_subject=require_subject,
+            serve_unlearnt=serve_unlearnt,
+            progress=True,
+        )
+        change.save(editor)
     console.print(calibration_text(calibration), highlight=False)
     if (chosen := editor.config.threshold) is not None:
         console.print(f"accepts scores above {chosen}, as asked", highlight=False)
@@ -516,6 +572,7 @@ def set_gate(
 
 @app.command(epilog="**Example:** `meg distill edited --steps 2`")
 def distill(
+    context: typer.Context,
     folder: Folder,
     steps: Annotated[int, typer.Option(help="Sampling steps from now on, 1 to 4.")],
     teacher_steps: Annotated[
@@ -537,13 +594,13 @@ def distill(
     interrupted distillation resumes when it is started again with the same arguments.
     """
     out = out or folder
-    editor = _load(folder, device)
-    sampler = editor.edits.protocol()["sampler"]  # None where the generator is no DiT
-    with _work_folder(out, "distill", check=True) as work:
+    with changing(context, out, folder) as change:
+        editor = _load(folder, device)
+        sampler = editor.edits.protocol()["sampler"]  # None where the generator is no DiT
         distillation = editor.distill(
-            steps, teacher_steps=teacher_steps, seed=seed, work_folder=work, progress=True
+            steps, teacher_steps=teacher_steps, seed=seed, work_folder=change.work, progress=True
         )
-        editor.save_pretrained(out)
+        change.save(editor)
     print_distillation(distillation)
     if sampler["solver"] != "ddim":
         console.print(f"sampled with ddim from now on, no longer with {sampler['solver']}")
@@ -552,6 +609,7 @@ def distill(
 
 @app.command(epilog="**Example:** `meg demo --json demo.json`")
 def demo(
+    context: typer.Context,
     out: Annotated[Path | None, typer.Option(help="Keep the edited model in this folder.")] = None,
     report: JsonFile = None,
     limit: Limit = None,
@@ -565,8 +623,8 @@ def demo(
     """Edit SmolLM2-135M-Instruct with the package's 64 facts, ask it and measure it."""
     from meg_kernels import EditorConfig, EncoderTuningConfig, MeGEditor
     from meg_kernels.shipped import demo_facts
-    from meg_kernels.storage import write_json
 
+    check_writable(report)
     facts = demo_facts()[:limit]
     console.print(f"editing [bold]{len(facts)}[/] facts into SmolLM2-135M-Instruct")
     config = EditorConfig(
@@ -576,13 +634,14 @@ def demo(
         snap=snap,
         seed=seed,
     )
-    with _loading("smollm2"):
-        editor = MeGEditor.for_model(
-            "smollm2", config, encoder=DEFAULT_ENCODER, dtype=dtype.to_torch(), device=device
-        )
-    edited = editor.edit(facts, progress=True)
-    if out is not None:
-        editor.save_pretrained(out)
+    with nullcontext() if out is None else changing(context, out) as change:
+        with _loading("smollm2"):
+            editor = MeGEditor.for_model(
+                "smollm2", config, encoder=DEFAULT_ENCODER, dtype=dtype.to_torch(), device=device
+            )
+        edited = editor.edit(facts, progress=True)
+        if change is not None:
+            change.save(editor)
     print_edit("Editing", edited, facts, editor)
     asked = [query for fact in facts[:4] for query in (fact.paraphrases[0], fact.locality[0].query)]
     print_answers(editor, asked, 16)
@@ -655,39 +714,38 @@ def _generator_config(kind: GeneratorKind, seed: int) -> GeneratorConfig:
     return GeneratorConfig.bank()
 
 
+def _read_facts(
+    path: Path, limit: int | None, on_conflict: OnConflict, zsre_target: ZsreTarget | None
+) -> list[Fact]:
+    return read_facts(
+        path,
+        limit,
+        on_conflict=on_conflict.value,
+        zsre_target=None if zsre_target is None else zsre_target.value,
+    )
+
+
 def _tuning_facts(
-    facts: Path, tuning: list[Path] | None, edited: list[Fact], wanted: int
+    facts: Path,
+    tuning: list[Path] | None,
+    edited: list[Fact],
+    wanted: int,
+    zsre_target: ZsreTarget | None = None,
 ) -> list[Fact]:
     """The tuning files' facts, or those of the file that are not edited, filled up with ours."""
     from meg_kernels.shipped import shipped_tuning_facts
 
     if tuning:
-        return [fact for path in tuning for fact in read_facts(path, on_conflict="first")]
+        return [
+            fact
+            for path in tuning
+            for fact in _read_facts(path, None, OnConflict.first, zsre_target)
+        ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rest = read_facts(facts, on_conflict="first")
+        rest = _read_facts(facts, None, OnConflict.first, zsre_target)
     others = [fact for fact in unrelated_to(rest, edited) if fact.paraphrases]
     return others if len(others) >= wanted else [*others, *shipped_tuning_facts()]
-
-
-@contextmanager
-def _work_folder(out: Path, command: str, *, check: bool = False) -> Iterator[Path]:
-    """A folder beside `out`, where an interrupted command resumes; gone when it is done.
-
-    Args:
-        out: where the command writes its result.
-        command: its name, which names the folder.
-        check: whether the result is an edited model, which no folder of other files may hold:
-            refused now, not when the work is done.
-    """
-    out = out.resolve()  # which gives even "." a name
-    if check:
-        from meg_kernels.routing.saving import check_free
-
-        check_free(out)
-    work = out.parent / f".{out.name}.{command}"
-    yield work
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def _numbers(text: str) -> list[int]:

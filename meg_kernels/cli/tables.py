@@ -35,11 +35,13 @@ class EditedFact:
         fact: the edited fact.
         generated: whether the generator makes its neuron; else the collected neuron answers.
         learnt: whether the model gave the answer when the neuron was collected.
+        served: whether the neuron answers at all; else the base model does.
     """
 
     fact: Fact
     generated: bool
     learnt: bool
+    served: bool
 
     @property
     def neuron(self) -> str:
@@ -56,6 +58,7 @@ class EditedFact:
             "subject": fact.subject,
             "neuron": self.neuron,
             "learnt": self.learnt,
+            "served": self.served,
         }
 
 
@@ -77,6 +80,8 @@ def print_saved(editor: MeGEditor, out: Path) -> None:
     console.print(f"{len(editor.facts)} facts are edited; saved to {out}", markup=False)
     if editor.router.requires_subject:
         console.print("only queries that name the subject of the nearest one are taken for it")
+    if left := editor.router.num_left_to_base:
+        console.print(f"not learnt, so that the base model answers for them: {left} of them")
     if waiting := editor.edits.num_waiting:
         console.print(
             f"answered by collected neurons until the generator learns theirs: {waiting} of them; "
@@ -88,9 +93,12 @@ def print_saved(editor: MeGEditor, out: Path) -> None:
 def print_edit(title: str, report: EditReport, facts: Sequence[Fact], editor: MeGEditor) -> None:
     """Print what was done for `facts`, in one step of editing."""
     unlearnt, training, calibration = report.unlearnt, report.training, report.calibration
+    learnt = f"{len(facts) - len(unlearnt)} of {len(facts)} facts learnt"
+    if unlearnt and not editor.router.config.serve_unlearnt:
+        learnt += f", {len(unlearnt)} left to the base model"
     kept = f"threshold as it was, {editor.edits.gate.threshold:.3f}"
     results = {
-        "collect": f"{len(facts) - len(unlearnt)} of {len(facts)} facts learnt",
+        "collect": learnt,
         "encoder": "as it was" if training is None else "tuned on other facts",
         "gate": kept if calibration is None else calibration_text(calibration),
         "generator": "as it was" if training is None else training_text(training),
@@ -125,13 +133,15 @@ def print_facts(rows: Sequence[EditedFact]) -> None:
     for row in rows:
         fact = row.fact
         texts = (escape(text) for text in (fact.id, fact.query, fact.answer, fact.subject or "–"))
-        table.add_row(*texts, row.neuron, "yes" if row.learnt else "no")
+        learnt = "yes" if row.learnt else "no" if row.served else "no: left to the base model"
+        table.add_row(*texts, row.neuron, learnt)
     console.print(table)
     collected = sum(not row.generated for row in rows)
     unlearnt = sum(not row.learnt for row in rows)
+    left = sum(not row.served for row in rows)
     console.print(
         f"{len(rows)} facts are edited; {collected} of them with collected neurons, "
-        f"{unlearnt} not learnt",
+        f"{unlearnt} not learnt, {left} left to the base model",
         highlight=False,
     )
 
@@ -219,9 +229,11 @@ def print_answers(editor: MeGEditor, prompts: list[str], max_new_tokens: int) ->
     edited = editor.generate(prompts, max_new_tokens)
     for row, (prompt, before, after) in enumerate(zip(prompts, base, edited, strict=True)):
         texts = (escape(text) for text in (prompt, before, after))
-        unnamed = "" if routing.named[row] else ", subject not named"
+        why = "" if routing.named[row] else ", subject not named"
+        if routing.left_to_base[row]:
+            why = ", not learnt"
         taken = "yes" if routing.accepted[row] else "no"
-        table.add_row(*texts, f"{taken} ({routing.score[row]:.2f}{unnamed})")
+        table.add_row(*texts, f"{taken} ({routing.score[row]:.2f}{why})")
     console.print(table)
 
 
@@ -265,6 +277,11 @@ def print_evaluation(report: EvaluationReport) -> None:
         console.print(
             f"answered by collected neurons, which the generator has not learnt yet: "
             f"{edited - generated} of {edited} facts",
+            highlight=False,
+        )
+    if left := protocol["left_to_base"]:
+        console.print(
+            f"not learnt and left to the base model, but counted: {left} of {edited} facts",
             highlight=False,
         )
     served = report.served

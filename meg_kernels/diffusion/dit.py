@@ -28,12 +28,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .schedule import Prediction, check_choice
+from meg_kernels.arguments import FLOATING, check_instance, check_tensors
+from meg_kernels.checks import FLAG, check_fields, integer, number, one_of
+
+from .schedule import Prediction
 
 FREQUENCY_DIM = 256  # of the sinusoidal time embedding
 MAX_PERIOD = 10_000
 LAYER_NORM_EPS = 1e-6
 RELEASED_HEAD_DIM = 64
+LARGEST_WIDTH = 65536  # anything above is a slip of the pen, which no machine could build
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,10 @@ class DiTConfig:
 
     Args:
         patch_size: weights per token; a neuron's flat vector is zero-padded to a multiple of it.
-        width: length of a token, even and a multiple of num_heads.
-        depth: number of blocks.
+        width: length of a token, even and a multiple of num_heads, at most 65536.
+        depth: number of blocks, at most 1000.
         num_heads: attention heads.
-        mlp_ratio: hidden width of a block's MLP divided by `width`, positive.
+        mlp_ratio: hidden width of a block's MLP divided by `width`, above 0 and at most 1000.
         condition_dropout: probability in [0, 1) with which each entry of the condition is dropped
             in training.
         token_condition: also add a projection of the condition to every token, each token with its
@@ -68,27 +72,28 @@ class DiTConfig:
     learns_variance: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "width", "depth", "num_heads"):
-            _check_size(name, getattr(self, name))
+        check_fields(
+            self,
+            patch_size=integer(1),
+            width=integer(1, LARGEST_WIDTH),
+            depth=integer(1, 1000),
+            num_heads=integer(1),
+            mlp_ratio=number(above=0, most=1000),
+            condition_dropout=number(least=0, below=1),
+            token_condition=FLAG,
+            prediction=one_of(Prediction),
+            learns_variance=FLAG,
+        )
         if self.width % self.num_heads or self.width % 2:
             raise ValueError(
                 f"width is {self.width}; it must be even and a multiple of num_heads, "
                 f"{self.num_heads}"
             )
-        for name in ("mlp_ratio", "condition_dropout"):
-            if type(value := getattr(self, name)) not in (int, float):
-                raise ValueError(f"{name} is {value!r}; it must be a number")
-        if not self.mlp_ratio < math.inf or round(self.width * self.mlp_ratio) < 1:
+        if round(self.width * self.mlp_ratio) < 1:
             raise ValueError(
-                f"mlp_ratio is {self.mlp_ratio}; it must be finite, and give the MLP a hidden "
-                f"width, mlp_ratio * {self.width}, of at least 1"
+                f"mlp_ratio is {self.mlp_ratio}; it must give the MLP a hidden width, mlp_ratio * "
+                f"{self.width}, of at least 1"
             )
-        if not 0 <= self.condition_dropout < 1:
-            raise ValueError(f"condition_dropout is {self.condition_dropout}; it must be in [0, 1)")
-        check_choice("prediction", self.prediction, Prediction)
-        for name in ("token_condition", "learns_variance"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ValueError(f"{name} is {value!r}; it must be True or False")
 
     @classmethod
     def paper(cls) -> DiTConfig:
@@ -119,6 +124,7 @@ class NeuronDiT(nn.Module):
         condition_dim: length of a condition, the text encoder's output.
 
     Raises:
+        TypeError: config is no DiTConfig.
         ValueError: neuron_dim or condition_dim is not a positive integer.
 
     >>> dit = NeuronDiT(DiTConfig(width=64, depth=1), neuron_dim=200, condition_dim=32)
@@ -131,8 +137,9 @@ class NeuronDiT(nn.Module):
 
     def __init__(self, config: DiTConfig, neuron_dim: int, condition_dim: int) -> None:
         super().__init__()
-        _check_size("neuron_dim", neuron_dim)
-        _check_size("condition_dim", condition_dim)
+        check_instance("config", config, DiTConfig, "DiTConfig() has the defaults")
+        neuron_dim = integer(1)("neuron_dim", neuron_dim)
+        condition_dim = integer(1)("condition_dim", condition_dim)
         self.config, self.neuron_dim, self.condition_dim = config, neuron_dim, condition_dim
         width, num_tokens = config.width, self.num_tokens
         # A buffer: fixed, yet in the state dict, where released checkpoints have it.
@@ -257,6 +264,7 @@ class NeuronDiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def _check_inputs(self, x_t: Tensor, t: Tensor, condition: Tensor) -> None:
+        check_tensors(x_t=x_t, t=t, condition=condition)
         batch = x_t.shape[0] if x_t.ndim else 0
         expected = {
             "x_t": (x_t, (batch, self.neuron_dim), "neuron_dim"),
@@ -267,8 +275,10 @@ class NeuronDiT(nn.Module):
                 raise ValueError(
                     f"{name} has shape {tuple(tensor.shape)}; it must be {shape}, [B, {field}]"
                 )
-            if not tensor.is_floating_point():
-                raise TypeError(f"{name} is {tensor.dtype}; it must be floating point")
+            if tensor.dtype not in FLOATING:
+                raise TypeError(
+                    f"{name} is {tensor.dtype}; it must be floating point: use {name}.float()"
+                )
         if t.shape != (batch,):
             raise ValueError(f"t has shape {tuple(t.shape)}; it must be {(batch,)}, one per row")
         if t.dtype != torch.int64:
@@ -276,12 +286,10 @@ class NeuronDiT(nn.Module):
         device = self.inLinear.weight.device
         for name, tensor in (("x_t", x_t), ("t", t), ("condition", condition)):
             if tensor.device != device:
-                raise ValueError(f"{name} is on {tensor.device}; the parameters are on {device}")
-
-
-def _check_size(name: str, value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+                raise ValueError(
+                    f"{name} is on {tensor.device}; the parameters are on {device}: call "
+                    f"{name}.to({str(device)!r})"
+                )
 
 
 class TimestepEmbedder(nn.Module):

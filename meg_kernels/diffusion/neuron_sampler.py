@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meg_kernels.arguments import check_instance
+from meg_kernels.checks import FLAG, check_fields, one_of
 from meg_kernels.nn.packing import PackedWeight
 from meg_kernels.ops.linear_gelu import linear_gelu
 from meg_kernels.ops.modulated_norm import gated_residual_layer_norm, modulated_layer_norm
@@ -36,8 +38,8 @@ from meg_kernels.ops.solver_step import solver_step
 from meg_kernels.precision import fast_dtype
 
 from .dit import LAYER_NORM_EPS, DiTBlock, NeuronDiT, timestep_sinusoids
-from .sampler import SamplerConfig, check_condition, draw_noise
-from .schedule import NoiseSchedule, check_choice
+from .sampler import SamplerConfig, check_condition, check_sampling, draw_noise
+from .schedule import NoiseSchedule
 from .solvers import coefficient_table, plan_steps
 
 AttentionBackend = Literal["auto", "ours", "sdpa", "flash-attn"]
@@ -61,7 +63,7 @@ class Execution:
         compile: run the loop under `torch.compile`, which takes minutes at the first call.
 
     Raises:
-        ValueError: precision or attention is none of these.
+        ValueError: a field is none of these; it is named.
     """
 
     precision: Precision = "auto"
@@ -70,8 +72,13 @@ class Execution:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("precision", self.precision, Precision)
-        check_choice("attention", self.attention, AttentionBackend)
+        check_fields(
+            self,
+            precision=one_of(Precision),
+            attention=one_of(AttentionBackend),
+            graphs=FLAG,
+            compile=FLAG,
+        )
 
 
 class NeuronSampler:
@@ -87,6 +94,7 @@ class NeuronSampler:
         execution: how to run; default: `Execution()`.
 
     Raises:
+        TypeError: an argument is not what it is called.
         ValueError: the network is in training mode, has more tokens than `attention="ours"` takes,
             or the schedule has fewer timesteps than `config.num_steps`.
         RuntimeError: flash-attn was asked for, and is not installed or cannot run on this device.
@@ -105,6 +113,10 @@ class NeuronSampler:
         config: SamplerConfig,
         execution: Execution | None = None,
     ):
+        check_instance("network", network, NeuronDiT, "others are sampled by `sample`")
+        check_sampling(schedule, config)
+        if execution is not None:
+            check_instance("execution", execution, Execution, "Execution() has the defaults")
         if network.training:
             raise ValueError("the network is in training mode: call network.eval()")
         self.execution = execution or Execution()

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+from meg_kernels.arguments import check_tensors
+from meg_kernels.checks import check_fields, integer, number, one_of
 
 Prediction = Literal["x0", "v", "noise"]
 """What a denoiser predicts: the clean weights, the velocity, or the noise."""
@@ -30,7 +33,8 @@ class NoiseSchedule:
     """The variance-preserving schedule with linear betas, 1000 of them as in the paper.
 
     Args:
-        num_timesteps: timesteps of the training, t = 0 (nearly clean) to num_timesteps - 1.
+        num_timesteps: timesteps of the training, t = 0 (nearly clean) to num_timesteps - 1; at
+            most a million.
         beta_start: variance added by the first step, in (0, beta_end].
         beta_end: variance added by the last step, in [beta_start, 1).
 
@@ -46,9 +50,13 @@ class NoiseSchedule:
     beta_end: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.num_timesteps < 1:
-            raise ValueError(f"num_timesteps is {self.num_timesteps}; it must be at least 1")
-        if not 0 < self.beta_start <= self.beta_end < 1:
+        check_fields(
+            self,
+            num_timesteps=integer(1, 1_000_000),
+            beta_start=number(above=0, below=1),
+            beta_end=number(above=0, below=1),
+        )
+        if self.beta_start > self.beta_end:
             raise ValueError(
                 f"beta_start is {self.beta_start} and beta_end is {self.beta_end}; "
                 "they must satisfy 0 < beta_start <= beta_end < 1"
@@ -139,6 +147,7 @@ class NoiseSchedule:
                 pure noise and leaving the last jump to end on clean weights; "respaced" takes both
                 ends, as the released code does.
         """
+        num_steps = integer(1)("num_steps", num_steps)
         fewest, most = _step_limits(spacing, self.num_timesteps)
         if not fewest <= num_steps <= most:
             raise ValueError(
@@ -169,6 +178,7 @@ class NoiseSchedule:
         return alpha_cumprod.sqrt().to(dtype), (1 - alpha_cumprod).sqrt().to(dtype)
 
     def _check(self, t: Tensor, samples: dict[str, Tensor]) -> None:
+        check_tensors(**samples, t=t)
         (first_name, first), *_ = samples.items()
         for name, sample in samples.items():
             if sample.ndim != 2:
@@ -207,7 +217,7 @@ def x0_coefficients(
     kind: Prediction, alpha: Scale, sigma: Scale
 ) -> tuple[Scale | float, Scale | float]:
     """(a, b) of x_0 = a x_t + b prediction."""
-    check_choice("prediction", kind, Prediction)
+    one_of(Prediction)("prediction", kind)
     if kind == "x0":
         return 0.0, 1.0
     if kind == "v":
@@ -215,15 +225,8 @@ def x0_coefficients(
     return 1 / alpha, -sigma / alpha
 
 
-def check_choice(name: str, value: object, choices: object) -> None:
-    """Raise unless `value` is one of the strings of a `Literal`."""
-    if value not in get_args(choices):
-        listed = ", ".join(repr(choice) for choice in get_args(choices))
-        raise ValueError(f"{name} is {value!r}; it must be one of {listed}")
-
-
 def _step_limits(spacing: Spacing, num_timesteps: int) -> tuple[int, int]:
-    check_choice("spacing", spacing, Spacing)
+    one_of(Spacing)("spacing", spacing)
     if spacing == "respaced":
         # A single respaced step would be t = 0, where the network expects clean weights.
         return 2, num_timesteps

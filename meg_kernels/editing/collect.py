@@ -24,11 +24,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from meg_kernels.checkpoints import not_finite
+from meg_kernels.checks import TEXTS, check_fields, integer, number
 from meg_kernels.editing.prompting import IGNORED, PromptedModel, TargetBatch
 from meg_kernels.facts import Fact
+from meg_kernels.gradients import check_trainable, with_gradients
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import Attached, LowerLayers, input_device, input_of
 from meg_kernels.nn.families import decoder_layers
+from meg_kernels.nn.identity import check_finite
 from meg_kernels.nn.packing import frozen_products
 from meg_kernels.precision import fast_dtype
 from meg_kernels.progress import progress_bar
@@ -51,8 +55,11 @@ class CollectionConfig:
         overshoot: the fitted value is multiplied by this, unless the fact is lost by it.
         question_framings, cloze_framings: the wordings in which a query is fitted, by whether it
             ends with '?'.
-        initial_response: x . key of the initial neuron at the end of a prompt.
+        initial_response: x . key of the initial neuron at the end of a prompt, positive.
         batch_size: facts fitted at once.
+
+    Raises:
+        ValueError: a field is out of range or of the wrong type; it is named.
     """
 
     learning_rate: float = 1.0
@@ -65,14 +72,20 @@ class CollectionConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            learning_rate=number(above=0),
+            max_steps=integer(1),
+            target_loss=number(above=0),
+            overshoot=number(above=0),
+            question_framings=TEXTS,
+            cloze_framings=TEXTS,
+            initial_response=number(above=0),
+            batch_size=integer(1),
+        )
         framings = (*self.question_framings, *self.cloze_framings)
-        if not (self.question_framings and self.cloze_framings):
-            raise ValueError("question_framings and cloze_framings must hold one framing each")
         if bad := [framing for framing in framings if framing.count("{}") != 1]:
             raise ValueError(f"the framing {bad[0]!r} must hold one {{}}")
-        for name in ("learning_rate", "max_steps", "target_loss", "overshoot", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
 
     def framings(self, query: str) -> list[str]:
         """The wordings in which `query` is fitted.
@@ -234,6 +247,48 @@ def initial_neuron(attached: Attached, batch: TargetBatch, response: float) -> N
     return Neurons(key.unsqueeze(0), bias, torch.zeros(1, layout.d_out), layout.activation)
 
 
+def collectable(
+    prompted: PromptedModel, attached: Attached, facts: Sequence[Fact], config: CollectionConfig
+) -> list[list[tuple[list[int], list[int]]]]:
+    """Token ids of each fact's prompts and targets, if neurons can be fitted for all of them.
+
+    Args:
+        prompted: the language model.
+        attached: where in it the neurons sit.
+        facts: with the new answers.
+        config: how neurons are fitted.
+
+    Raises:
+        FactsError: facts that the model cannot be taught: `PromptedModel.targets` says why.
+        ValueError: no facts, or a model that says nothing, or NaN, whatever it reads.
+    """
+    if not facts:
+        raise ValueError("there are no facts to collect neurons for")
+    model = attached.model
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no output layer, and without logits no neuron can be "
+            "fitted; load the model with AutoModelForCausalLM"
+        )
+    check_trainable(model, "the model")
+    check_finite(model, attached.layer)
+    targets = prompted.targets(facts, config.framings)
+    with torch.no_grad():
+        losses = prompted.score(prompted.batch(targets[0][:1])).losses
+    if not bool(losses.isfinite().all()):
+        weights = not_finite(model.named_parameters())
+        raise ValueError(
+            f"the model's loss is {losses.item()} before anything is edited: "
+            + (
+                f"{', '.join(weights[:3])} hold NaN or infinite weights; load a sound checkpoint"
+                if weights
+                else f"its activations exceed {model.dtype}; load it in float32 or bfloat16"
+            )
+        )
+    return targets
+
+
+@with_gradients
 def collect(
     prompted: PromptedModel,
     attached: Attached,
@@ -261,25 +316,12 @@ def collect(
         The neurons; facts that could not be learnt are marked, with what was reached for them.
 
     Raises:
-        ValueError: no facts.
+        FactsError: facts that the model cannot be taught.
+        ValueError: no facts, or a model that no neuron can be fitted for: see `collectable`.
         FloatingPointError: the fit diverged; a smaller learning rate helps.
     """
-    config = config or CollectionConfig()
-    if not facts:
-        raise ValueError("there are no facts to collect neurons for")
-    model = attached.model
-    if model.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(model).__name__} has no output layer, and without logits no neuron can be "
-            "fitted; load the model with AutoModelForCausalLM"
-        )
-    targets = [
-        [
-            prompted.target(prompted.prompt(framing), fact.answer)
-            for framing in config.framings(fact.query)
-        ]
-        for fact in facts
-    ]
+    config, model = config or CollectionConfig(), attached.model
+    targets = collectable(prompted, attached, facts, config)
     lower = LowerLayers(model, attached.layer)
     upper = [*decoder_layers(model)[attached.layer + 1 :], model.get_output_embeddings()]
     # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from meg_kernels.checks import SEED, check_fields, from_fields, instance_of, integer, number, one_of
 from meg_kernels.editing.collect import CollectionConfig
 from meg_kernels.editing.prompting import PromptTemplate
-from meg_kernels.familiarity import FamiliarityNetwork, SimilarityGate
 from meg_kernels.routing.generators import GeneratorConfig
 from meg_kernels.routing.router import RoutingConfig
 from meg_kernels.text_encoder import EncoderTuningConfig
 
-GATES = (SimilarityGate.kind, FamiliarityNetwork.kind)
-_STAGES = {
-    "collection": CollectionConfig,
-    "encoder_tuning": EncoderTuningConfig,
-    "generator": GeneratorConfig,
-}
+GateKind = Literal["similarity", "familiarity"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +31,9 @@ class EditorConfig:
         gate: `similarity`, or the paper's `familiarity` network.
         threshold: the score above which the gate accepts a query: a cosine (similarity), or minus
             an entropy in nats (familiarity); None: calibrated on held-out queries.
-        require_subject, snap: how queries find their neurons, as in `RoutingConfig`. If the subject
-            is required, queries about other subjects keep their answers, and so do wordings that
-            name the subject otherwise ("the French capital").
+        require_subject, snap, serve_unlearnt: how queries find their neurons, as in
+            `RoutingConfig`. If the subject is required, queries about other subjects keep their
+            answers, and so do wordings that name the subject otherwise ("the French capital").
         calibration_share: the share of the tuning facts that calibrate the gate and do not tune
             the encoder, between 0 and 1.
         most_tuning_facts: at most this number of tuning facts is used; default: four for each
@@ -58,45 +53,37 @@ class EditorConfig:
     collection: CollectionConfig = field(default_factory=CollectionConfig)
     encoder_tuning: EncoderTuningConfig = field(default_factory=EncoderTuningConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig.dit)
-    gate: Literal["similarity", "familiarity"] = "similarity"
+    gate: GateKind = "similarity"
     threshold: float | None = None
     require_subject: bool | None = None
     snap: bool = True
+    serve_unlearnt: bool = False
     calibration_share: float = 0.25
     most_tuning_facts: int | None = None
     rejection_weight: float = 2.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, kind in _STAGES.items():
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(
-                    f"{name} is {getattr(self, name)!r}; it must be an instance of {kind.__name__}"
-                )
-        if not isinstance(self.template, PromptTemplate | None):
-            raise TypeError(f"template is {self.template!r}; it must be a PromptTemplate, or None")
-        if self.layer is not None and (not isinstance(self.layer, int) or self.layer < 0):
-            raise ValueError(f"layer is {self.layer!r}; it must be a layer's number, from 0")
-        if self.gate not in GATES:
-            raise ValueError(f"gate is {self.gate!r}; it must be one of {', '.join(GATES)}")
-        number = isinstance(self.threshold, int | float)
-        if self.threshold is not None and not (number and math.isfinite(self.threshold)):
-            raise ValueError(f"threshold is {self.threshold!r}; it must be finite, or None")
-        if not 0 < self.calibration_share < 1:
-            raise ValueError(
-                f"calibration_share is {self.calibration_share}; it must be between 0 and 1"
-            )
-        if self.most_tuning_facts is not None and self.most_tuning_facts < 1:
-            raise ValueError(
-                f"most_tuning_facts is {self.most_tuning_facts}; it must be at least 1, or None"
-            )
-        if not (self.rejection_weight > 0 and math.isfinite(self.rejection_weight)):
-            raise ValueError(f"rejection_weight is {self.rejection_weight}; it must be positive")
+        check_fields(
+            self,
+            layer=integer(0).or_none(),
+            template=instance_of(PromptTemplate).or_none(),
+            collection=instance_of(CollectionConfig),
+            encoder_tuning=instance_of(EncoderTuningConfig),
+            generator=instance_of(GeneratorConfig),
+            gate=one_of(GateKind),
+            threshold=number().or_none(),
+            calibration_share=number(above=0, below=1),
+            most_tuning_facts=integer(1).or_none(),
+            rejection_weight=number(above=0),
+            seed=SEED,
+        )
+        _ = self.routing  # which checks the rest
 
     @property
     def routing(self) -> RoutingConfig:
         """How queries find their neurons."""
-        return RoutingConfig(self.snap, self.require_subject)
+        return RoutingConfig(self.snap, self.require_subject, self.serve_unlearnt)
 
     def tuning_facts_for(self, num_facts: int) -> int:
         """How many tuning facts are used at most when this number of facts is edited.
@@ -112,13 +99,17 @@ class EditorConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditorConfig:
-        """The configuration whose `to_dict` gave these values."""
-        nested = dict(values)
-        if nested["template"] is not None:
-            nested["template"] = PromptTemplate(**nested["template"])
-        lists = nested["collection"]
-        framings = {k: tuple(v) for k, v in lists.items() if isinstance(v, list)}
-        nested["collection"] = CollectionConfig(**(lists | framings))
-        nested["encoder_tuning"] = EncoderTuningConfig(**nested["encoder_tuning"])
-        nested["generator"] = GeneratorConfig.from_dict(nested["generator"])
-        return cls(**nested)
+        """The configuration whose `to_dict` gave these values.
+
+        Raises:
+            ValueError: a field is unknown, or a value is out of range.
+        """
+        return from_fields(
+            cls,
+            values,
+            "the editor's configuration",
+            template=functools.partial(from_fields, PromptTemplate),
+            collection=functools.partial(from_fields, CollectionConfig),
+            encoder_tuning=functools.partial(from_fields, EncoderTuningConfig),
+            generator=lambda given, _: GeneratorConfig.from_dict(given),
+        )

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meg_kernels.checks import SEED, integer
 from meg_kernels.diffusion import NeuronDiT, plan_steps, sample
 from meg_kernels.editing.fit import Task, fit
 from meg_kernels.editing.train import ConditionBatches
@@ -132,10 +133,11 @@ def distill(
             f"the generator is of kind {generator.config.kind!r}; only a dit can be distilled: "
             "mlp and bank already take one step"
         )
-    if not 1 <= steps <= MOST_STEPS:
-        raise ValueError(f"steps is {steps}; it must be 1 to {MOST_STEPS}")
+    steps = integer(1, MOST_STEPS)("steps", steps)
+    seed = SEED.or_none()("seed", seed)
     if teacher_steps is None:
         teacher_steps = round(TEACHER_STEPS / steps) * steps
+    teacher_steps = integer(1)("teacher_steps", teacher_steps)
     most = generator.noise_schedule.num_timesteps
     if teacher_steps % steps or not steps < teacher_steps <= most:
         raise ValueError(

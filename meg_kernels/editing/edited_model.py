@@ -6,12 +6,14 @@ query -> `Router` -> neuron -> the model's forward pass -> answer
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -20,20 +22,45 @@ from meg_kernels.editing.evaluate import Evaluation, EvaluationReport, unknown_f
 from meg_kernels.editing.general_ability import Perplexity, perplexity
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.facts import Fact, FactsLike, as_facts
+from meg_kernels.gradients import with_gradients
 from meg_kernels.nn import Attached
+from meg_kernels.nn.identity import compare, identity
 from meg_kernels.nn.packing import frozen_products
 from meg_kernels.routing.edits import Edits
 from meg_kernels.routing.router import Router, Routing
 from meg_kernels.routing.saving import BaseModel
+from meg_kernels.scoped import OwnLock
 from meg_kernels.shipped import shipped_passages
 from meg_kernels.text_encoder import TextEncoder
 from meg_kernels.texts import as_texts
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_at_a_time(verb: Callable[P, R]) -> Callable[P, R]:
+    """A verb that changes what is edited: threads wait for each other, and no neurons are mounted.
+
+    Asking goes on meanwhile. Gradients are computed even where the caller has turned them off.
+    """
+    trained = with_gradients(verb)
+
+    @functools.wraps(verb)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        editor: Any = args[0]
+        with editor.editing:
+            editor._check_nothing_mounted()
+            return trained(*args, **kwargs)
+
+    return alone
+
 
 class EditedModel:
     """A language model that answers edited queries with their neurons, and others as before.
+
+    Threads and asyncio tasks may ask it at the same time; each gets what it would get alone.
 
     Args:
         prompted: the model with its tokenizer and template.
@@ -46,7 +73,7 @@ class EditedModel:
         self.prompted, self.attached, self.router, self.name = prompted, attached, router, name
         self.model, self.tokenizer = prompted.model, prompted.tokenizer
         self.template, self.layer = prompted.template, attached.layer
-        self._serving = self._disabled = False
+        self._packed = _Packed(self.model)
 
     @property
     def encoder(self) -> TextEncoder:
@@ -67,11 +94,32 @@ class EditedModel:
 
     @property
     def base(self) -> BaseModel:
-        """The language model as it is known outside: its name, dtype and shape."""
-        config = self.model.config
-        names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-        identity = {name: getattr(config, name) for name in names} | {"layer": self.layer}
-        return BaseModel(self.name, str(self.model.dtype).removeprefix("torch."), identity)
+        """The language model as it is known outside: its name, dtype, shape and weights."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return BaseModel(self.name, dtype, identity(self.model, self.layer))
+
+    def check_base(self, noted: BaseModel) -> None:
+        """Refuse to answer for another language model than the noted one.
+
+        Raises:
+            ValueError: its shape or its weights are others; the model is as it was before.
+        """
+        found = self.base
+        compared = compare(noted.identity, noted.dtype, found.identity, found.dtype)
+        if compared.different:
+            self.attached.detach()
+            raise ValueError(
+                f"these edits are for another model than the given one, {self.name!r}: "
+                f"{'; '.join(compared.different)}; pass the base model that was edited, or edit "
+                "this one"
+            )
+        if compared.unknown:
+            warnings.warn(
+                f"whether {self.name!r} is the model that was edited cannot be told from the "
+                f"weights of its {' and '.join(compared.unknown)}, which are not noted or stored "
+                "in another way; if it is another one, its answers are not those of the edits",
+                stacklevel=3,
+            )
 
     def route(self, queries: Iterable[str]) -> Routing:
         """Which queries are edited ones in some wording, and the edited fact nearest to each."""
@@ -79,14 +127,15 @@ class EditedModel:
 
     @contextmanager
     def routed(self, queries: Iterable[str], routing: Routing | None = None) -> Iterator[Routing]:
-        """Inside, the model answers this batch of queries as edited.
+        """Inside, this thread's or task's calls of the model answer this batch as edited.
 
         Args:
             queries: row b of the model's batch is queries[b].
             routing: of these queries; default: what `route` says.
         """
         routing = self.route(queries) if routing is None else routing
-        neurons, index = (None, None) if self._disabled else self.router.neurons(routing)
+        disabled = self.attached.is_disabled
+        neurons, index = (None, None) if disabled else self.router.neurons(routing)
         if neurons is None:
             yield routing
             return
@@ -95,32 +144,21 @@ class EditedModel:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model answers as it did before it was edited."""
-        before, self._disabled = self._disabled, True
-        try:
-            with self.attached.disabled():
-                yield
-        finally:
-            self._disabled = before
+        """Inside, the model answers this thread or task as it did before it was edited."""
+        with self.attached.disabled():
+            yield
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """Inside, answers come faster, if there are more than a few to give.
+        """Inside, answers come faster, in all threads, if there are more than a few to give.
 
         On a CPU the model's weights are packed once for its matrix products, where that is faster
         there; it takes some seconds and up to as much memory as the model again. Elsewhere, and
         where the model is more than a quarter of the machine's memory, nothing changes. The weights
         must stay as they are meanwhile.
         """
-        if self._serving or not _fits_twice(self.model):
+        with torch.no_grad(), self._packed.in_use():
             yield
-            return
-        self._serving = True
-        try:
-            with torch.no_grad(), frozen_products([self.model], self.model.dtype):
-                yield
-        finally:
-            self._serving = False
 
     def generate(
         self, prompts: Iterable[str], max_new_tokens: int = 32, **generation: Any
@@ -135,11 +173,16 @@ class EditedModel:
 
         Returns:
             One line for each prompt, or num_return_sequences lines.
+
+        Raises:
+            TypeError: prompts that are no texts, or a keyword that contradicts answering them.
+            ValueError: a prompt is longer than the model reads, or no valid text.
         """
         queries = as_texts("prompts", prompts)
         if not queries:
             return []
         texts = [self.prompted.prompt(query) for query in queries]
+        self.prompted.check_prompts(texts, max_new_tokens, **generation)
         with self.routed(queries):
             answers = self.prompted.answers(texts, max_new_tokens, **generation)
         return [self.prompted.text(answer) for answer in answers]
@@ -153,6 +196,7 @@ class EditedModel:
 
     def unknown(self, facts: FactsLike, *, progress: bool = False) -> list[Fact]:
         """The facts, given as `edit` takes them, which the base model does not answer already."""
+        self._check_nothing_mounted()
         with self.serving():
             return unknown_facts(self.prompted, as_facts(facts), progress)
 
@@ -174,17 +218,18 @@ class EditedModel:
         Raises:
             RuntimeError: nothing is edited.
         """
+        self._check_nothing_mounted()
         edits = self.edits
         facts = self.facts if facts is None else as_facts(facts)
-        identity = [dataclasses.asdict(self.router.config), self.layer, *edits.identity()]
-        evaluation = Evaluation(self.prompted, facts, work_folder=work_folder, identity=identity)
+        neurons = [dataclasses.asdict(self.router.config), self.layer, *edits.identity()]
+        evaluation = Evaluation(self.prompted, facts, work_folder=work_folder, identity=neurons)
         rows = edits.rows_of(facts)
 
         def mount_own(queries: Sequence[str], owners: Sequence[int]):
             return self.attached.neurons(edits.neurons, torch.tensor([rows[i] for i in owners]))
 
         about = {"model": self.name, "layer": self.layer}
-        before = dataclasses.replace(self.router.served)
+        before = self.router.served
         with self.serving():
             report = evaluation.report(
                 lambda queries, owners: self.routed(queries),
@@ -214,9 +259,38 @@ class EditedModel:
             with self.routed([query]) as routing:
                 yield bool(routing.accepted)
 
+        self._check_nothing_mounted()
         passages = shipped_passages() if texts is None else as_texts("texts", texts)
         with self.serving():
             return perplexity(self.prompted, passages, mount_edited, progress)
+
+    def _check_nothing_mounted(self) -> None:
+        """Raise RuntimeError where neurons would count as part of the base model."""
+        if self.attached.has_neurons:
+            raise RuntimeError("neurons are mounted; leave that `with` block first")
+
+
+class _Packed:
+    """The packed weights of a model, for as long as anybody uses them."""
+
+    def __init__(self, model: PreTrainedModel):
+        self._model, self._lock = model, OwnLock()
+        self._users, self._held = 0, ExitStack()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        with self._lock:
+            if not self._users and self._model.device.type == "cpu" and _fits_twice(self._model):
+                products = frozen_products([self._model], self._model.dtype, everywhere=True)
+                self._held.enter_context(products)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._held.close()
 
 
 def _fits_twice(model: PreTrainedModel) -> bool:

@@ -19,9 +19,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.editing.config import EditorConfig
+from meg_kernels.checks import FLAG, instance_of
+from meg_kernels.editing.config import EditorConfig, GateKind
 from meg_kernels.editing.distill import Distillation
-from meg_kernels.editing.edited_model import EditedModel
+from meg_kernels.editing.edited_model import EditedModel, one_at_a_time
 from meg_kernels.editing.evaluate import EvaluationReport
 from meg_kernels.editing.layers import default_layer
 from meg_kernels.editing.prompting import PromptedModel
@@ -29,25 +30,28 @@ from meg_kernels.editing.stages import Stages
 from meg_kernels.editing.tuning import (
     calibrated_gate,
     regated,
-    unchanged_on_error,
     usable_for_tuning,
 )
 from meg_kernels.facts import (
     Fact,
     FactsError,
     FactsLike,
+    OnConflict,
     as_facts,
-    check_facts,
+    editable_facts,
     warn_of_several_answers,
 )
 from meg_kernels.familiarity import Calibration
+from meg_kernels.gradients import with_gradients
 from meg_kernels.nn import attach
+from meg_kernels.nn.families import language_model
 from meg_kernels.pretrained import DEFAULT_ENCODER, load_language_model
 from meg_kernels.routing.edits import EditReport, Edits, Training
 from meg_kernels.routing.generators import GeneratorConfig
 from meg_kernels.routing.hub import ModelCard, check_repo_id, push_to_hub
 from meg_kernels.routing.router import Router
-from meg_kernels.routing.saving import load_edits, save_edits
+from meg_kernels.routing.saving import load_edited, save_edits
+from meg_kernels.scoped import OwnLock
 from meg_kernels.shipped import shipped_tuning_facts, shipped_unrelated_queries
 from meg_kernels.storage import write_text
 from meg_kernels.text_encoder import TextEncoder
@@ -75,14 +79,17 @@ class MeGEditor(EditedModel):
         config: EditorConfig | None = None,
         name: str | None = None,
     ):
-        config = config or EditorConfig()
-        attached = attach(model, default_layer(model) if config.layer is None else config.layer)
-        prompted = PromptedModel.of(attached.model.eval(), tokenizer, config.template)
+        config = instance_of(EditorConfig).or_none()("config", config) or EditorConfig()
+        prompted = PromptedModel.of(language_model(model).eval(), tokenizer, config.template)
         if not isinstance(encoder, TextEncoder):
             encoder = TextEncoder.from_pretrained(encoder or DEFAULT_ENCODER, device=model.device)
+        # Last: an error before it leaves the model as it is.
+        attached = attach(model, default_layer(model) if config.layer is None else config.layer)
         router = Router(encoder, None, config.routing, model.device)
         super().__init__(prompted, attached, router, name or str(model.name_or_path))
         self.config = dataclasses.replace(config, layer=self.layer, template=self.template)
+        self._states: dict[Path, str] = {}  # of the folders that these edits are in, or were
+        self.editing = OwnLock()
 
     @classmethod
     def for_model(
@@ -115,8 +122,9 @@ class MeGEditor(EditedModel):
         )
 
     # Editing: each of these makes a new `Edits` and puts it in place at the end, so that an error
-    # or an interruption leaves what was edited before.
+    # or an interruption leaves what was edited before, and others may ask meanwhile.
 
+    @one_at_a_time
     def edit(
         self,
         facts: FactsLike,
@@ -124,6 +132,7 @@ class MeGEditor(EditedModel):
         tuning_facts: FactsLike | None = None,
         unrelated_queries: Iterable[str] | None = None,
         skip_known: bool = False,
+        on_conflict: OnConflict = "error",
         work_folder: str | Path | None = None,
         progress: bool = False,
     ) -> EditReport:
@@ -135,40 +144,38 @@ class MeGEditor(EditedModel):
                 gate; those that share a query or subject with an edited fact are left out.
                 Default: the facts that the package ships for this.
             unrelated_queries: queries about anything, for the gate; default: the package's.
-            skip_known: leave out facts whose answers the model gives already, as the field does
-                with ZsRE.
+            skip_known: leave out facts whose answers the model gives already.
+            on_conflict: of facts that contradict each other, keep the `first` or `last`, or raise
+                an `error`.
             work_folder: keeps finished work, so that an interrupted edit resumes.
             progress: show progress bars.
 
         Raises:
-            FactsError: facts that contradict each other, too few to tune with, or none that the
-                model does not answer already.
+            FactsError: facts that contradict each other, that the model cannot be taught, too few
+                to tune with, or none that the model does not answer already.
         """
-        facts = given = as_facts(facts)
-        if not facts:
-            raise FactsError("there are no facts to edit")
-        check_facts(facts)
+        skip_known = FLAG("skip_known", skip_known)
+        facts = given = editable_facts(facts, on_conflict)
         tuning = shipped_tuning_facts() if tuning_facts is None else as_facts(tuning_facts)
-        unrelated = (
-            shipped_unrelated_queries()
-            if unrelated_queries is None
-            else as_texts("unrelated_queries", unrelated_queries)
-        )
+        if unrelated_queries is None:
+            unrelated_queries = shipped_unrelated_queries()
+        unrelated = as_texts("unrelated_queries", unrelated_queries)
+        stages = self._stages(work_folder, progress).checked(facts)
         if skip_known and not (facts := self.unknown(facts, progress=progress)):
             raise FactsError(f"the model answers all {len(given)} facts so already")
         warn_of_several_answers(facts)
         wordings = usable_for_tuning(tuning, facts, self.config)
-        stages = self._stages(work_folder, progress)
-        with unchanged_on_error(self.encoder):
-            edits = stages.first(facts, wordings, unrelated, len(given) - len(facts))
-        self._put(edits)
+        edits, encoder = stages.first(facts, wordings, unrelated, len(given) - len(facts))
+        self._put(edits, encoder)
         return edits.report
 
+    @one_at_a_time
     def add(
         self,
         facts: FactsLike,
         *,
         replace: bool = False,
+        on_conflict: OnConflict = "error",
         work_folder: str | Path | None = None,
         progress: bool = False,
     ) -> EditReport:
@@ -182,31 +189,24 @@ class MeGEditor(EditedModel):
         Args:
             facts: with the new answers, as `edit` takes them.
             replace: put them in place of facts with the same query or id, instead of refusing.
+            on_conflict: as `edit` has it, among these facts.
             work_folder: keeps finished work, so that an interrupted addition resumes.
             progress: show progress bars.
 
         Raises:
-            FactsError: a query or id is edited already.
+            FactsError: a query or id is edited already, or the model cannot be taught a fact.
             RuntimeError: nothing was edited yet; call `edit`.
         """
-        before, facts = self.edits, as_facts(facts)
-        if not facts:
-            raise FactsError("there are no facts to add")
-        check_facts(facts)
-        if replace:
-            ids, queries = {fact.id for fact in facts}, {fact.normalized_query for fact in facts}
-            taken = {f for f in before.facts if f.id in ids or f.normalized_query in queries}
-            before = before.without({row for row, f in enumerate(before.facts) if f in taken})
-        try:
-            check_facts(facts, before.facts)
-        except FactsError as error:
-            hint = "with replace=True (meg add --replace) they take the place of the edited ones"
-            raise FactsError(f"{error}\n{hint}") from None
+        replace = FLAG("replace", replace)
+        edited, facts = self.edits, editable_facts(facts, on_conflict)
+        before = edited.beside(facts, replace)
         warn_of_several_answers(facts, before.facts)
-        edits, report = self._stages(work_folder, progress).added(before, facts)
+        stages = self._stages(work_folder, progress).checked(facts)
+        edits, report = stages.added(before, facts)
         self._put(edits)
         return report
 
+    @one_at_a_time
     def remove(self, facts: str | Fact | Iterable[str | Fact]) -> None:
         """Take edits back: the base model answers their queries again.
 
@@ -215,15 +215,16 @@ class MeGEditor(EditedModel):
 
         Raises:
             KeyError: one that is not edited.
+            TypeError: one that is no name.
             RuntimeError: nothing is edited.
         """
-        names = [facts] if isinstance(facts, str | Fact) else [*facts]
-        gone = self.edits.rows_to_remove(names)
+        gone = self.edits.rows_to_remove(facts)
         if len(gone) == len(self.edits):
-            self.router.edits = None
+            self.router.put(None)
         elif gone:
             self._put(regated(self.edits.without(gone), self.config, progress=False))
 
+    @one_at_a_time
     def train(self, *, work_folder: str | Path | None = None, progress: bool = False) -> Training:
         """Train the generator further, on the collected neurons of all edited facts.
 
@@ -242,6 +243,7 @@ class MeGEditor(EditedModel):
             self._put(self._stages(work_folder, progress).trained(self.edits))
         return self.edits.training
 
+    @one_at_a_time
     def replace_generator(
         self,
         config: GeneratorConfig,
@@ -262,12 +264,14 @@ class MeGEditor(EditedModel):
         self._put(self._stages(work_folder, progress).replaced(self.edits, config))
         return self.edits.training
 
+    @one_at_a_time
     def set_gate(
         self,
-        gate: Literal["similarity", "familiarity"] | None = None,
+        gate: GateKind | None = None,
         *,
         threshold: float | Literal["calibrated"] | None = None,
         require_subject: bool | None = None,
+        serve_unlearnt: bool | None = None,
         progress: bool = False,
     ) -> Calibration:
         """Put another gate, or another threshold, in place of the present one.
@@ -278,7 +282,7 @@ class MeGEditor(EditedModel):
                 removed; a cosine (similarity) or minus an entropy in nats (familiarity).
                 `calibrated`: as held-out queries have it. Default: as it is, or calibrated if the
                 kind changes.
-            require_subject: as in `EditorConfig`; default: as it is.
+            require_subject, serve_unlearnt: as in `EditorConfig`; default: as they are.
             progress: show a progress bar.
 
         Returns:
@@ -287,21 +291,22 @@ class MeGEditor(EditedModel):
 
         Raises:
             RuntimeError: nothing is edited.
-            ValueError: no such gate, or a threshold that is not finite.
+            ValueError: no such gate, a threshold that is not finite, or no True or False.
         """
         edits, config = self.edits, self.config
-        if require_subject is not None:
-            config = dataclasses.replace(config, require_subject=require_subject)
+        given = {"require_subject": require_subject, "serve_unlearnt": serve_unlearnt}
+        config = dataclasses.replace(config, **{k: v for k, v in given.items() if v is not None})
         if threshold is not None or gate not in (None, config.gate):
             chosen = None if threshold == "calibrated" else threshold
             config = dataclasses.replace(config, gate=gate or config.gate, threshold=chosen)
             made, calibration = calibrated_gate(edits.conditions, edits.held_out, config, progress)
             report = dataclasses.replace(edits.report, calibration=calibration)
             edits = dataclasses.replace(edits, gate=made, report=report)
-        self.config, self.router.config = config, config.routing
+        self.config = config
         self._put(edits)
         return edits.calibration
 
+    @one_at_a_time
     def distill(
         self,
         steps: int,
@@ -338,18 +343,20 @@ class MeGEditor(EditedModel):
 
     # Keeping
 
+    @one_at_a_time
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the edits, everything but the base model, to `folder`.
-
-        An interruption at any point leaves what was saved there before.
+        """Write the edits, everything but the base model, to `folder`: whole or not at all.
 
         Raises:
-            RuntimeError: nothing is edited.
-            FileExistsError: the folder holds something else.
+            RuntimeError: nothing is edited, or another process writes there, or did since loading.
+            OSError: the folder holds something else, or cannot be written.
         """
-        save_edits(folder, self.edits, self.encoder, self.base, self.config.to_dict())
+        path, config = Path(folder).resolve(), self.config.to_dict()
+        state = self._states.get(path)
+        self._states[path] = save_edits(folder, self.edits, self.encoder, self.base, config, state)
 
     @classmethod
+    @with_gradients
     def from_pretrained(
         cls,
         folder: str | Path,
@@ -376,20 +383,15 @@ class MeGEditor(EditedModel):
         """
         if (model is None) != (tokenizer is None):
             raise ValueError("pass both model and tokenizer, or neither")
-        saved = load_edits(folder, device if model is None else model.device)
+        saved, encoder = load_edited(folder, device if model is None else model.device)
         base = saved.base
         if model is None or tokenizer is None:
             dtype = dtype or getattr(torch, base.dtype)
             model, tokenizer = load_language_model(base.name, dtype, device, **model_options)
-        config = EditorConfig.from_dict(saved.config)
-        editor = cls(model, tokenizer, saved.load_encoder(), config, base.name)
-        if (found := editor.base.identity) != base.identity:
-            editor.detach()
-            raise ValueError(
-                f"these edits are for {base.identity}, but the given model is {found}; pass the "
-                "base model that was edited"
-            )
-        editor.router.edits = saved.edits
+        editor = cls(model, tokenizer, encoder, saved.parsed(EditorConfig.from_dict), base.name)
+        editor.check_base(base)
+        editor.router.put(saved.edits)
+        editor._states[Path(folder).resolve()] = saved.state
         return editor
 
     def push_to_hub(
@@ -438,7 +440,7 @@ class MeGEditor(EditedModel):
     def _stages(self, work_folder: str | Path | None, progress: bool) -> Stages:
         return Stages(self.prompted, self.attached, self.router, self.config, work_folder, progress)
 
-    def _put(self, edits: Edits) -> None:
+    def _put(self, edits: Edits, encoder: TextEncoder | None = None) -> None:
         """Answer by these edits from now on."""
-        self.router.edits = edits
         self.config = dataclasses.replace(self.config, generator=edits.generator.config)
+        self.router.put(edits, encoder, self.config.routing)

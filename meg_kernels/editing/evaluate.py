@@ -27,9 +27,10 @@ import torch
 from meg_kernels.editing.general_ability import Perplexity
 from meg_kernels.editing.prompting import IGNORED, PromptedModel, answers_match
 from meg_kernels.facts import Fact
+from meg_kernels.pretrained import tokenized
 from meg_kernels.progress import progress_bar
 from meg_kernels.routing.neuron_cache import Served
-from meg_kernels.storage import WorkFolder, fingerprint, read_json, write_json
+from meg_kernels.storage import WorkFolder, fingerprint, read_kept_json, write_kept_json
 
 METRICS = (
     "reliability_ag",
@@ -173,7 +174,9 @@ class Evaluation:
             mount from others. Without any, only the base model's answers are kept.
 
     Raises:
-        ValueError: no facts, or an answer that is longer than max_new_tokens.
+        FactsError: facts whose answers the model can never give.
+        ValueError: no facts, an answer that is longer than max_new_tokens, or a question that is
+            longer than the model reads.
     """
 
     def __init__(
@@ -188,8 +191,7 @@ class Evaluation:
         if not facts:
             raise ValueError("there are no facts to evaluate")
         self.prompted, self.facts, self.batch_size = prompted, facts, batch_size
-        targets = [prompted.target(prompted.prompt(fact.query), fact.answer)[1] for fact in facts]
-        longest = max(map(len, targets))
+        longest = max(len(target) for ((_, target),) in prompted.targets(facts))
         self.max_new_tokens = max(16, longest) if max_new_tokens is None else max_new_tokens
         if longest > self.max_new_tokens:
             raise ValueError(
@@ -205,6 +207,7 @@ class Evaluation:
             )
             for query in queries
         ]
+        prompted.check_prompts([question.prompt for question in questions], self.max_new_tokens)
         questions.sort(key=lambda question: len(question.prompt))  # less padding
         self._batches = [
             questions[i : i + batch_size] for i in range(0, len(questions), batch_size)
@@ -345,7 +348,7 @@ class Evaluation:
                 batch = [replace(q, prompt=prompting(q.query, q.fact)) for q in batch]
             answer = functools.partial(self._answer, batch, mounting)
             (said, hits, seconds), found = kept.once(
-                f"batch-{number:05d}.json", answer, write_json, read_json
+                f"batch-{number:05d}.json", answer, write_kept_json, read_kept_json
             )
             self.seconds_before += seconds if found else 0.0
             answers.update(zip(batch, said, strict=True))
@@ -399,7 +402,7 @@ class Evaluation:
             return hits
         questions = [batch[i] for i in missed]
         tokenizer = self.prompted.tokenizer
-        pairs = [(tokenizer(batch[i].prompt).input_ids, wanted[i]) for i in missed]
+        pairs = [(tokenized(tokenizer, batch[i].prompt).input_ids, wanted[i]) for i in missed]
         targets = self.prompted.batch(pairs)
         counted = targets.labels != IGNORED
         with mounting([q.query for q in questions], [q.fact for q in questions]):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from meg_kernels.checks import shown
 from meg_kernels.editing.collect import CollectionConfig, collect
 from meg_kernels.editing.evaluate import Evaluation
 from meg_kernels.editing.prompting import PromptedModel
@@ -25,7 +26,8 @@ from meg_kernels.facts import Fact
 from meg_kernels.nn import attach
 from meg_kernels.nn.families import decoder_layer, decoder_layers, feed_forward
 from meg_kernels.progress import progress_bar
-from meg_kernels.storage import WorkFolder, fingerprint, read_json, write_json
+from meg_kernels.storage import WorkFolder, fingerprint, read_kept_json, write_kept_json
+from meg_kernels.texts import is_ordered
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ def compare_layers(
         FloatingPointError: the fit diverged; a smaller learning rate helps.
     """
     model = prompted.model
+    if layers is not None and not is_ordered(layers):
+        raise TypeError(f"layers is {shown(layers)}; it must be a list of layers, such as [4, 8]")
     if layers is None:
         layers = range(0, len(decoder_layers(model)), 2)
     chosen = sorted({*layers, default_layer(model)})
@@ -137,8 +141,8 @@ def compare_layers(
         quality, _ = work.once(
             f"layer-{layer}-{fingerprint(settings, *weights)}.json",
             functools.partial(_measure, evaluation, layer, config, progress),
-            lambda file, quality: write_json(file, asdict(quality)),
-            lambda file: LayerQuality(**read_json(file)),
+            lambda file, quality: write_kept_json(file, asdict(quality)),
+            lambda file: LayerQuality(**read_kept_json(file)),
         )
         qualities.append(quality)
     wanted = ("prompt_template", "decoding", "ag", "queries", "dtype", "device")

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
+from meg_kernels.checks import instance_of
 from meg_kernels.editing.answered import answers_with
-from meg_kernels.editing.collect import Collection, collect
+from meg_kernels.editing.collect import Collection, collect, collectable
 from meg_kernels.editing.config import EditorConfig
 from meg_kernels.editing.distill import Distillation, distill
 from meg_kernels.editing.prompting import PromptedModel
@@ -30,9 +31,9 @@ from meg_kernels.editing.tuning import (
     Stopwatch,
     calibrated_gate,
     regated,
-    tune_encoder,
+    tuned_router,
 )
-from meg_kernels.facts import Fact
+from meg_kernels.facts import Fact, FactsError
 from meg_kernels.familiarity import Rewording
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import Attached
@@ -44,7 +45,7 @@ from meg_kernels.routing.generators import (
     build_generator,
 )
 from meg_kernels.routing.router import Router
-from meg_kernels.text_encoder import Wordings
+from meg_kernels.text_encoder import TextEncoder, Wordings
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Stages:
     Args:
         prompted: the language model.
         attached: where in it the neurons sit.
-        router: whose encoder makes the conditions; `first` tunes it, in place.
+        router: whose encoder makes the conditions; `first` tunes a copy of it.
         config: how to edit.
         work_folder: keeps finished work, so that an interrupted stage resumes; None: nothing.
         progress: show progress bars.
@@ -67,14 +68,33 @@ class Stages:
     work_folder: str | Path | None = None
     progress: bool = False
 
+    def checked(self, facts: Sequence[Fact]) -> Stages:
+        """These stages, if collection and the encoder can take these facts, before any work.
+
+        Raises:
+            FactsError: facts that the model cannot be taught, or that the encoder cannot tell from
+                others with the same beginning; the message names all of either.
+            ValueError: a model that no neuron can be fitted for.
+        """
+        collectable(self.prompted, self.attached, facts, self.config.collection)
+        encoder = self.router.encoder
+        if long := encoder.too_long([fact.query for fact in facts]):
+            named = "\n".join(f"facts[{row}], {facts[row].query[:60]!r}..." for row in long)
+            raise FactsError(
+                f"{len(long)} of {len(facts)} facts have queries of more than the "
+                f"{encoder.max_tokens} tokens that the encoder reads; shorten them or leave them "
+                f"out:\n{named}"
+            )
+        return self
+
     def first(
         self,
         facts: Sequence[Fact],
         wordings: Sequence[Wordings],
         unrelated: Sequence[str],
         num_left_out: int,
-    ) -> Edits:
-        """Edits of these facts alone.
+    ) -> tuple[Edits, TextEncoder]:
+        """Edits of these facts alone, and the tuned encoder.
 
         Args:
             facts: with the new answers.
@@ -83,12 +103,14 @@ class Stages:
             num_left_out: how many facts the model answered already.
         """
         stopwatch, config = Stopwatch(), self.config
+        # First, so that a network that cannot be built is not refused after hours.
+        generator = build_generator(config.generator, self.attached.layout, self.router.encoder.dim)
         collection = self._collect(facts, None, stopwatch)
         with stopwatch.stage("encoder"):
-            held_out, before = tune_encoder(
+            router, held_out, before = tuned_router(
                 self.router, wordings, unrelated, config, self.work_folder, self.progress
             )
-            conditions = self.router.encode([fact.query for fact in facts])
+            conditions = router.encode([fact.query for fact in facts])
         stopwatch.add("encoder", before)
         with stopwatch.stage("gate"):
             gate, calibration = calibrated_gate(conditions, held_out, config, self.progress)
@@ -99,13 +121,13 @@ class Stages:
             collection.initial,
             held_out,
             gate,
-            build_generator(config.generator, self.attached.layout, conditions.shape[1]),
+            generator,
             torch.ones(len(facts), dtype=torch.bool),
             EditReport(collection.unlearnt(facts), calibration, None, {}, num_left_out),
         )
         training = self._train(edits, edits.generator, stopwatch)
         report = dataclasses.replace(edits.report, training=training, seconds=stopwatch.seconds)
-        return dataclasses.replace(edits, report=report)
+        return dataclasses.replace(edits, report=report), router.encoder
 
     def added(self, before: Edits, facts: Sequence[Fact]) -> tuple[Edits, EditReport]:
         """`before` and further facts, answered by their collected neurons; and how that went."""
@@ -139,6 +161,7 @@ class Stages:
     def replaced(self, before: Edits, config: GeneratorConfig) -> Edits:
         """`before` with another generator, trained from the start on the neurons of all facts."""
         stopwatch = Stopwatch()
+        instance_of(GeneratorConfig)("config", config)
         generator = build_generator(config, self.attached.layout, before.conditions.shape[1])
         training = self._train(before, generator, stopwatch)
         kept = {k: v for k, v in before.report.seconds.items() if k not in ("generator", "distill")}

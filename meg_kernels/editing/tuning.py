@@ -91,18 +91,18 @@ def usable_for_tuning(
     return usable[: config.tuning_facts_for(len(edited))]
 
 
-def tune_encoder(
+def tuned_router(
     router: Router,
     wordings: Sequence[Wordings],
     unrelated: Sequence[str],
     config: EditorConfig,
     work_folder: str | Path | None,
     progress: bool,
-) -> tuple[HeldOut, float]:
-    """Tune the router's encoder, in place, on most of the wordings, and hold the others out.
+) -> tuple[Router, HeldOut, float]:
+    """A router with a tuned encoder: most of the wordings tune it, the others are held out.
 
     Args:
-        router: whose encoder is tuned.
+        router: a copy of whose encoder is tuned; it may go on answering meanwhile.
         wordings: of tuning facts.
         unrelated: queries about anything.
         config: the share that is held out, and how to tune.
@@ -110,9 +110,10 @@ def tune_encoder(
         progress: show a progress bar.
 
     Returns:
-        The conditions of what was held out, and the seconds that tuning took before an
-        interruption, if it was finished then.
+        The router, without edits; the conditions of what was held out; and the seconds that tuning
+        took before an interruption, if it was finished then.
     """
+    router = Router(copy.deepcopy(router.encoder), None, router.config, router.device)
     num_held = max(2, round(len(wordings) * config.calibration_share))
     tuned, held = wordings[num_held:], wordings[:num_held]
     seconds = _tune_once(
@@ -127,7 +128,7 @@ def tune_encoder(
         router.encode([other for _, other in alike]),
         router.encode(unrelated),
     )
-    return held_out, seconds
+    return router, held_out, seconds
 
 
 def _tune_once(
@@ -162,18 +163,6 @@ def _tune_once(
         return 0.0
     encoder.model.load_state_dict(weights)
     return float(noted["seconds"])
-
-
-@contextmanager
-def unchanged_on_error(encoder: TextEncoder) -> Iterator[None]:
-    """Tuning changes the encoder in place; what was edited before needs it as it was."""
-    before = copy.deepcopy(encoder.state_dict())
-    try:
-        yield
-    except BaseException:
-        encoder.load_state_dict(before)
-        encoder.eval().requires_grad_(False)
-        raise
 
 
 def calibrated_gate(

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meg_kernels.checks import integer
 from meg_kernels.editing.editor import MeGEditor
 from meg_kernels.editing.general_ability import first_sentence
 from meg_kernels.editing.prompting import PromptTemplate
+from meg_kernels.texts import as_texts
 
 try:
     import lm_eval
@@ -212,6 +214,8 @@ def evaluate_tasks(
         RuntimeError: nothing is edited.
     """
     _ = editor.edits  # raises where nothing is edited
+    tasks = as_texts("tasks", tasks)
+    limit = integer(1).or_none()("limit", limit)
     manager = _task_manager(tasks, task_path)
     options: dict[str, Any] = {"batch_size": batch_size, "softmax_dtype": "float32"}
     base = HFLM(pretrained=editor.model, tokenizer=editor.tokenizer, **options)

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from meg_kernels.arguments import check_floating, check_instance
 from meg_kernels.neuron import Neurons
-from meg_kernels.nn.mounted import Mounted
+from meg_kernels.nn.mounted import Mounted, Place
 
 
 class MeGLinear(nn.Linear):
@@ -32,7 +33,7 @@ class MeGLinear(nn.Linear):
     (True, True)
     """
 
-    _mounted: Mounted | None = None
+    _place: Place | None = None  # made when neurons are first mounted
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> MeGLinear:
@@ -52,7 +53,7 @@ class MeGLinear(nn.Linear):
         return layer.train(linear.training)
 
     def mount(self, neurons: Neurons, index: Tensor | Sequence[int] | None = None) -> None:
-        """Carry `neurons` from now on.
+        """Carry `neurons` from now on, in the calls of all threads.
 
         Args:
             neurons: N neurons with d_out = out_features, and d_in the width of what they will
@@ -62,35 +63,45 @@ class MeGLinear(nn.Linear):
                 Default: sample b has neuron b.
 
         Raises:
+            TypeError: neurons is no `Neurons`.
             ValueError: the neurons write another width, or index is not int64 [B] or (on the
                 CPU) holds a number that is no neuron's.
         """
+        self._own_place().everywhere = self._fitting(neurons, index)
+
+    def _own_place(self) -> Place:
+        if self._place is None:
+            vars(self).setdefault("_place", Place())  # one for all threads
+        return vars(self)["_place"]
+
+    def _fitting(self, neurons: Neurons, index: Tensor | Sequence[int] | None) -> Mounted:
+        check_instance(
+            "neurons", neurons, Neurons, "Neurons(key, bias, value, activation) makes one"
+        )
         if neurons.layout.d_out != self.out_features:
             raise ValueError(
                 f"neurons write outputs of width {neurons.layout.d_out}, but this layer's are "
                 f"{self.out_features} wide; mount neurons of that d_out"
             )
-        self._mounted = Mounted.at(self.weight.device, self.weight.dtype, neurons, index)
+        return Mounted.at(self.weight.device, self.weight.dtype, neurons, index)
 
     def unmount(self) -> None:
-        """Be the plain projection again."""
-        self._mounted = None
+        """Take back what `mount` did: be the plain projection again."""
+        if self._place is not None:
+            self._place.everywhere = None
 
     @contextmanager
     def mounted(
         self, neurons: Neurons, index: Tensor | Sequence[int] | None = None
     ) -> Iterator[None]:
-        """`mount` for the length of a `with` block.
+        """Carry `neurons` inside a `with` block, in the calls of this thread or asyncio task alone.
 
         Args:
             neurons: N neurons with d_out = out_features.
             index: int64 [B]: the neuron of each sample, -1 for none. Default: b for sample b.
         """
-        self.mount(neurons, index)
-        try:
+        with self._own_place().holding(self._fitting(neurons, index)):
             yield
-        finally:
-            self.unmount()
 
     def project(self, x: Tensor) -> Tensor:
         """The projection alone, without neurons."""
@@ -104,11 +115,14 @@ class MeGLinear(nn.Linear):
             source: what the keys read, x's shape but for its width; default x itself.
 
         Raises:
+            TypeError: source is no tensor.
             ValueError: neurons are mounted for another number of samples, or x and source do
                 not fit together.
         """
+        if source is not None:
+            check_floating(source=source)
         y = self.project(x)
-        if self._mounted is None:
+        if self._place is None or not self._place.in_use:
             return y
         source = x if source is None else source
         if y.shape[:-1] != source.shape[:-1]:
@@ -116,9 +130,10 @@ class MeGLinear(nn.Linear):
                 f"x is {tuple(x.shape)} and source {tuple(source.shape)}; they must have the same "
                 "shape but for their width"
             )
-        return self._mounted.add(y, source)
+        return self._place.add(y, source)
 
     def extra_repr(self) -> str:
         """The line inside the parentheses of `repr`."""
-        mounted = "" if self._mounted is None else f", neurons={len(self._mounted.neurons)}"
-        return super().extra_repr() + mounted
+        mounted = None if self._place is None else self._place.mounted
+        shown = "" if mounted is None else f", neurons={len(mounted.neurons)}"
+        return super().extra_repr() + shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,31 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from meg_kernels.nn.attached import first_tensor
+from meg_kernels.nn.changed import hooked, own_forward, replaced, uncompiled
 from meg_kernels.nn.families import decoder_layers, feed_forward
-from meg_kernels.nn.partial import input_of, output_of, uncompiled
+from meg_kernels.nn.partial import input_of, output_of
 
 _log = logging.getLogger(__name__)
-
-
-class _Stub(nn.Module):
-    """Stands for a decoder layer whose output is known already, or not wanted."""
-
-    def __init__(self, layer: nn.Module, output: Tensor | None, like: Any):
-        super().__init__()
-        object.__setattr__(self, "_layer", layer)  # not a submodule: it is never run
-        self._output = output
-        self._like = like
-
-    def forward(self, *args, **kwargs):
-        output = first_tensor(args, kwargs) if self._output is None else self._output
-        return _first_replaced(self._like, output)
-
-    def __getattr__(self, name: str):
-        # Model loops read attributes of their layers (attention_type, ...).
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_layer"), name)
 
 
 class LowerLayers:
@@ -76,12 +56,9 @@ class LowerLayers:
             else:
                 self._below = _without_tensors(output)
 
-        hook = layers[self.layer - 1].register_forward_hook(look) if self.layer else None
-        try:
+        below = hooked(layers[self.layer - 1].register_forward_hook, look)
+        with below if self.layer else nullcontext():
             hidden = input_of(layers[self.layer], self.model, inputs)
-        finally:
-            if hook is not None:
-                hook.remove()
         if hidden.dim() != 3 or hidden.shape[:2] != _shape(inputs):
             self._runs_whole()
         return hidden.new_empty(*_shape(inputs), 0) if self.skips is False else hidden
@@ -124,20 +101,13 @@ class LowerLayers:
             with uncompiled():
                 yield
             return
-        layers = decoder_layers(self.model)
-        originals = list(layers[: self.layer])
-        for i, layer in enumerate(originals):
-            output = hidden if i == self.layer - 1 else None
-            layers[i] = _Stub(layer, output, self._below)
         parts = {self._part(name): self._known(name, y) for name, y in (outputs or {}).items()}
         if outputs and self.ffn.writes in outputs and not self.ffn.is_block:
             parts[self.ffn.entry] = _first_argument  # what is between has nothing to compute
-        try:
-            with _forward_replaced(parts), uncompiled():
-                yield
-        finally:
-            for i, layer in enumerate(originals):
-                layers[i] = layer
+        for i, layer in enumerate(decoder_layers(self.model)[: self.layer]):
+            parts[layer] = self._skipped(hidden if i == self.layer - 1 else None)
+        with _forward_replaced(parts), uncompiled():
+            yield
 
     def _runs_whole(self) -> None:
         _log.info(
@@ -145,6 +115,16 @@ class LowerLayers:
             type(self.model).__name__,
         )
         self.skips = False
+
+    def _skipped(self, hidden: Tensor | None) -> Callable[..., Any]:
+        """A decoder layer's forward that returns `hidden`, or its input, in its output's shape."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return _first_replaced(
+                self._below, first_tensor(args, kwargs) if hidden is None else hidden
+            )
+
+        return forward
 
     def _part(self, name: str) -> nn.Module:
         return self.ffn.decoder_layer.get_submodule(name)
@@ -181,7 +161,10 @@ class LowerLayers:
 
             return record
 
-        parts = {self._part(n): recording(n, self._part(n).forward) for n in (*beside, ffn.writes)}
+        parts = {
+            self._part(name): recording(name, own_forward(self._part(name)))
+            for name in (*beside, ffn.writes)
+        }
         with _forward_replaced(parts), self.replaced_by(hidden):
             output_of(layer, self.model, inputs)
         names = [name for name, _ in returned]
@@ -220,19 +203,15 @@ class LowerLayers:
         def note(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
             ends.append(output if isinstance(output, Tensor) else output[0])
 
-        hooks = [
-            self.ffn.decoder_layer.register_forward_pre_hook(count),
-            decoder_layers(self.model)[-1].register_forward_hook(note),
-        ]
-        try:
-            with torch.no_grad():  # without the output layer, which is large and not needed
-                with uncompiled():
-                    self.model.base_model(**inputs, use_cache=False)
-                with self.replaced_by(hidden, outputs):
-                    self.model.base_model(**inputs, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with (
+            hooked(self.ffn.decoder_layer.register_forward_pre_hook, count),
+            hooked(decoder_layers(self.model)[-1].register_forward_hook, note),
+            torch.no_grad(),  # without the output layer, which is large and not needed
+        ):
+            with uncompiled():
+                self.model.base_model(**inputs, use_cache=False)
+            with self.replaced_by(hidden, outputs):
+                self.model.base_model(**inputs, use_cache=False)
         if calls != 2 or len(ends) != 2:
             return False
         expected, given = ends
@@ -263,17 +242,8 @@ def _shape(inputs: dict[str, Tensor]) -> torch.Size:
     return (inputs["inputs_embeds"] if given is None else given).shape[:2]
 
 
-@contextmanager
-def _forward_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def _forward_replaced(
+    forwards: Mapping[nn.Module, Callable[..., Any]],
+) -> AbstractContextManager[None]:
     """Inside, these modules compute with the given functions; their hooks fire as before."""
-    before = [(module, vars(module).get("forward")) for module in forwards]
-    try:
-        for module, forward in forwards.items():
-            vars(module)["forward"] = forward
-        yield
-    finally:
-        for module, earlier in before:
-            if earlier is None:
-                del vars(module)["forward"]
-            else:
-                vars(module)["forward"] = earlier
+    return replaced({(module, "forward"): forward for module, forward in forwards.items()})

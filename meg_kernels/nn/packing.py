@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from meg_kernels.machine import WORTHWHILE, Choice, Contest, gain, gains, policy
+from meg_kernels.nn.changed import replaced
 from meg_kernels.nn.linear import MeGLinear
 from meg_kernels.precision import quick_backward
 
@@ -54,25 +55,9 @@ def projections(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def products_replaced(products: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Inside, each of these projections gets its product, but for neurons it carries, like this."""
-    before = []
-    try:
-        for projection, product in products.items():
-            name = "project" if isinstance(projection, MeGLinear) else "forward"
-            before.append((vars(projection), name, vars(projection).get(name)))
-            vars(projection)[name] = product
-        yield
-    finally:
-        for attributes, name, earlier in reversed(before):
-            if earlier is None:
-                del attributes[name]
-            else:
-                attributes[name] = earlier
-
-
-@contextmanager
-def frozen_products(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+def frozen_products(
+    modules: Iterable[nn.Module], dtype: torch.dtype, everywhere: bool = False
+) -> Iterator[None]:
     """Inside, frozen projections among and in `modules` multiply in `dtype`, forward and backward.
 
     On a CPU, weights are packed where that is faster; that costs up to as much memory as a copy of
@@ -84,6 +69,7 @@ def frozen_products(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterato
     Args:
         modules: which are searched for projections.
         dtype: of the products.
+        everywhere: on a CPU in all threads; otherwise in this thread or task alone.
 
     Raises:
         ValueError: MEG_KERNELS_PACKING is not `auto`, `always` or `never`.
@@ -100,10 +86,12 @@ def frozen_products(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterato
         with torch.autocast(own.device.type, dtype, enabled=dtype != own.dtype):
             yield
         return
-    with (
-        products_replaced({part: _Frozen(part, dtype) for part in frozen}),
-        quick_backward(own.device, own.dtype),
-    ):
+    products = {
+        # A MeGLinear's product is replaced, and not what it adds for its neurons.
+        (part, "project" if isinstance(part, MeGLinear) else "forward"): _Frozen(part, dtype)
+        for part in frozen
+    }
+    with replaced(products, everywhere), quick_backward(own.device, own.dtype):
         yield
 
 
@@ -248,7 +236,7 @@ class _Frozen:
     """A frozen projection's product, forward and backward."""
 
     def __init__(self, projection: nn.Linear | Conv1D, dtype: torch.dtype):
-        self.dtype = dtype
+        self.projection, self.dtype = projection, dtype
         weight = projection.weight.detach().to(dtype)
         # A Linear's weight is [out, in]; a Conv1D's is [in, out].
         self._weight = weight.t() if isinstance(projection, Conv1D) else weight
@@ -260,8 +248,12 @@ class _Frozen:
         return PackedWeight(self._weight.t())
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _FrozenProduct.apply(x, self)
+        if torch.is_grad_enabled():
+            if self.projection.weight.requires_grad:  # another thread trains what we do not
+                kind: Any = Conv1D if isinstance(self.projection, Conv1D) else nn.Linear
+                return kind.forward(self.projection, x)
+            if x.requires_grad:
+                return _FrozenProduct.apply(x, self)
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:

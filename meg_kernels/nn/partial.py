@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from meg_kernels.nn.attached import first_tensor
+from meg_kernels.nn.changed import hooked, uncompiled
 from meg_kernels.nn.families import LOOKS_BACK, decoder_layers, feed_forward, text_config
 
 
@@ -32,7 +34,8 @@ def input_of(module: nn.Module, model: PreTrainedModel, inputs: dict[str, Tensor
         noted.append(first_tensor(args, kwargs))
         raise _Reached
 
-    _run_until(module.register_forward_pre_hook(note, with_kwargs=True), model, inputs)
+    with hooked(module.register_forward_pre_hook, note, with_kwargs=True):
+        _run(model, inputs)
     return noted[0]
 
 
@@ -45,7 +48,8 @@ def output_of(module: nn.Module, model: PreTrainedModel, inputs: dict[str, Tenso
         noted.append(output if isinstance(output, Tensor) else output[0])
         raise _Reached
 
-    _run_until(module.register_forward_hook(note), model, inputs)
+    with hooked(module.register_forward_hook, note):
+        _run(model, inputs)
     return noted[0]
 
 
@@ -53,21 +57,9 @@ class _Reached(Exception):
     pass
 
 
-def _run_until(
-    hook: torch.utils.hooks.RemovableHandle, model: PreTrainedModel, inputs: dict[str, Tensor]
-) -> None:
-    try:
-        with uncompiled():
-            model(**inputs, use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
-
-
-def uncompiled() -> Any:
-    """Inside, models run as they are written: compiled code does not see hooks added later."""
-    return torch.compiler.set_stance("force_eager")
+def _run(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+    with contextlib.suppress(_Reached), uncompiled():
+        model(**inputs, use_cache=False)
 
 
 @contextmanager
@@ -112,13 +104,9 @@ def last_feed_forward_sees(model: PreTrainedModel, columns: int) -> Iterator[Non
         whole = whole.flatten(0, 1) if flat else whole
         return whole if isinstance(output, Tensor) else type(output)([whole, *output[1:]])
 
-    hooks = [
-        block.register_forward_pre_hook(keep_last, with_kwargs=True),
-        block.register_forward_hook(fill_up),
-    ]
-    try:
-        with uncompiled():
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with (
+        hooked(block.register_forward_pre_hook, keep_last, with_kwargs=True),
+        hooked(block.register_forward_hook, fill_up),
+        uncompiled(),
+    ):
+        yield

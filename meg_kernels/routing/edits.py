@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meg_kernels.facts import Fact, normalized
+from meg_kernels.checks import shown
+from meg_kernels.facts import Fact, FactsError, check_facts
 from meg_kernels.familiarity import Calibration, Gate, Rewording, transplant
 from meg_kernels.neuron import NeuronLayout, Neurons
 from meg_kernels.routing.generators import Generator, NeuronBank
+from meg_kernels.texts import normalized_query
 
 
 @dataclass(frozen=True)
@@ -184,25 +186,48 @@ class Edits:
         """How many facts have a neuron that the generator was not trained to make."""
         return int((~self.generated).sum())
 
+    @functools.cached_property
+    def learnt(self) -> Tensor:
+        """[N] bool, on the CPU: whether the model answered the fact with its collected neuron."""
+        unlearnt = {fact.id for fact in self.report.unlearnt}
+        return torch.tensor([fact.id not in unlearnt for fact in self.facts], dtype=torch.bool)
+
+    @property
+    def num_unlearnt(self) -> int:
+        """How many facts the model did not answer with their collected neurons."""
+        return int((~self.learnt).sum())
+
     def rows_of(self, facts: Iterable[Fact]) -> list[int]:
         """Where facts with the same queries stand in these edits; -1 for those that do not."""
         rows = {fact.normalized_query: row for row, fact in enumerate(self.facts)}
         return [rows.get(fact.normalized_query, -1) for fact in facts]
 
-    def rows_to_remove(self, names: Iterable[str | Fact]) -> set[int]:
+    def rows_to_remove(self, names: str | Fact | Iterable[str | Fact]) -> set[int]:
         """Where the facts stand that are named by an id, by a query, or by themselves.
+
+        Args:
+            names: one name, or several.
 
         Raises:
             KeyError: a name that is none of these.
+            TypeError: a name that is neither text nor a fact.
         """
+        if isinstance(names, str | Fact):
+            names = [names]
+        if not isinstance(names, Iterable) or isinstance(names, bytes | Mapping):
+            raise TypeError(
+                f"facts is {shown(names)}; it must be an id, a query, a Fact, or a list of them"
+            )
         by_id = {fact.id: row for row, fact in enumerate(self.facts)}
         by_query = {fact.normalized_query: row for row, fact in enumerate(self.facts)}
         rows = set()
-        for name in names:
+        for i, name in enumerate(names):
+            if not isinstance(name, str | Fact):
+                raise TypeError(f"facts[{i}] is {shown(name)}; it must be an id, a query or a Fact")
             given_id, query = (name.id, name.query) if isinstance(name, Fact) else (name, name)
             row = by_id.get(given_id)
             if row is None:
-                row = by_query.get(normalized(query))
+                row = by_query.get(normalized_query(query))
             if row is None:
                 raise KeyError(
                     f"no edited fact has the id or the query {name!r}; `meg list` shows them all"
@@ -224,6 +249,29 @@ class Edits:
                 self.report, unlearnt=tuple(f for f in self.report.unlearnt if f in left)
             ),
         )
+
+    def beside(self, facts: Sequence[Fact], replace: bool) -> Edits:
+        """These edits as further facts can be put beside them.
+
+        Args:
+            facts: the further ones, no two with one query or id.
+            replace: leave out what has the query or the id of one of them.
+
+        Raises:
+            FactsError: one of them has the query or the id of an edited fact; the message names
+                both.
+        """
+        left = self
+        if replace:
+            ids, queries = {fact.id for fact in facts}, {fact.normalized_query for fact in facts}
+            taken = {f for f in self.facts if f.id in ids or f.normalized_query in queries}
+            left = self.without({row for row, f in enumerate(self.facts) if f in taken})
+        try:
+            check_facts(facts, left.facts)
+        except FactsError as error:
+            hint = "with replace=True (meg add --replace) they take the place of the edited ones"
+            raise FactsError(f"{error}\n{hint}") from None
+        return left
 
     def joined(self, facts: Sequence[Fact], conditions: Tensor, neurons: Neurons) -> Edits:
         """These edits and further facts, whose collected neurons answer them.

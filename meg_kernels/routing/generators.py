@@ -17,8 +17,10 @@ Each kind has a configuration of its own, made by a name:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -26,6 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meg_kernels.checks import (
+    FLAG,
+    SEED,
+    check_fields,
+    from_fields,
+    instance_of,
+    integer,
+    number,
+    shown,
+)
 from meg_kernels.diffusion import (
     DiTConfig,
     Execution,
@@ -34,6 +46,7 @@ from meg_kernels.diffusion import (
     NoiseSchedule,
     SamplerConfig,
 )
+from meg_kernels.diffusion.dit import LARGEST_WIDTH
 from meg_kernels.neuron import NeuronLayout, Neurons
 
 PAPER_WEIGHT_STD = 0.01
@@ -89,29 +102,21 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "warmup_steps", "max_steps", "check_every"):
-            value = getattr(self, name)
-            if not (name == "max_steps" and value is None) and (
-                type(value) is not int or value < 1
-            ):
-                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
-        ranges: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "learning_rate": (lambda x: 0 < x < math.inf, "positive and finite"),
-            "ema_decay": (lambda x: 0 <= x <= 1, "0 to 1"),
-            "condition_noise": (lambda x: 0 <= x < math.inf, "at least 0 and finite"),
-            "enough": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
-            "close": (lambda x: x >= 0, "at least 0"),
-        }
-        for name, (fits, allowed) in ranges.items():
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not fits(value):
-                raise ValueError(f"{name} is {value!r}; it must be a number, {allowed}")
-        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed!r}; it must be an integer in 0 to 2**63 - 1")
-        if not isinstance(self.standardize, bool):
-            raise ValueError(f"standardize is {self.standardize!r}; it must be True or False")
-        if not isinstance(self.reword, bool | None):
-            raise ValueError(f"reword is {self.reword!r}; it must be True, False or None")
+        check_fields(
+            self,
+            standardize=FLAG,
+            batch_size=integer(1),
+            learning_rate=number(above=0),
+            warmup_steps=integer(1),
+            max_steps=integer(1).or_none(),
+            ema_decay=number(least=0, most=1),
+            reword=FLAG.or_none(),
+            condition_noise=number(least=0),
+            check_every=integer(1),
+            enough=number(above=0, most=1),
+            close=number(least=0, most=math.inf),
+            seed=SEED,
+        )
 
     def steps_for(self, facts: int) -> int:
         """The most steps that training on this number of facts takes.
@@ -270,11 +275,18 @@ class GeneratorConfig:
         Raises:
             ValueError: the kind or a field is unknown, or a value is out of range.
         """
-        rest = dict(values)
-        kind = rest.pop("kind", None)
-        if kind not in GENERATORS:
-            raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(GENERATORS)}")
-        return _from_fields(GENERATORS[kind][0], rest, f"a generator of kind {kind!r}")
+        kind = values.get("kind") if isinstance(values, Mapping) else values
+        if not isinstance(kind, str) or kind not in GENERATORS:
+            raise ValueError(f"kind is {shown(kind)}; it must be one of {', '.join(GENERATORS)}")
+        rest = {name: value for name, value in values.items() if name != "kind"}
+        return from_fields(
+            GENERATORS[kind][0],
+            rest,
+            f"a generator of kind {kind!r}",
+            network=functools.partial(from_fields, DiTConfig),
+            sampler=functools.partial(from_fields, SamplerConfig),
+            training=functools.partial(from_fields, TrainingConfig),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,7 +304,7 @@ class NetworkGeneratorConfig(GeneratorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_type("training", self.training, TrainingConfig)
+        check_fields(self, training=instance_of(TrainingConfig))
 
     def rewords(self, snap: bool) -> bool:
         """Whether training wants conditions of other wordings, in an editor that snaps or not."""
@@ -328,8 +340,7 @@ class DiTGeneratorConfig(NetworkGeneratorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_type("network", self.network, DiTConfig)
-        _check_type("sampler", self.sampler, SamplerConfig)
+        check_fields(self, network=instance_of(DiTConfig), sampler=instance_of(SamplerConfig))
         NoiseSchedule().timesteps(self.sampler.num_steps, self.sampler.spacing)
 
     def _changed(
@@ -348,12 +359,12 @@ class MLPGeneratorConfig(NetworkGeneratorConfig):
     """The configuration of an `MLPGenerator`.
 
     Args:
-        width: of its two hidden layers.
+        width: of its two hidden layers, 1 to 65536.
         training: how it is trained.
 
     Raises:
         TypeError: training is no TrainingConfig.
-        ValueError: width is not a positive integer.
+        ValueError: width is out of range.
     """
 
     kind: str = field(default="mlp", init=False)
@@ -361,8 +372,7 @@ class MLPGeneratorConfig(NetworkGeneratorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.width) is not int or self.width < 1:
-            raise ValueError(f"width is {self.width!r}; it must be an integer of at least 1")
+        check_fields(self, width=integer(1, LARGEST_WIDTH))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,26 +380,6 @@ class BankConfig(GeneratorConfig):
     """The configuration of a `NeuronBank`, which has nothing to choose."""
 
     kind: str = field(default="bank", init=False)
-
-
-def _check_type(name: str, value: object, wanted: type) -> None:
-    if not isinstance(value, wanted):
-        raise TypeError(f"{name} is {value!r}; it must be a {wanted.__name__}")
-
-
-def _from_fields(config: type[Any], values: Mapping[str, Any], name: str) -> Any:
-    """A configuration from its fields, nested ones from theirs; `name` is for messages."""
-    nested = {"network": DiTConfig, "sampler": SamplerConfig, "training": TrainingConfig}
-    known = [f.name for f in dataclasses.fields(config) if f.init]
-    for key in values:
-        if key not in known:
-            raise ValueError(f"{name} has no field {key!r}; its fields are {', '.join(known)}")
-    return config(
-        **{
-            key: _from_fields(nested[key], value, f"{key} of {name}") if key in nested else value
-            for key, value in values.items()
-        }
-    )
 
 
 def _deviation(rows: Tensor) -> Tensor:
@@ -656,10 +646,22 @@ def build_generator(config: GeneratorConfig, layout: NeuronLayout, condition_dim
         config: kind, network and training; initial weights come from the training's seed.
         layout: of the neurons.
         condition_dim: length of a condition.
+
+    Raises:
+        ValueError: the network is larger than the machine's memory.
     """
     generator = GENERATORS[config.kind][1]
     if not isinstance(config, NetworkGeneratorConfig):
         return generator(config, layout, condition_dim).eval()
+    with torch.device("meta"):  # which holds shapes alone
+        planned = generator(config, layout, condition_dim)
+    size = sum(t.numel() * t.element_size() for t in planned.state_dict().values())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise ValueError(
+            f"the generator's network takes {size / 2**30:,.0f} GiB, and this machine has "
+            f"{memory / 2**30:,.0f}; choose a smaller width, depth or mlp_ratio"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         return generator(config, layout, condition_dim).eval()

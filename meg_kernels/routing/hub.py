@@ -15,12 +15,14 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from meg_kernels.pretrained import SMOLLM2
-from meg_kernels.routing.saving import KINDS, MANIFEST
+from meg_kernels.routing.manifest import KINDS, MANIFEST
 
 CARD = "README.md"
 _SMOLLM2_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Uploading never overwrites these: what an earlier upload left has another name.
-_NAMED_AFTER_CONTENT = [f"{kind}-*" for kind in KINDS]
+_NAMED_AFTER_CONTENT = [
+    f"{kind}-{'[0-9a-f]' * 16}{ending or '/*'}" for kind, ending in KINDS.items()
+]
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from meg_kernels.neuron import Neurons
 from meg_kernels.routing.generators import Generator
+from meg_kernels.scoped import OwnLock
 
 CAPACITY = 1024  # neurons; 20 MB of Phi-2's
 
 
-@dataclass
+@dataclass(frozen=True)
 class Served:
     """What an edited model was asked, and what that cost.
 
@@ -36,6 +37,11 @@ class Served:
     generated: int = 0
     reused: int = 0
 
+    def __add__(self, more: Served) -> Served:
+        """Both counts."""
+        also = asdict(more)
+        return Served(**{name: count + also[name] for name, count in asdict(self).items()})
+
     def since(self, earlier: Served) -> Served:
         """What was served after `earlier`, an older copy of these counts."""
         before = asdict(earlier)
@@ -45,44 +51,53 @@ class Served:
 class NeuronCache:
     """The last neurons of one generator, by their conditions; another generator empties it.
 
-    Call `clear` after changing a generator in place.
+    Call `clear` after changing a generator in place. Threads may share a cache: their neurons are
+    made one batch after the other.
 
     Args:
-        served: where to count.
         capacity: how many neurons are kept; the one that was not asked for longest makes room.
     """
 
-    def __init__(self, served: Served, capacity: int = CAPACITY):
-        self.served, self.capacity = served, capacity
+    def __init__(self, capacity: int = CAPACITY):
+        self.capacity = capacity
+        self._lock = OwnLock()
         self._generator: Generator | None = None
         self._neurons: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def clear(self) -> None:
         """Forget all neurons."""
-        self._neurons.clear()
+        with self._lock:
+            self._neurons.clear()
 
-    def generate(self, generator: Generator, z: Tensor, keys: Sequence[bytes]) -> Neurons:
-        """`generator.generate(z)`, made only where it is not in the cache.
+    def generate(
+        self, generator: Generator, z: Tensor, keys: Sequence[bytes]
+    ) -> tuple[Neurons, Served]:
+        """`generator.generate(z)`, made only where it is not in the cache, and what that cost.
 
         Args:
             generator: makes the neurons.
             z: [B, dim] conditions.
             keys: for each what it is found again by (`edits.condition_keys`).
         """
+        with self._lock:
+            return self._generate(generator, z, keys)
+
+    def _generate(
+        self, generator: Generator, z: Tensor, keys: Sequence[bytes]
+    ) -> tuple[Neurons, Served]:
         if generator is not self._generator:
             self.clear()
             self._generator = generator
         if not keys:
-            return generator.generate(z)
+            return generator.generate(z), Served()
         rows = {key: row for row, key in enumerate(keys) if key not in self._neurons}
         if rows:
             made = generator.layout.pack(generator.generate(z[list(rows.values())]))
             self._neurons.update(zip(rows, made, strict=True))
-        self.served.generated += len(rows)
-        self.served.reused += len(set(keys)) - len(rows)
         for key in keys:
             self._neurons.move_to_end(key)
         flat = torch.stack([self._neurons[key] for key in keys])
         while len(self._neurons) > self.capacity:
             self._neurons.popitem(last=False)
-        return generator.layout.unpack(flat)
+        served = Served(generated=len(rows), reused=len(set(keys)) - len(rows))
+        return generator.layout.unpack(flat), served

@@ -10,6 +10,7 @@ follows from them is decided on the host.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meg_kernels.checks import FLAG, check_fields
 from meg_kernels.familiarity import nearest
 from meg_kernels.neuron import Neurons
 from meg_kernels.routing.edits import Edits, condition_keys
 from meg_kernels.routing.neuron_cache import NeuronCache, Served
-from meg_kernels.routing.saving import load_edits
+from meg_kernels.routing.saving import load_edited
+from meg_kernels.scoped import OwnLock
 from meg_kernels.text_encoder import TextEncoder
 
 MANY_FACTS = 1000  # among which one comes close to many a query about another subject
@@ -38,10 +41,20 @@ class RoutingConfig:
         require_subject: whether a query must name the subject of the edited fact nearest to it,
             where that is known and the fact's own query names it. Default: if at least 1000 facts
             are edited.
+        serve_unlearnt: whether facts that the model did not answer with their own neuron when it
+            was collected have neurons all the same. By default, the base model answers for them: a
+            neuron that does not give its answer may spoil the base model's.
+
+    Raises:
+        ValueError: a field is not True or False; it is named.
     """
 
     snap: bool = True
     require_subject: bool | None = None
+    serve_unlearnt: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, snap=FLAG, require_subject=FLAG.or_none(), serve_unlearnt=FLAG)
 
     def requires_subject(self, num_facts: int) -> bool:
         """Whether a query must name the subject when this number of facts is edited.
@@ -57,12 +70,14 @@ class Routing:
     """Where the queries of a batch go. All but `z` is on the CPU.
 
     Args:
-        accepted: [B] bool: whether the query is taken for an edited one.
+        accepted: [B] bool: whether the query is taken for an edited one, and has its neuron.
         fact: [B] int64: the row of the edited fact nearest to it; -1 if nothing is edited.
         score: [B] the gate's score, float32.
         named: [B] bool: false where the query would have to name that fact's subject and does not.
         z: [B, dim] the queries' conditions.
         edits: what was edited when this was decided.
+        left_to_base: [B] bool: whether the query is taken for an edited one whose fact was not
+            learnt, so that the base model answers it.
     """
 
     accepted: Tensor
@@ -71,9 +86,19 @@ class Routing:
     named: Tensor
     z: Tensor
     edits: Edits | None
+    left_to_base: Tensor
 
     def __len__(self) -> int:
         return len(self.accepted)
+
+
+@dataclass(frozen=True)
+class _By:
+    """What queries are routed by: one value, so that no query meets half of a change."""
+
+    encoder: TextEncoder
+    edits: Edits | None
+    config: RoutingConfig
 
 
 class Router:
@@ -81,9 +106,12 @@ class Router:
 
     Args:
         encoder: makes conditions of texts.
-        edits: what is edited; None: nothing yet. Assign another one to route by it.
+        edits: what is edited; None: nothing yet.
         config: how queries find their neurons.
         device: where conditions are compared and neurons are made; default: the encoder's.
+
+    Threads may share a router. `put` changes what it routes by, all at once; batches that are on
+    their way finish with what they began with.
 
     Attributes:
         served: counts the queries that were routed, and what they cost.
@@ -96,10 +124,10 @@ class Router:
         config: RoutingConfig | None = None,
         device: torch.device | None = None,
     ):
-        self.encoder, self.edits, self.config = encoder, edits, config or RoutingConfig()
+        self._by = _By(encoder, edits, config or RoutingConfig())
         self.device = encoder.model.device if device is None else device
         self.served = Served()
-        self._cache = NeuronCache(self.served)
+        self._cache, self._counting = NeuronCache(), OwnLock()
 
     @classmethod
     def from_pretrained(
@@ -116,9 +144,43 @@ class Router:
             FileNotFoundError: there are no edits.
             CorruptFileError: a file is damaged, or of a newer version of the format.
         """
-        saved = load_edits(folder, device)
-        config = RoutingConfig(saved.config["snap"], saved.config["require_subject"])
-        return cls(saved.load_encoder(), saved.edits, config, saved.edits.conditions.device)
+        saved, encoder = load_edited(folder, device)
+        names = (f.name for f in dataclasses.fields(RoutingConfig))
+        config = RoutingConfig(**{name: saved.config[name] for name in names})
+        return cls(encoder, saved.edits, config, saved.edits.conditions.device)
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """What makes conditions of texts."""
+        return self._by.encoder
+
+    @property
+    def edits(self) -> Edits | None:
+        """What is edited; None: nothing."""
+        return self._by.edits
+
+    @edits.setter
+    def edits(self, edits: Edits | None) -> None:
+        self.put(edits)
+
+    @property
+    def config(self) -> RoutingConfig:
+        """How queries find their neurons."""
+        return self._by.config
+
+    @config.setter
+    def config(self, config: RoutingConfig) -> None:
+        self.put(self.edits, config=config)
+
+    def put(
+        self,
+        edits: Edits | None,
+        encoder: TextEncoder | None = None,
+        config: RoutingConfig | None = None,
+    ) -> None:
+        """Route by other edits from now on; encoder and configuration stay unless given."""
+        by = self._by
+        self._by = _By(encoder or by.encoder, edits, config or by.config)
 
     def __repr__(self) -> str:
         edited = 0 if self.edits is None else len(self.edits)
@@ -129,11 +191,18 @@ class Router:
         """Whether a query must name the subject of the edited fact nearest to it."""
         return self.config.requires_subject(0 if self.edits is None else len(self.edits))
 
+    @property
+    def num_left_to_base(self) -> int:
+        """How many edited facts the base model answers for, because they were not learnt."""
+        if self.edits is None or self.config.serve_unlearnt:
+            return 0
+        return self.edits.num_unlearnt
+
     def protocol(self) -> dict[str, Any]:
         """What a report on the edited model must say of how its queries are answered, JSON-able."""
         assert self.edits is not None
         how = {"require_subject": self.requires_subject, "snap": self.config.snap}
-        return how | self.edits.protocol()
+        return how | self.edits.protocol() | {"left_to_base": self.num_left_to_base}
 
     def forget(self) -> None:
         """Empty the cache of neurons, after the generator was changed in place."""
@@ -145,19 +214,24 @@ class Router:
 
     def route(self, queries: Sequence[str]) -> Routing:
         """Which of the queries are edited ones in some wording, and the fact nearest to each."""
-        z, edits = self.encode(queries), self.edits
+        by = self._by
+        z, edits = by.encoder.encode(queries).to(self.device), by.edits
         if edits is None:
             nowhere = torch.full((len(z),), -1)
-            return Routing(nowhere > 0, nowhere, nowhere.float(), nowhere < 0, z, None)
+            return Routing(nowhere > 0, nowhere, nowhere.float(), nowhere < 0, z, None, nowhere > 0)
         score = edits.gate.score(z)
         _, fact = nearest(z, edits.conditions)
         # float64 holds both exactly.
         scores, rows = torch.stack([score.double(), fact.double()]).cpu()
         score, fact = scores.float(), rows.long()
         named = torch.ones(len(z), dtype=torch.bool)
-        if self.requires_subject:
+        if by.config.requires_subject(len(edits)):
             named = subject_named(edits, queries, fact)
-        return Routing((score > edits.gate.threshold) & named, fact, score, named, z, edits)
+        accepted = (score > edits.gate.threshold) & named
+        left = torch.zeros_like(accepted)
+        if not by.config.serve_unlearnt:
+            left = accepted & ~edits.learnt[fact]
+        return Routing(accepted & ~left, fact, score, named, z, edits, left)
 
     def neurons(self, routing: Routing) -> tuple[Neurons | None, Tensor]:
         """The neurons of the queries that were accepted.
@@ -171,8 +245,7 @@ class Router:
         """
         rows = routing.accepted.nonzero()[:, 0]
         index = torch.full((len(routing),), -1)
-        self.served.queries += len(routing)
-        self.served.edited += len(rows)
+        self._count(Served(queries=len(routing), edited=len(rows)))
         if not len(rows):
             return None, index
         edits = routing.edits
@@ -189,14 +262,20 @@ class Router:
     def _made(self, edits: Edits, facts: Tensor, z: Tensor, keys: list[bytes]) -> Neurons:
         """Neurons for conditions z [A, dim] whose nearest edited facts are facts [A]."""
         if not edits.num_waiting:
-            return self._cache.generate(edits.generator, z, keys)
+            made, served = self._cache.generate(edits.generator, z, keys)
+            self._count(served)
+            return made
         generated = edits.generated[facts]
         rows = generated.nonzero()[:, 0].tolist()
-        made = self._cache.generate(edits.generator, z[rows], [keys[row] for row in rows])
-        self.served.reused += len(facts[~generated].unique())
+        made, served = self._cache.generate(edits.generator, z[rows], [keys[row] for row in rows])
+        self._count(served + Served(reused=len(facts[~generated].unique())))
         flat = edits.layout.pack(edits.neurons[facts]).to(z.device)
         flat[rows] = edits.layout.pack(made).to(flat.dtype)
         return edits.layout.unpack(flat)
+
+    def _count(self, more: Served) -> None:
+        with self._counting:
+            self.served += more
 
 
 def subject_named(edits: Edits, queries: Sequence[str], fact: Tensor) -> Tensor:

@@ -6,44 +6,68 @@
     gate-<digest>.safetensors    generator-<digest>.safetensors
     encoder-<digest>/            the tuned encoder, as Hugging Face saves one
 
-Files are named after their content, so that saving never overwrites one; replacing meg.json is the
-moment at which a new state takes the place of the old one. What it no longer names is then removed.
+Files are named after their content, so that saving never changes one; replacing meg.json is the
+moment at which a new state takes the place of the old one. What belongs to a save in progress is in
+.meg-saving, with a list of the names that are ours; whatever interrupts it, the next writer tidies
+up by that list. A file is ours, and may be removed, only if a manifest named it and it still holds
+what its name says; anything else in the folder is the user's.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from meg_kernels.facts import Fact, read_facts, write_facts
+from meg_kernels.facts import FactsError, write_facts, written_facts
 from meg_kernels.familiarity import Calibration, FamiliarityNetwork, Gate, SimilarityGate
+from meg_kernels.locking import WriterLock
 from meg_kernels.neuron import NeuronLayout
 from meg_kernels.pretrained import usable_device
 from meg_kernels.routing.edits import EditReport, Edits, HeldOut, Training
 from meg_kernels.routing.generators import GeneratorConfig, NeuronBank, build_generator
+from meg_kernels.routing.manifest import (
+    FORMAT,
+    KINDS,
+    MANIFEST,
+    MENDING,
+    VERSION,
+    is_name,
+    read_manifest,
+    sealed,
+)
 from meg_kernels.storage import (
+    TEMPORARY,
     CorruptFileError,
-    fingerprint,
+    as_os_error,
+    content_digest,
+    make_folder,
     read_json,
     read_tensors,
+    remove_empty,
+    sync_files,
+    sync_folder,
     write_json,
     write_tensors,
 )
 from meg_kernels.text_encoder import TextEncoder
 
-FORMAT, VERSION = "meg-kernels", 1
-MANIFEST = "meg.json"
-KINDS = ("facts", "edits", "gate", "generator", "encoder")
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LOCK, SAVING, WORK = ".meg-lock", ".meg-saving", ".meg-work"
+_NAMES = "names.json"  # in SAVING: the names that are ours, before the save and after it
 
 
 @dataclass(frozen=True)
@@ -69,39 +93,247 @@ class Saved:
         edits: everything but the encoder, which takes longest to load.
         base: the language model that was edited.
         config: the editor's configuration, JSON-able.
-        encoder_folder: where the encoder is.
-        pooling: of the encoder.
+        folder: where it is.
+        state: what tells this state of the folder from others.
     """
 
     edits: Edits
     base: BaseModel
     config: dict[str, Any]
-    encoder_folder: Path
-    pooling: Any
+    folder: Path
+    state: str
 
-    def load_encoder(self) -> TextEncoder:
-        """The tuned encoder, on the device of the edits; CorruptFileError if it is damaged."""
-        folder = self.encoder_folder
+    def parsed(self, parse: Callable[[dict[str, Any]], T]) -> T:
+        """The configuration as `parse` reads it; CorruptFileError if that cannot be."""
         try:
-            encoder = TextEncoder.from_pretrained(
-                folder, self.pooling, self.edits.conditions.device
-            )
-        except (OSError, SafetensorError) as error:
+            return parse(self.config)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            what = f"without {error}" if isinstance(error, KeyError) else str(error)
             raise CorruptFileError(
-                f"{folder} is damaged ({error}); restore it or edit again"
+                f"{self.folder / MANIFEST}: config is unusable ({what}); {MENDING}"
             ) from error
-        _check_content(folder, _digest_of_encoder(encoder))
-        return encoder
 
 
 def check_free(folder: Path) -> None:
-    """Raise FileExistsError if `folder` holds anything but an edited model."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
-        left = [p for p in folder.iterdir() if p.name.split("-")[0].lstrip(".") not in KINDS]
-        if left:
-            raise FileExistsError(
-                f"{folder} holds other files ({left[0].name}); choose an empty or new folder"
+    """Refuse a folder that cannot take an edited model.
+
+    Raises:
+        FileExistsError: it holds other files.
+        NotADirectoryError: it, or what it shall be in, is a file.
+    """
+    above = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not above.is_dir():
+        what = "a link to nothing" if above.is_symlink() and not above.exists() else "a file"
+        raise NotADirectoryError(f"{above} is {what}; choose another folder for the edited model")
+    if above != folder:
+        return
+    for name, is_ours in ((LOCK, Path.is_file), (SAVING, Path.is_dir), (WORK, Path.is_dir)):
+        path = folder / name
+        if os.path.lexists(path) and (path.is_symlink() or not is_ours(path)):
+            raise FileExistsError(f"{path} is not what this package makes there; move it away")
+    if (folder / MANIFEST).exists():
+        return
+    ours = {LOCK, SAVING, WORK, f".{MANIFEST}{TEMPORARY}", *_noted_names(folder / SAVING / _NAMES)}
+    if left := sorted(path.name for path in folder.iterdir() if path.name not in ours):
+        raise FileExistsError(
+            f"{folder} holds other files ({left[0]}); choose an empty or new folder"
+        )
+
+
+@contextmanager
+def writing(folder: str | Path, work: str | None = None) -> Iterator[Writer]:
+    """The one writer of a folder: from before its edits are loaded until new ones are saved.
+
+    What an interrupted writer left is tidied up. A folder that is made for this, and nothing is
+    written to, is gone in the end. Readers see the old state until the new one is whole.
+
+    Args:
+        folder: a new or empty folder, or one that holds an edited model.
+        work: what tells a command that can be interrupted from others.
+
+    Raises:
+        LockedError: another process writes there; the message says which.
+        FileExistsError: it holds other files.
+        OSError: it cannot be written.
+    """
+    folder = Path(folder)
+    check_free(folder)
+    made: list[Path] = []
+    lock = writer = None
+    try:
+        try:
+            made = make_folder(folder)
+            lock = WriterLock(folder, LOCK, work)
+            writer = Writer(folder, lock, work)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise OSError(
+                error.errno, f"{folder} cannot be written ({reason}); choose another folder"
+            ) from error
+        yield writer
+    except BaseException:
+        if lock is not None and work is not None and writer is not None and writer.has_saved:
+            lock.abandon()  # so that the work is not done twice
+            lock = None
+        raise
+    finally:
+        if lock is not None:
+            lock.release()
+        remove_empty(made)
+
+
+class Writer:
+    """Writes the edits of one folder, which nobody else writes meanwhile; see `writing`.
+
+    Args:
+        folder: which is there.
+        lock: of it.
+        work: what tells the command that writes from others; what it saves is marked so.
+
+    Attributes:
+        state: what tells the folder's state from others; None: it holds no edits that are whole.
+        has_saved: whether this writer has saved, or one that was at the same work and killed then.
+    """
+
+    def __init__(self, folder: Path, lock: WriterLock, work: str | None = None):
+        self.folder, self._lock, self._work = folder, lock, work
+        self._tidy()
+        for path in (folder / WORK).rglob(f".*{TEMPORARY}"):  # nobody else is at work there
+            path.unlink()
+        self.state = _state(folder)
+        made_by = None if self.state is None else read_manifest(folder)["made_by"]
+        began_with = [self.state] if lock.before is None else lock.before
+        self.has_saved = work is not None and made_by == work and began_with != [self.state]
+        if work is not None:
+            lock.note(began_with)
+
+    def save(
+        self,
+        edits: Edits,
+        encoder: TextEncoder,
+        base: BaseModel,
+        config: Mapping[str, Any],
+        *,
+        loaded: str | None = None,
+    ) -> str:
+        """Write an edited model; an interruption at any point leaves what was saved before.
+
+        Args:
+            edits: what was edited.
+            encoder: the tuned encoder.
+            base: the language model.
+            config: the editor's configuration, JSON-able; `gate`, `generator`, `snap` and
+                `require_subject` in it say how to answer.
+            loaded: the folder's state that these edits were made from; None: from no edits that
+                were there.
+
+        Returns:
+            The folder's state from now on.
+
+        Raises:
+            RuntimeError: the folder holds another state by now.
+            OSError: it cannot be written; what was saved before is unchanged.
+        """
+        make_folder(self.folder)
+        self._lock.renew()
+        now = _state(self.folder)
+        if now is not None and now != (loaded or self.state):
+            raise RuntimeError(
+                f"{self.folder} was saved by another process since it was loaded; saving would "
+                "undo that. Save to another folder, or load it again and repeat the change"
             )
+        try:
+            manifest = self._written(edits, encoder, base, config)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise OSError(
+                error.errno,
+                f"could not save to {self.folder} ({reason}); what was saved there is unchanged",
+            ) from error
+        finally:
+            self._tidy()
+        self.state, self.has_saved = manifest["digest"], True
+        return manifest["digest"]
+
+    def _written(
+        self,
+        edits: Edits,
+        encoder: TextEncoder,
+        base: BaseModel,
+        config: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        folder, new = self.folder, self.folder / SAVING
+        layout, report = edits.layout, edits.report
+        tensors = {f"held_out.{k}": v for k, v in edits.held_out.tensors().items()} | {
+            "conditions": edits.conditions,
+            "neurons": layout.pack(edits.neurons),
+            "initial": layout.pack(edits.initial),
+            "generated": edits.generated,
+        }
+        make_folder(new)
+        write_facts(new / "facts", edits.facts)
+        write_tensors(new / "edits", tensors)
+        write_tensors(new / "gate", edits.gate.state_dict())
+        write_tensors(new / "generator", edits.generator.state_dict())
+        try:
+            encoder.save_pretrained(new / "encoder")
+        except SafetensorError as error:
+            raise as_os_error(error) from error
+        for path in (new / "encoder").iterdir():  # not as safetensors has it, but as the umask has
+            path.chmod((new / "encoder").stat().st_mode & 0o666)
+        sync_files(new / "encoder")
+        names = {kind: f"{kind}-{content_digest(new / kind)}{end}" for kind, end in KINDS.items()}
+        manifest = sealed(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "base": dataclasses.asdict(base),
+                "layout": dataclasses.asdict(layout),
+                "config": dict(config),
+                "threshold": edits.gate.threshold,
+                "pooling": encoder.pooling,
+                "report": {
+                    "unlearnt": [fact.id for fact in report.unlearnt],
+                    "calibration": dataclasses.asdict(edits.calibration),
+                    "training": dataclasses.asdict(edits.training),
+                    "seconds": report.seconds,
+                    "num_left_out": report.num_left_out,
+                },
+                "files": names,
+                "made_by": self._work,
+            }
+        )
+        before = _named(folder / MANIFEST)
+        write_json(new / _NAMES, sorted({*before, *names.values()}))
+        for kind, name in names.items():
+            self._put(new / kind, folder / name)
+        write_json(folder / MANIFEST, manifest)
+        return manifest
+
+    def _put(self, written: Path, place: Path) -> None:
+        if _holds_what_it_says(place):
+            return
+        if os.path.lexists(place):  # damaged; a folder cannot be written over
+            os.rename(place, place.parent / SAVING / f"damaged-{place.name}")
+        os.rename(written, place)
+        sync_folder(place.parent)
+
+    def _tidy(self) -> None:
+        """Remove what is ours and no longer named, and what a save left that did not end."""
+        saving = self.folder / SAVING
+        if not os.path.lexists(saving):
+            return
+        for name in _noted_names(saving / _NAMES) - _named(self.folder / MANIFEST):
+            path = self.folder / name
+            if _holds_what_it_says(path):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            elif os.path.lexists(path):
+                log.warning("%s does not hold what was saved; it is left where it is", path)
+        # The list goes last, so that a kill in between leaves it to the next writer.
+        for path in saving.iterdir():
+            if path.name != _NAMES:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        shutil.rmtree(saving)
 
 
 def save_edits(
@@ -110,67 +342,46 @@ def save_edits(
     encoder: TextEncoder,
     base: BaseModel,
     config: Mapping[str, Any],
-) -> None:
-    """Write an edited model; an interruption at any point leaves what was saved there before.
+    loaded: str | None = None,
+) -> str:
+    """Write an edited model to a folder, as its one writer for the time: see `Writer.save`."""
+    with writing(folder) as writer:
+        return writer.save(edits, encoder, base, config, loaded=loaded)
 
-    Args:
-        folder: a new or empty folder, or one that holds an edited model.
-        edits: what was edited.
-        encoder: the tuned encoder.
-        base: the language model.
-        config: the editor's configuration, JSON-able; `gate`, `generator`, `snap` and
-            `require_subject` in it say how to answer.
 
-    Raises:
-        FileExistsError: the folder holds something else.
-    """
-    folder = Path(folder)
-    check_free(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    layout, report = edits.layout, edits.report
-    tensors = {f"held_out.{k}": v for k, v in edits.held_out.tensors().items()} | {
-        "conditions": edits.conditions,
-        "neurons": layout.pack(edits.neurons),
-        "initial": layout.pack(edits.initial),
-        "generated": edits.generated,
-    }
-    facts_name = f"facts-{_digest_of_facts(edits.facts)}.jsonl"
-    if not (folder / facts_name).exists():
-        write_facts(folder / facts_name, edits.facts)
-    files = {
-        "facts": facts_name,
-        "edits": _write(folder, "edits", tensors),
-        "gate": _write(folder, "gate", edits.gate.state_dict()),
-        "generator": _write(folder, "generator", edits.generator.state_dict()),
-        "encoder": _write_encoder(folder, encoder),
-    }
-    write_json(
-        folder / MANIFEST,
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "base": dataclasses.asdict(base),
-            "layout": dataclasses.asdict(layout),
-            "config": dict(config),
-            "threshold": edits.gate.threshold,
-            "pooling": encoder.pooling,
-            "report": {
-                "unlearnt": [fact.id for fact in report.unlearnt],
-                "calibration": dataclasses.asdict(edits.calibration),
-                "training": dataclasses.asdict(edits.training),
-                "seconds": report.seconds,
-                "num_left_out": report.num_left_out,
-            },
-            "files": files,
-        },
-    )
-    for path in folder.iterdir():
-        if path.name.split("-")[0] in KINDS and path.name not in files.values():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _state(folder: Path) -> str | None:
+    """What tells the state of a folder from others; None if it holds no edits that are whole."""
+    try:
+        return read_manifest(folder)["digest"]
+    except (OSError, CorruptFileError):
+        return None
+
+
+def _holds_what_it_says(path: Path) -> bool:
+    kind, _, rest = path.name.partition("-")
+    return path.exists() and is_name(kind, path.name) and content_digest(path) == rest[:16]
+
+
+def _named(manifest: Path) -> set[str]:
+    """The names in a manifest, even a damaged one, that can be those of our files."""
+    try:
+        files = read_json(manifest)["files"]
+        return {name for kind, name in files.items() if kind in KINDS and is_name(kind, name)}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return set()
+
+
+def _noted_names(path: Path) -> set[str]:
+    """The names in the list of a save that can be those of our files."""
+    try:
+        names = {name for name in read_json(path) if isinstance(name, str)}
+    except (OSError, ValueError, TypeError):
+        return set()
+    return {name for name in names if any(is_name(kind, name) for kind in KINDS)}
 
 
 def load_edits(folder: str | Path, device: str | torch.device | None = None) -> Saved:
-    """Read what `save_edits` wrote; no language model and no encoder is loaded.
+    """Read what was saved; no language model and no encoder is loaded.
 
     Args:
         folder: where it was written.
@@ -182,17 +393,50 @@ def load_edits(folder: str | Path, device: str | torch.device | None = None) -> 
         CorruptFileError: a file is damaged, or of a newer version of the format.
         RuntimeError: the device is not there.
     """
-    folder, device = Path(folder), usable_device(device)
-    manifest = _read_manifest(folder)
+    device = usable_device(device)
+    return _in_one_state(Path(folder), lambda manifest: _read_edits(Path(folder), manifest, device))
+
+
+def load_edited(
+    folder: str | Path, device: str | torch.device | None = None
+) -> tuple[Saved, TextEncoder]:
+    """What `load_edits` reads, and the tuned encoder, on the same device."""
+    device = usable_device(device)
+
+    def read(manifest: dict[str, Any]) -> tuple[Saved, TextEncoder]:
+        saved = _read_edits(Path(folder), manifest, device)
+        return saved, _read_encoder(Path(folder), manifest, saved.edits)
+
+    return _in_one_state(Path(folder), read)
+
+
+def _in_one_state(folder: Path, read: Callable[[dict[str, Any]], T]) -> T:
+    """What `read` makes of the manifest and its files, all of one state of the folder."""
+    while True:
+        manifest = read_manifest(folder)
+        try:
+            return read(manifest)
+        except (CorruptFileError, FileNotFoundError):
+            # A writer may have put a new state in place, and removed what the old one named.
+            if _state(folder) in (None, manifest["digest"]):
+                raise
+
+
+def _read_edits(folder: Path, manifest: dict[str, Any], device: torch.device) -> Saved:
     files = {kind: folder / name for kind, name in manifest["files"].items()}
-    if missing := [str(path) for path in files.values() if not path.exists()]:
-        raise CorruptFileError(f"{missing[0]} is missing; restore the folder or edit again")
-    facts = tuple(read_facts(files["facts"]))
-    _check_content(files["facts"], _digest_of_facts(facts))
-    tensors, layout = _read(files["edits"]), NeuronLayout(**manifest["layout"])
-    config = manifest["config"]
+    for kind, path in files.items():
+        if not path.exists():
+            raise CorruptFileError(f"{path} is missing; restore the folder or edit again")
+        if kind != "encoder":  # which is checked when it is loaded
+            _check_content(path)
+    try:
+        facts = tuple(written_facts(files["facts"]))
+    except FactsError as error:
+        raise CorruptFileError(f"{error}; {MENDING}") from error
+    tensors, layout = _finite(files["edits"]), NeuronLayout(**manifest["layout"])
+    _check_shapes(files["edits"], tensors, len(facts), layout)
     conditions = tensors["conditions"].to(device)
-    dim = conditions.shape[1]
+    dim, config, report = conditions.shape[1], manifest["config"], manifest["report"]
     gate: Gate = (
         SimilarityGate(conditions, manifest["threshold"])
         if config["gate"] == SimilarityGate.kind
@@ -201,7 +445,11 @@ def load_edits(folder: str | Path, device: str | torch.device | None = None) -> 
     generator = build_generator(GeneratorConfig.from_dict(config["generator"]), layout, dim)
     if isinstance(generator, NeuronBank):
         generator.resize(len(facts))
-    report = manifest["report"]
+    if unknown := {*report["unlearnt"]} - {fact.id for fact in facts}:
+        raise CorruptFileError(
+            f"{folder / MANIFEST}: report.unlearnt names {min(unknown)!r}, which is no edited "
+            f"fact; {MENDING}"
+        )
     edits = Edits(
         facts,
         conditions,
@@ -224,73 +472,83 @@ def load_edits(folder: str | Path, device: str | torch.device | None = None) -> 
             report["num_left_out"],
         ),
     )
-    base = BaseModel(**manifest["base"])
-    return Saved(edits, base, config, files["encoder"], manifest["pooling"])
+    return Saved(edits, BaseModel(**manifest["base"]), config, folder, manifest["digest"])
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; {folder} holds no edited model")
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CorruptFileError(f"{path} was not written by MeG Kernels")
-    if manifest.get("version") != VERSION:
+def _read_encoder(folder: Path, manifest: dict[str, Any], edits: Edits) -> TextEncoder:
+    path = folder / manifest["files"]["encoder"]
+    _check_content(path)
+    try:
+        encoder = TextEncoder.from_pretrained(path, manifest["pooling"], edits.conditions.device)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CorruptFileError(f"{path} is damaged ({error}); {MENDING}") from error
+    for name, tensor in encoder.model.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise CorruptFileError(f"{path}: {name} holds NaN or infinity; {MENDING}")
+    if encoder.dim != edits.conditions.shape[1]:
         raise CorruptFileError(
-            f"{path} has format version {manifest.get('version')}; this release reads version "
-            f"{VERSION}: upgrade meg-kernels"
+            f"{path} makes vectors of length {encoder.dim}, but the edits' have "
+            f"{edits.conditions.shape[1]}; {MENDING}"
         )
-    return manifest
+    return encoder
 
 
-def _write(folder: Path, kind: str, tensors: dict[str, Tensor]) -> str:
-    name = f"{kind}-{_digest(tensors)}.safetensors"
-    if not (folder / name).exists():
-        write_tensors(folder / name, tensors)
-    return name
+def _check_content(path: Path) -> None:
+    if not _holds_what_it_says(path):
+        raise CorruptFileError(f"{path} does not hold what was saved; {MENDING}")
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _finite(path: Path) -> dict[str, Tensor]:
     tensors, _ = read_tensors(path)
-    _check_content(path, _digest(tensors))
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise CorruptFileError(f"{path}: {name} holds NaN or infinity; {MENDING}")
     return tensors
 
 
-def _check_content(path: Path, digest: str) -> None:
-    if path.stem.split("-")[1] != digest:
-        raise CorruptFileError(f"{path} does not hold what was saved; restore it or edit again")
-
-
-def _digest_of_facts(facts: Sequence[Fact]) -> str:
-    return fingerprint([fact.to_dict() for fact in facts])
-
-
-def _digest_of_encoder(encoder: TextEncoder) -> str:
-    # In float32, as it will be loaded.
-    return _digest({name: value.float() for name, value in encoder.model.state_dict().items()})
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    names = sorted(tensors)
-    return fingerprint(names, *(tensors[name] for name in names))
-
-
-def _write_encoder(folder: Path, encoder: TextEncoder) -> str:
-    name = f"encoder-{_digest_of_encoder(encoder)}"
-    if not (folder / name).exists():
-        temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".encoder-"))
-        try:
-            encoder.save_pretrained(temporary)
-            temporary.chmod(0o755)
-            os.rename(temporary, folder / name)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return name
+def _check_shapes(
+    path: Path, tensors: Mapping[str, Tensor], num_facts: int, layout: NeuronLayout
+) -> None:
+    """Refuse tensors that do not fit the facts, the layout and each other."""
+    floats, held = torch.float32, {f"held_out.{f.name}" for f in dataclasses.fields(HeldOut)}
+    wanted = {"conditions", "neurons", "initial", "generated", *held}
+    if different := tensors.keys() ^ wanted:
+        name = min(different)
+        what = "is missing" if name in wanted else "is no part of edits"
+        raise CorruptFileError(f"{path}: {name} {what}; {MENDING}")
+    dim = tensors["conditions"].shape[-1] if tensors["conditions"].dim() else 0
+    shapes: dict[str, tuple[torch.dtype, int | None, int | None]] = {
+        "conditions": (floats, num_facts, dim),
+        "neurons": (floats, num_facts, layout.dim),
+        "initial": (floats, 1, layout.dim),
+        **dict.fromkeys(sorted(held), (floats, None, dim)),
+    }
+    for name, (dtype, rows, columns) in shapes.items():
+        shape = tuple(tensors[name].shape)
+        fits = len(shape) == 2 and rows in (None, shape[0]) and columns == shape[1] > 0
+        if tensors[name].dtype != dtype or not fits:
+            raise CorruptFileError(
+                f"{path}: {name} is {tensors[name].dtype} {list(shape)}; it must be {dtype} "
+                f"[{'any' if rows is None else rows}, {columns}]: {MENDING}"
+            )
+    generated = tensors["generated"]
+    if generated.dtype != torch.bool or tuple(generated.shape) != (num_facts,):
+        raise CorruptFileError(
+            f"{path}: generated is {generated.dtype} {list(generated.shape)}; it must be "
+            f"{torch.bool} [{num_facts}]: {MENDING}"
+        )
+    for one, other in (("queries", "paraphrases"), ("alike_queries", "alike")):
+        lengths = [len(tensors[f"held_out.{name}"]) for name in (one, other)]
+        if lengths[0] != lengths[1]:
+            raise CorruptFileError(
+                f"{path}: held_out.{one} has {lengths[0]} rows, but held_out.{other} "
+                f"{lengths[1]}; {MENDING}"
+            )
 
 
 def _load_state(module: nn.Module, path: Path) -> Any:
     try:
-        module.load_state_dict(_read(path))
+        module.load_state_dict(_finite(path))
     except RuntimeError as error:
         raise CorruptFileError(f"{path} does not fit its configuration: {error}") from error
     return module.eval()
