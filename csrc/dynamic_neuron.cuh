@@ -23,21 +23,26 @@ struct Activated {
 };
 
 __device__ inline Activated activate(Activation activation, float a) {
+    // Where the formulas of gelu and silu have no values, at infinity, and beyond 1e19 where they square,
+    // those at +-1024 stand in: 1 or 0, as everywhere from there on. NaN stays NaN.
+    constexpr float kSaturated = 1024.0f;
+    const float low = a < -kSaturated ? -kSaturated : a;
+    const float near = low > kSaturated ? kSaturated : low;
     switch (activation) {
         case Activation::kGelu: {  // a * Phi(a)
-            const float below = 0.5f * (1.0f + erff(a * 0.70710678118654752f));
-            return {a * below, fmaf(a, 0.39894228040143268f * expf(-0.5f * a * a), below)};
+            const float below = 0.5f * (1.0f + erff(near * 0.70710678118654752f));
+            return {low * below, fmaf(near, 0.39894228040143268f * expf(-0.5f * near * near), below)};
         }
         case Activation::kGeluTanh: {  // a * below, where below approximates Phi(a)
             constexpr float kScale = 0.79788456080286536f, kCubic = 0.044715f;
-            const float t = tanhf(kScale * (a + kCubic * a * a * a));
+            const float t = tanhf(kScale * (near + kCubic * near * near * near));
             const float below = 0.5f * (1.0f + t);
-            const float inner = kScale * (1.0f + 3.0f * kCubic * a * a);
-            return {a * below, fmaf(0.5f * a * (1.0f - t * t), inner, below)};
+            const float inner = kScale * (1.0f + 3.0f * kCubic * near * near);
+            return {low * below, fmaf(0.5f * near * (1.0f - t * t), inner, below)};
         }
         case Activation::kSilu: {
-            const float gate = 1.0f / (1.0f + expf(-a));
-            return {a * gate, gate * (1.0f + a * (1.0f - gate))};
+            const float gate = 1.0f / (1.0f + expf(-near));
+            return {low * gate, gate * (1.0f + near * (1.0f - gate))};
         }
         case Activation::kRelu:  // written so that NaN stays NaN
             return {a < 0.0f ? 0.0f : a, a <= 0.0f ? 0.0f : 1.0f};
@@ -45,6 +50,19 @@ __device__ inline Activated activate(Activation activation, float a) {
             return {a, 1.0f};
     }
 }
+
+// The sum of a row's products once more, in double, by each thread for itself: for a sum in fp32 that
+// is not finite. It may have overflowed only on the way.
+template <typename T>
+__device__ inline float sum_again(const T* a, const T* b, int64_t width) {
+    double sum = 0.0;
+    for (int64_t j = 0; j < width; ++j) {
+        sum += static_cast<double>(to_float(a[j])) * static_cast<double>(to_float(b[j]));
+    }
+    return static_cast<float>(sum);
+}
+
+__device__ inline bool is_finite(float a) { return a - a == 0.0f; }
 
 // The token that a group of threads serves; the last block may have groups without one.
 struct Token {
@@ -90,14 +108,14 @@ __global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
     const int64_t i = token.exists ? args.index[token.sample] : -1;
     const bool edited = i >= 0;
     const Walk<T, kVector> in(args.shape.d_in), out(args.shape.d_out);
+    const T* x = token.row_of<const T>(args.x);
     const T* y = token.row_of<const T>(args.y);
+    const T* key = row_of<T>(args.neurons.key, i);
     const T* value = row_of<T>(args.neurons.value, i);
 
     float pre[1] = {0.0f};
     Batch<T, kVector> y_batch, value_batch;
     if (edited) {
-        const T* x = token.row_of<const T>(args.x);
-        const T* key = row_of<T>(args.neurons.key, i);
         const Batch<T, kVector> x_batch = in.load_token(x, in.thread);
         const Batch<T, kVector> key_batch = in.load_neuron(key, in.thread);
         y_batch = out.load_token(y, out.thread);
@@ -109,6 +127,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
     T* to = token.row_of<T>(args.out);
     const int64_t j = int64_t{out.chunks} * out.kLanes + out.thread;  // of the tail, by element
     if (edited) {
+        if (!is_finite(pre[0])) pre[0] = sum_again(x, key, args.shape.d_in);
         const float h = activate(args.neurons.activation, pre[0] + bias_of<T>(args.neurons, i)).value;
         for (int c = out.thread;;) {
             for (int u = 0; u < out.kChunks; ++u) {
@@ -140,17 +159,19 @@ __global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
     const int64_t i = token.exists ? args.index[token.sample] : -1;
     const bool edited = i >= 0;
     const Walk<T, kVector> in(args.shape.d_in), out(args.shape.d_out);
+    const T* x = token.row_of<const T>(args.x);
+    const T* grad = token.row_of<const T>(args.grad);
     const T* key = row_of<T>(args.neurons.key, i);
+    const T* value = row_of<T>(args.neurons.value, i);
 
     float sums[2] = {0.0f, 0.0f};  // x . K and grad . V
+    float bias = 0.0f;
     if (edited) {
-        const T* x = token.row_of<const T>(args.x);
-        const T* grad = token.row_of<const T>(args.grad);
-        const T* value = row_of<T>(args.neurons.value, i);
         const Batch<T, kVector> x_batch = in.load_token(x, in.thread);
         const Batch<T, kVector> key_batch = in.load_neuron(key, in.thread);
         const Batch<T, kVector> grad_batch = out.load_token(grad, out.thread);
         const Batch<T, kVector> value_batch = out.load_neuron(value, out.thread);
+        bias = bias_of<T>(args.neurons, i);
         sums[0] = in.dot_rows(x, key, x_batch, key_batch);
         sums[1] = out.dot_rows(grad, value, grad_batch, value_batch);
     }
@@ -158,8 +179,9 @@ __global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
 
     float dpre = 0.0f;
     if (edited) {
-        const float pre = sums[0] + bias_of<T>(args.neurons, i);
-        const Activated h = activate(args.neurons.activation, pre);
+        if (!is_finite(sums[0])) sums[0] = sum_again(x, key, args.shape.d_in);
+        if (!is_finite(sums[1])) sums[1] = sum_again(grad, value, args.shape.d_out);
+        const Activated h = activate(args.neurons.activation, sums[0] + bias);
         dpre = h.slope * sums[1];
         if (args.hidden && in.thread == 0) {
             args.hidden[token.m] = h.value;

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meg_kernels.arguments import check_alike, check_floating, check_number, check_size
+from meg_kernels.kernels.limits import MAX_CLASSES
 from meg_kernels.ops.softmax_entropy import softmax_entropy
 from meg_kernels.progress import progress_bar
 
@@ -56,14 +58,21 @@ def calibrate(
         rejection_weight: how much worse it is to accept a query wrongly than to reject one wrongly.
 
     Raises:
-        ValueError: one of them is empty or not finite.
+        TypeError: positive or negative is no tensor.
+        ValueError: one of them is empty or not finite, or a number is out of range.
 
     >>> calibrate(torch.tensor([0.875, 0.75]), torch.tensor([0.125, 0.25]), 2).threshold
     0.5
     """
+    check_floating(positive=positive, negative=negative)
+    check_size("num_edited", num_edited, low=0)
+    check_number("rejection_weight", rejection_weight, low=0)
     for name, scores in (("positive", positive), ("negative", negative)):
         if scores.dim() != 1 or not len(scores) or not bool(scores.isfinite().all()):
-            raise ValueError(f"{name} must be finite scores, at least one; got {scores.shape}")
+            raise ValueError(
+                f"{name} must be finite scores, at least one; got {tuple(scores.shape)}, "
+                f"{int((~scores.isfinite()).sum())} of them not finite"
+            )
     positive, negative = positive.double().cpu(), negative.double().cpu()
     scores = torch.cat([positive, negative]).unique()  # ascending
     # Between neighbouring scores every threshold decides alike: their middle stands for all.
@@ -110,6 +119,14 @@ class Rewording:
         return transplant(self.paraphrases[rows], self.queries[rows], z)
 
 
+def _check_rows(name: str, rows: Tensor, width: int | None = None) -> None:
+    """Raise unless `rows` is floating-point [N, width]."""
+    check_floating(**{name: rows})
+    if rows.dim() != 2 or not rows.shape[1] or (width is not None and rows.shape[1] != width):
+        expected = f"[N, {'dim' if width is None else width}]"
+        raise ValueError(f"{name} is {tuple(rows.shape)}; it must be {expected}, one row a query")
+
+
 def nearest(z: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest edited query of each query.
 
@@ -119,7 +136,14 @@ def nearest(z: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         [B] the cosine to the nearest one (-1 if none is edited), and [B] int64 its row (-1).
+
+    Raises:
+        TypeError: one of them is no tensor.
+        ValueError: their shapes, dtypes or devices do not fit.
     """
+    _check_rows("conditions", conditions)
+    _check_rows("z", z, conditions.shape[1])
+    check_alike(z, conditions=conditions)
     if not len(conditions):
         return z.new_full((len(z),), -1.0), z.new_full((len(z),), -1, dtype=torch.int64)
     similarity, row = (z @ conditions.T).max(1)
@@ -132,12 +156,18 @@ class SimilarityGate(nn.Module):
     Args:
         conditions: [N, dim] unit vectors of the edited queries.
         threshold: cosine above which a query is accepted.
+
+    Raises:
+        TypeError: conditions is no tensor.
+        ValueError: conditions has another shape or dtype, or threshold is no finite number.
     """
 
     kind: Literal["similarity"] = "similarity"
     conditions: Tensor
 
     def __init__(self, conditions: Tensor, threshold: float = 0.75):
+        _check_rows("conditions", conditions)
+        check_number("threshold", threshold)
         super().__init__()
         self.register_buffer("conditions", conditions)
         self.threshold = threshold
@@ -175,6 +205,9 @@ class FamiliarityNetwork(nn.Module):
         depth: residual blocks.
         dropout: in the blocks.
         threshold: minus the paper's epsilon: a query of lower entropy is accepted.
+
+    Raises:
+        ValueError: a number is out of its range.
     """
 
     kind: Literal["familiarity"] = "familiarity"
@@ -187,7 +220,13 @@ class FamiliarityNetwork(nn.Module):
         dropout: float = 0.1,
         threshold: float = -0.3,
     ):
+        check_size("dim", dim)
+        check_size("classes", classes, low=2, high=MAX_CLASSES)
+        check_size("depth", depth, low=0)
+        check_number("dropout", dropout, low=0, high=1)
+        check_number("threshold", threshold)
         super().__init__()
+        self.dim = dim
         self.blocks = nn.Sequential(*(_ResidualBlock(dim, dropout) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, classes)
@@ -195,6 +234,7 @@ class FamiliarityNetwork(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """[B, classes] logits of the conditions z [B, dim]."""
+        _check_rows("z", z, self.dim)
         return self.head(self.norm(self.blocks(z * z.shape[-1] ** 0.5)))
 
     def over(self, conditions: Tensor) -> FamiliarityNetwork:
@@ -231,8 +271,20 @@ class FamiliarityNetwork(nn.Module):
             progress: show a progress bar.
 
         Raises:
-            ValueError: no conditions.
+            TypeError: conditions or outliers is no tensor.
+            ValueError: no conditions, or an argument is out of range.
         """
+        _check_rows("conditions", conditions, self.dim)
+        if outliers is not None:
+            _check_rows("outliers", outliers, self.dim)
+        for name, number in (("steps", steps), ("batch_size", batch_size)):
+            if number is not None:
+                check_size(name, number)
+        check_number("learning_rate", learning_rate, low=0)
+        check_size("seed", seed, low=0)
+        for name, rows in (("conditions", conditions), ("outliers", outliers)):
+            if rows is not None and not bool(rows.isfinite().all()):
+                raise ValueError(f"{name} holds NaN or infinity; leave such rows out")
         if not len(conditions):
             raise ValueError("there are no queries to become familiar with")
         if steps is None:

@@ -17,18 +17,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meg_kernels.arguments import check_floating, check_instance, check_tensors
 from meg_kernels.checks import FLAG, check_fields, integer, shown
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+SATURATED = 1024.0
+"""From here on gelu and silu are what they tend to, in every dtype: x above it, 0 below its minus.
+
+Their formulas have no values there: they multiply infinity by 0, and square or cube what they get.
+"""
+FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
     "relu": F.relu,
 }
+"""The activations from -SATURATED to SATURATED."""
 
 
-def _check_activation(activation: str) -> None:
+def _saturating(formula: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`formula`, with the values and slopes that it tends to beyond its range."""
+    return lambda x: torch.where(x > SATURATED, x, formula(x.clamp(-SATURATED, SATURATED)))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    name: formula if name in ("identity", "relu") else _saturating(formula)
+    for name, formula in FORMULAS.items()
+}
+"""The activations, of numbers of any size."""
+
+
+def _check_activation(activation: object) -> None:
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(
             f"activation is {shown(activation)}; it must be one of {', '.join(ACTIVATIONS)}"
@@ -73,7 +92,9 @@ class NeuronLayout:
 
         Raises:
             ValueError: their layout is another.
+            TypeError: they are no `Neurons`.
         """
+        check_instance("neurons", neurons, Neurons, _HOW)
         if neurons.layout != self:
             raise ValueError(f"neurons have {neurons.layout}, but {self} was expected")
         parts = [neurons.key, neurons.value]
@@ -88,8 +109,10 @@ class NeuronLayout:
             flat: [N, dim], any floating dtype.
 
         Raises:
-            ValueError: `flat` has another shape.
+            ValueError: `flat` has another shape, or no floating dtype.
+            TypeError: it is no tensor.
         """
+        check_floating(flat=flat)
         if flat.dim() != 2 or flat.shape[1] != self.dim:
             raise ValueError(f"flat is {tuple(flat.shape)}; it must be [N, {self.dim}]")
         key, rest = flat[:, : self.d_in], flat[:, self.d_in :]
@@ -97,17 +120,21 @@ class NeuronLayout:
         return Neurons(key, bias, rest[:, int(self.has_bias) :], self.activation)
 
 
+_HOW = "Neurons(key, bias, value, activation) makes one of tensors"
+
+
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value
 class Neurons:
     """N neurons of one feed-forward layer; all their tensors share one dtype and device.
 
     Args:
-        key: [N, d_in], any floating dtype.
+        key: [N, d_in]; float32, float16, bfloat16 or float64 like the others.
         bias: [N], or None for neurons without one.
         value: [N, d_out].
         activation: `identity`, `gelu` (erf), `gelu_tanh`, `silu` or `relu`.
 
     Raises:
+        TypeError: one of them is no tensor.
         ValueError: shapes, dtypes or devices do not fit together, or the activation is unknown.
 
     >>> neurons = Neurons(key=torch.ones(2, 3), bias=None, value=torch.zeros(2, 4))
@@ -124,6 +151,7 @@ class Neurons:
 
     def __post_init__(self) -> None:
         _check_activation(self.activation)
+        check_tensors(**self._tensors())
         n = self.key.shape[0] if self.key.dim() else 0
         if self.key.dim() != 2:
             raise ValueError(f"key is {tuple(self.key.shape)}; it must be [N, d_in]")
@@ -131,9 +159,12 @@ class Neurons:
             raise ValueError(f"value is {tuple(self.value.shape)}; it must be [{n}, d_out]")
         if self.bias is not None and self.bias.shape != (n,):
             raise ValueError(f"bias is {tuple(self.bias.shape)}; it must be [{n}] or None")
+        for name, width in (("key", self.key.shape[1]), ("value", self.value.shape[1])):
+            if width < 1:
+                shape = tuple(getattr(self, name).shape)
+                raise ValueError(f"{name} is {shape}; its rows must have at least one element")
+        check_floating(**self._tensors())
         for name, tensor in self._tensors().items():
-            if not tensor.is_floating_point():
-                raise ValueError(f"{name} is {tensor.dtype}; it must be a floating dtype")
             if tensor.dtype != self.key.dtype or tensor.device != self.key.device:
                 raise ValueError(
                     f"{name} is {tensor.dtype} on {tensor.device}, but key is "
@@ -159,15 +190,34 @@ class Neurons:
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Neurons:
         """The neurons of these rows; an int would drop the row axis: use `[i : i + 1]`."""
-        if isinstance(rows, int):
+        # A list of bools would pick neurons 0 and 1, where a mask was meant.
+        if isinstance(rows, list | tuple | range) and all(type(row) is int for row in rows):
+            beyond = [row for row in rows if not -len(self) <= row < len(self)]
+            if beyond:
+                raise IndexError(f"there is no neuron {beyond[0]}; there are {len(self)}")
+        elif not isinstance(rows, slice) and not (isinstance(rows, Tensor) and rows.dim() == 1):
             raise TypeError(
-                "index Neurons with a slice, a list or a tensor, so that N stays an axis"
+                f"rows is {rows!r}; index Neurons with a slice, a list of integers or a tensor of "
+                "one axis, so that N stays an axis"
+            )
+        elif isinstance(rows, Tensor) and rows.dtype not in (torch.int64, torch.int32, torch.bool):
+            raise TypeError(
+                f"rows is {rows.dtype}; index Neurons with integers or a mask: call rows.long()"
             )
         return self._map(lambda tensor: tensor[rows])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Neurons:
+        """What `change` makes of every tensor; they fit together as these did, unchecked."""
         bias = None if self.bias is None else change(self.bias)
-        return Neurons(change(self.key), bias, change(self.value), self.activation)
+        return Neurons.trusted(change(self.key), bias, change(self.value), self.activation)
+
+    @classmethod
+    def trusted(cls, key: Tensor, bias: Tensor | None, value: Tensor, activation: str) -> Neurons:
+        """`Neurons(...)` of what was checked before."""
+        neurons = object.__new__(cls)
+        parts = {"key": key, "bias": bias, "value": value, "activation": activation}
+        neurons.__dict__.update(parts)
+        return neurons
 
     @property
     def layout(self) -> NeuronLayout:
@@ -211,9 +261,14 @@ class Neurons:
             parts: at least one, all of one layout.
 
         Raises:
+            TypeError: one of them is no `Neurons`.
             ValueError: there are none, or their layouts differ.
         """
+        if isinstance(parts, Neurons):
+            raise TypeError("parts is a Neurons; it must be a list of them: use [parts]")
         if not parts:
-            raise ValueError("there are no neurons to concatenate")
+            raise ValueError("there are no neurons to concatenate; give a list of at least one")
+        for number, part in enumerate(parts):
+            check_instance(f"part {number}", part, Neurons, _HOW)
         layout = parts[0].layout
         return layout.unpack(torch.cat([layout.pack(part) for part in parts]))

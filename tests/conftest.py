@@ -1,4 +1,4 @@
-"""What every test shares: one thread, short property tests, tiny random language models.
+"""What every test shares: few threads, short property tests, tiny random language models.
 
 And, for those who test kernels: every backend in turn, a faster Triton interpreter, which
 multiplies bfloat16, csrc/ as compiled by g++, poisoned memory, and tensors too large for 32 bits.
@@ -21,10 +21,10 @@ import transformers
 from meg_kernels.ops import native
 from meg_kernels.ops.backend import backend
 
-torch.set_num_threads(1)
-# No timing decides what a test runs.
-os.environ.setdefault("MEG_KERNELS_PACKING", "always")
-os.environ.setdefault("MEG_KERNELS_BFLOAT16", "always")
+torch.set_num_threads(int(os.environ.get("MEG_KERNELS_TEST_THREADS", "1")))
+# Neither timing nor what this processor happens to multiply decides what a test runs.
+os.environ["MEG_KERNELS_PACKING"] = "always"
+os.environ["MEG_KERNELS_BFLOAT16"] = "never"
 with contextlib.suppress(ImportError):  # a borrowed machine with a GPU may lack it
     from hypothesis import settings
 

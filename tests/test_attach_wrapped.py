@@ -248,6 +248,31 @@ def test_weights_that_accelerate_offloads_are_no_matter(tiny_model, ids, name, l
     attached.detach()
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_a_model_that_device_map_auto_spreads_over_memory_and_disk_carries_neurons(
+    tiny_model, ids, tmp_path, name
+):
+    pytest.importorskip("accelerate")
+    plain = tiny_model(name)
+    plain.save_pretrained(tmp_path)
+    weights = sum(parameter.nbytes for parameter in plain.parameters())
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        device_map="auto",
+        max_memory={"cpu": int(0.8 * weights)},
+        offload_folder=tmp_path / "offloaded",
+        dtype=torch.float32,
+    ).eval()
+    first, second, _ = decoder_layers(model)
+    assert not next(first.parameters()).is_meta and next(second.parameters()).is_meta
+    assert set(model.hf_device_map.values()) == {"cpu", "disk"}
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, **TOLERANCE)
+    attached = assert_carries(model, ids)
+    assert attached.layout == attach(plain, LAYER).layout
+    stored = feed_forward(plain, LAYER).weights()
+    assert all(map(torch.equal, feed_forward(model, LAYER).weights(), stored))
+
+
 # ---- torch.compile ----------------------------------------------------------------------------
 
 
@@ -439,7 +464,7 @@ def assert_fits(model, tokenizer):
 
 
 def test_a_model_without_an_output_layer_is_told_what_is_missing(tiny_model, tokenizer):
-    attached = attach(tiny_model("llama").model, LAYER)
+    attached = attach(tiny_model("llama", vocab_size=len(tokenizer)).model, LAYER)
     with pytest.raises(ValueError, match=r"LlamaModel has no output layer.*AutoModelForCausalLM"):
         collect(PromptedModel.of(attached.model, tokenizer), attached, tiny.FACTS[:1])
 

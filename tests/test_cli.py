@@ -63,7 +63,7 @@ SHARES = {*METRICS, "score"}
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_settings(tmp_path_factory):
-    """The stages' settings as the tiny models need them, float32 products, tables in full width."""
+    """The stages' settings as the tiny models need them, tables in full width."""
 
     def configure(**given) -> EditorConfig:
         chosen = given["generator"]
@@ -79,7 +79,6 @@ def tiny_settings(tmp_path_factory):
         patch.setattr(meg_kernels, "EditorConfig", configure)
         # The tiny encoder takes 32 tokens.
         patch.setattr("meg_kernels.editing.edited_model.shipped_passages", lambda: UNRELATED)
-        patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
         patch.setattr(tables.console, "width", 300, raising=False)
         patch.setenv("MEG_KERNELS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -35,12 +35,6 @@ def build(tiny_model, tokenizer):
     )
 
 
-@pytest.fixture(autouse=True)
-def float32(monkeypatch):
-    """The same products on every machine; bfloat16 has a test of its own."""
-    monkeypatch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
-
-
 def is_answered(model, tokenizer, fact, neuron, template=None) -> bool:
     """Whether each framing's target tokens are all the argmax of a physically wider model."""
     wide = widened(model, LAYER, neuron)
@@ -86,7 +80,9 @@ def assert_same(first, second):
 def test_learnt_are_the_facts_that_the_physically_wider_model_answers_in_every_framing(
     build, tokenizer, monkeypatch, family, bfloat16, options
 ):
-    monkeypatch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: bfloat16)
+    if bfloat16:
+        monkeypatch.setenv("MEG_KERNELS_BFLOAT16", "always")
+        monkeypatch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: True)
     model = build(family)
     collection = collected(model, tokenizer, config=dataclasses.replace(CONFIG, **options))
     right = [

@@ -9,7 +9,6 @@ import functools
 import numpy as np
 import pytest
 import torch
-from test_train import CONDITION_DIM, LAYOUT, SHAPE, TOY, TOY_DIT, Toy, weights
 from tiny import (
     ANSWERS,
     CONFIG,
@@ -24,6 +23,7 @@ from tiny import (
     saved_editor,
     state,
 )
+from toy_training import CONDITION_DIM, LAYOUT, SHAPE, TOY, TOY_DIT, Toy, weights
 
 from meg_kernels.diffusion import DiTConfig, SamplerConfig
 from meg_kernels.editing import distill as distilling
@@ -35,14 +35,6 @@ from meg_kernels.routing.generators import GeneratorConfig, build_generator
 TEACHER_STEPS = 12
 EPS = torch.finfo(torch.float32).eps
 ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def float32():
-    """The same products on every machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
-        yield
 
 
 @functools.cache
@@ -497,7 +489,7 @@ def test_a_loss_that_becomes_nan_says_what_helps():
 
 
 @pytest.fixture(scope="module")
-def dit_folder(float32, tmp_path_factory):
+def dit_folder(tmp_path_factory):
     config = dataclasses.replace(CONFIG, generator=GENERATORS["dit"])
     return saved_editor(tmp_path_factory, "dit", config)
 

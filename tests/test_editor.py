@@ -71,21 +71,13 @@ from meg_kernels.routing.router import RoutingConfig
 from meg_kernels.storage import read_tensors, write_tensors
 
 
-@pytest.fixture(scope="module", autouse=True)
-def float32():
-    """The same products on every machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
-        yield
-
-
 @pytest.fixture(scope="module")
-def mlp_folder(float32, tmp_path_factory):
+def mlp_folder(tmp_path_factory):
     return saved_editor(tmp_path_factory, "mlp", CONFIG)
 
 
 @pytest.fixture(scope="module")
-def bank_folder(float32, tmp_path_factory):
+def bank_folder(tmp_path_factory):
     return saved_editor(tmp_path_factory, "bank", BANK)
 
 

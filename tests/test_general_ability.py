@@ -32,16 +32,8 @@ ABOUT_AN_EDIT = [f"{fact.query}\nSing a song to it, blue and gold." for fact in 
 ON_OTHER_THINGS = [f"{text}. {text}? {EDITED[0].query} red." for text in UNRELATED]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def float32():
-    """The same products on every machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
-        yield
-
-
 @pytest.fixture(scope="module")
-def editor(float32):
+def editor():
     editor = make_editor(BANK)
     edit(editor)
     return editor

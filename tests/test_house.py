@@ -12,8 +12,8 @@ import meg_kernels
 PACKAGE = Path(meg_kernels.__path__[0])
 # From the ground up. A file may import from its own floor and from those below it.
 FLOORS = (
-    ("texts", "checks", "scoped", "locking", "storage", "facts"),
-    ("neuron", "progress", "machine", "precision", "pretrained"),
+    ("texts", "arguments", "checks", "scoped", "locking", "storage", "facts"),
+    ("neuron", "progress", "machine", "precision", "gradients", "checkpoints", "pretrained"),
     ("shipped", "kernels", "ops"),
     ("nn", "diffusion"),
     ("text_encoder", "familiarity"),

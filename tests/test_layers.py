@@ -26,9 +26,8 @@ ASKED = FACTS[:5]
 
 @pytest.fixture(scope="module", autouse=True)
 def settings():
-    """The same products on every machine, and what a tiny model needs of the command line."""
+    """What a tiny model needs of the command line."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
         patch.setattr(comparing, "CollectionConfig", lambda: CONFIG)
         patch.setattr(cli.tables.console, "width", 200, raising=False)
         yield

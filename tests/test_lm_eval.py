@@ -39,16 +39,13 @@ COLORS = ("red", "blue", "green", "gold", "pink")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quiet_float32():
-    """The same products on every machine; the harness says what it always says."""
+def quiet():
+    """The harness says what it always says."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
-        yield
 
 
 @pytest.fixture(scope="module")
-def editor(quiet_float32):
+def editor():
     editor = make_editor(BANK)
     edit(editor)
     return editor

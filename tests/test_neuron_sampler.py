@@ -143,6 +143,7 @@ def test_bfloat16_rounds_and_the_state_stays_float32():
 
 
 def test_automatic_precision_follows_the_device(monkeypatch):
+    monkeypatch.setenv("MEG_KERNELS_BFLOAT16", "always")
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(
             "meg_kernels.precision.multiplies_bfloat16", lambda device, native=native: native

@@ -23,6 +23,7 @@ from meg_kernels.editing.prompting import (
     stop_tokens,
     target_tokens,
 )
+from meg_kernels.facts import Fact, FactsError
 from meg_kernels.pretrained import load_language_model, smollm2_folder
 
 VOCABULARY = 67  # of the tiny models
@@ -158,6 +159,87 @@ def test_a_real_tokenizers_target_spells_the_answer(smollm2_tokenizer, answer):
     assert smollm2_tokenizer.decode(target[:-1]) == f" {answer}."
     assert target[-1] == smollm2_tokenizer.eos_token_id
     assert prompt + target[:-1] == smollm2_tokenizer(f"{text} {answer}.").input_ids
+
+
+# Answers that can be given, and what fits
+
+
+SAYABLE = ["São Paulo (Brazil)", "Dr. No", "Acme Inc.", "U.S.A.", "don 't", "a , b", "日本", "🎉"]
+SAYABLE += [
+    "  two  spaces ",
+    "1,000",
+    "ﬁne",
+    "C++",
+    "Yes!",
+    "Paris. It is a city",
+    "+",
+    "tab\tx",
+]
+
+
+@pytest.mark.parametrize("answer", SAYABLE)
+def test_an_answer_that_a_real_tokenizer_spells_passes(smollm2_tokenizer, answer):
+    prompted = PromptedModel.of(*smollm2())
+    ((pair,),) = prompted.targets([Fact("Who wrote Emma?", answer)])
+    assert pair == prompted.target(prompted.prompt("Who wrote Emma?"), answer)
+
+
+@pytest.mark.parametrize("answer", ["Banksy <|im_end|> yes", "<|im_start|>", ".", "..."])
+def test_an_answer_that_would_come_back_as_another_is_refused(smollm2_tokenizer, answer):
+    facts = [Fact("Who wrote Emma?", "Jane Austen"), Fact("Who?", answer)]
+    with pytest.raises(FactsError, match=r"taught 1 of 2 facts; reword.*\nfacts\[1\], 'Who\?'"):
+        PromptedModel.of(*smollm2()).targets(facts)
+
+
+def test_every_fact_that_cannot_be_taught_is_named_with_its_reason(tiny_model, tokenizer):
+    facts = [
+        Fact("w1", "w2"),
+        Fact("w2", "w3 </s> w4"),
+        Fact("w3", ". ."),
+        Fact("w4", "unheard"),
+        Fact("w5 " * 70, "w5"),
+    ]
+    with pytest.raises(FactsError) as error:
+        PromptedModel.of(tiny_model("llama"), tokenizer).targets(facts)
+    said, *lines = str(error.value).split("\n")
+    assert said == "the model cannot be taught 4 of 5 facts; reword them or leave them out:"
+    reasons = [
+        "written out: '</s>'",
+        "full stops",
+        "is spelt 'w0 '",
+        "more than the 64",
+    ]
+    for place, (line, reason) in enumerate(zip(lines, reasons, strict=True), start=1):
+        assert line.startswith(f"facts[{place}], 'w{place + 1}") and reason in line
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_prompt_that_just_fits_is_answered_and_one_token_more_is_refused(
+    tiny_model, tokenizer, family
+):
+    prompted = PromptedModel.of(tiny_model(family), tokenizer)
+    assert prompted.positions == 64
+    prompt = " ".join(["w1"] * 55)  # and the token that begins a text
+    assert len(prompted.answers([prompt], 8)) == 1
+    with pytest.raises(ValueError, match=r"has 56 tokens; with max_new_tokens=9 .* the 64 that"):
+        prompted.answers([prompt], 9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_fact_that_just_fits_is_taught_and_one_token_more_is_refused(
+    tiny_model, tokenizer, family
+):
+    prompted = PromptedModel.of(tiny_model(family), tokenizer, PromptTemplate("{}"))
+    # Before it the token that begins a text, behind it a full stop and the end.
+    prompted.score(prompted.batch(*prompted.targets([Fact("w1", " ".join(["w1"] * 60))])))
+    with pytest.raises(FactsError, match="have 65 tokens, more than the 64"):
+        prompted.targets([Fact("w1", " ".join(["w1"] * 61))])
+
+
+def test_a_model_without_positions_takes_prompts_of_any_length(tiny_model, tokenizer):
+    model = tiny_model("llama")
+    del model.config.max_position_embeddings
+    PromptedModel.of(model, tokenizer).check_prompts(["w1 " * 1000], 8)
 
 
 # Batches

@@ -52,11 +52,6 @@ WIDTH = 48  # of the tiny FFN
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-@pytest.fixture(autouse=True)
-def float32(monkeypatch):
-    monkeypatch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
-
-
 @pytest.fixture
 def tokenizer():
     return make_tokenizer()

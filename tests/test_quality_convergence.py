@@ -11,11 +11,9 @@ from benchmarks.quality.convergence import WANTED, Choice, build, measure
 
 @pytest.fixture(scope="module")
 def editor():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
-        editor = make_editor(CONFIG)
-        edit(editor)
-        yield editor
+    editor = make_editor(CONFIG)
+    edit(editor)
+    return editor
 
 
 @pytest.mark.parametrize("whitened", [False, True])

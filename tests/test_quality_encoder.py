@@ -13,7 +13,6 @@ from meg_kernels import EditorConfig
 
 
 def test_a_row_counts_what_an_edited_model_finds_and_rejects(monkeypatch):
-    monkeypatch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
     poolings = []
 
     def fresh(pooling):

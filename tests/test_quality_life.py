@@ -12,11 +12,9 @@ from benchmarks.quality.life import Life, right
 
 @pytest.fixture(scope="module")
 def editor():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
-        editor = make_editor(BANK)
-        edit(editor)
-        yield editor
+    editor = make_editor(BANK)
+    edit(editor)
+    return editor
 
 
 def test_each_change_counts_the_answers_that_it_did_not_mean_to_change(editor):

@@ -25,13 +25,6 @@ from meg_kernels.editing.evaluate import Evaluation, Question, has_own_neuron
 from meg_kernels.facts import Fact
 
 
-@pytest.fixture(scope="module", autouse=True)
-def float32():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
-        yield
-
-
 @pytest.fixture(scope="module", params=[True, False], ids=["snapped", "not snapped"])
 def edited(request):
     editor = make_editor(dataclasses.replace(CONFIG, snap=request.param))

@@ -14,12 +14,10 @@ from meg_kernels import Router, RoutingConfig
 
 @pytest.fixture(scope="module")
 def editor():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: False)
-        editor = make_editor(BANK)
-        edit(editor)
-        editor.add(FURTHER)
-        yield editor
+    editor = make_editor(BANK)
+    edit(editor)
+    editor.add(FURTHER)
+    return editor
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,9 @@ from kernel_checks import (
     triton_marks,
 )
 from properties import given, st
-from test_sampler import (
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from toy_sampling import (
     BETAS,
     DIM,
     SCHEDULE,
@@ -32,8 +34,6 @@ from test_sampler import (
     oracle_states,
     sampled_states,
 )
-from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
 from meg_kernels.diffusion import SamplerConfig, coefficient_table, plan_steps
 from meg_kernels.ops.backend import backend

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import itertools
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import make_encoder as tiny_encoder
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from meg_kernels import pretrained, text_encoder
@@ -377,3 +379,35 @@ def test_the_real_encoder_puts_paraphrases_nearer_than_other_queries():
     )
     assert query @ paraphrase > 0.6 > query @ alike > query @ unrelated
     torch.testing.assert_close(F.normalize(query, dim=0), query)
+
+
+# What is read
+
+
+def test_what_is_read_of_a_text_is_what_the_model_and_the_tokenizer_allow():
+    encoder = tiny_encoder()
+    assert encoder.max_tokens == 32  # the model's positions
+    encoder.tokenizer.model_max_length = 9
+    assert encoder.max_tokens == 9
+    encoder.tokenizer.model_max_length = 10**30
+    encoder.model.config.max_position_embeddings = 512
+    assert encoder.max_tokens == 128
+
+
+def test_a_text_is_read_from_its_beginning_and_one_that_goes_on_is_found():
+    encoder = tiny_encoder()
+    texts = ["The color of Abo is", "Abo " * 32, "Abo " * 33, "Abo " * 5000]
+    assert encoder.too_long(texts) == [2, 3]
+    vectors = encoder.encode(texts)
+    assert torch.equal(vectors[1], vectors[2])
+    torch.testing.assert_close(vectors[1], vectors[3])
+
+
+def test_an_encoder_whose_tokenizer_has_no_padding_token_pads_with_its_end():
+    encoder = tiny_encoder()
+    plain = copy.deepcopy(encoder.tokenizer)
+    plain.pad_token, plain.eos_token = None, "[PAD]"
+    again = TextEncoder(encoder.model, plain)
+    texts = ["The color of Abo is", "Abo"]
+    assert torch.equal(again.encode(texts), encoder.encode(texts))
+    assert plain.pad_token is None

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from meg_kernels.arguments import FLOATING, check_instance, check_tensors
 from meg_kernels.checks import FLAG, check_fields, integer, number, one_of
 
 from .schedule import Prediction
@@ -123,6 +124,7 @@ class NeuronDiT(nn.Module):
         condition_dim: length of a condition, the text encoder's output.
 
     Raises:
+        TypeError: config is no DiTConfig.
         ValueError: neuron_dim or condition_dim is not a positive integer.
 
     >>> dit = NeuronDiT(DiTConfig(width=64, depth=1), neuron_dim=200, condition_dim=32)
@@ -135,6 +137,7 @@ class NeuronDiT(nn.Module):
 
     def __init__(self, config: DiTConfig, neuron_dim: int, condition_dim: int) -> None:
         super().__init__()
+        check_instance("config", config, DiTConfig, "DiTConfig() has the defaults")
         neuron_dim = integer(1)("neuron_dim", neuron_dim)
         condition_dim = integer(1)("condition_dim", condition_dim)
         self.config, self.neuron_dim, self.condition_dim = config, neuron_dim, condition_dim
@@ -261,6 +264,7 @@ class NeuronDiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def _check_inputs(self, x_t: Tensor, t: Tensor, condition: Tensor) -> None:
+        check_tensors(x_t=x_t, t=t, condition=condition)
         batch = x_t.shape[0] if x_t.ndim else 0
         expected = {
             "x_t": (x_t, (batch, self.neuron_dim), "neuron_dim"),
@@ -271,8 +275,10 @@ class NeuronDiT(nn.Module):
                 raise ValueError(
                     f"{name} has shape {tuple(tensor.shape)}; it must be {shape}, [B, {field}]"
                 )
-            if not tensor.is_floating_point():
-                raise TypeError(f"{name} is {tensor.dtype}; it must be floating point")
+            if tensor.dtype not in FLOATING:
+                raise TypeError(
+                    f"{name} is {tensor.dtype}; it must be floating point: use {name}.float()"
+                )
         if t.shape != (batch,):
             raise ValueError(f"t has shape {tuple(t.shape)}; it must be {(batch,)}, one per row")
         if t.dtype != torch.int64:
@@ -280,7 +286,10 @@ class NeuronDiT(nn.Module):
         device = self.inLinear.weight.device
         for name, tensor in (("x_t", x_t), ("t", t), ("condition", condition)):
             if tensor.device != device:
-                raise ValueError(f"{name} is on {tensor.device}; the parameters are on {device}")
+                raise ValueError(
+                    f"{name} is on {tensor.device}; the parameters are on {device}: call "
+                    f"{name}.to({str(device)!r})"
+                )
 
 
 class TimestepEmbedder(nn.Module):

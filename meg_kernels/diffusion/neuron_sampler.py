@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meg_kernels.arguments import check_instance
 from meg_kernels.checks import FLAG, check_fields, one_of
 from meg_kernels.nn.packing import PackedWeight
 from meg_kernels.ops.linear_gelu import linear_gelu
@@ -37,7 +38,7 @@ from meg_kernels.ops.solver_step import solver_step
 from meg_kernels.precision import fast_dtype
 
 from .dit import LAYER_NORM_EPS, DiTBlock, NeuronDiT, timestep_sinusoids
-from .sampler import SamplerConfig, check_condition, draw_noise
+from .sampler import SamplerConfig, check_condition, check_sampling, draw_noise
 from .schedule import NoiseSchedule
 from .solvers import coefficient_table, plan_steps
 
@@ -93,6 +94,7 @@ class NeuronSampler:
         execution: how to run; default: `Execution()`.
 
     Raises:
+        TypeError: an argument is not what it is called.
         ValueError: the network is in training mode, has more tokens than `attention="ours"` takes,
             or the schedule has fewer timesteps than `config.num_steps`.
         RuntimeError: flash-attn was asked for, and is not installed or cannot run on this device.
@@ -111,6 +113,10 @@ class NeuronSampler:
         config: SamplerConfig,
         execution: Execution | None = None,
     ):
+        check_instance("network", network, NeuronDiT, "others are sampled by `sample`")
+        check_sampling(schedule, config)
+        if execution is not None:
+            check_instance("execution", execution, Execution, "Execution() has the defaults")
         if network.training:
             raise ValueError("the network is in training mode: call network.eval()")
         self.execution = execution or Execution()

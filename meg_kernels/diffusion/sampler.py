@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from meg_kernels.arguments import FLOATING, check_instance, check_tensors
 from meg_kernels.checks import SEED, check_fields, integer, one_of
 
 from .schedule import NoiseSchedule, Prediction, Spacing
@@ -104,9 +105,10 @@ def sample(
     Raises:
         ValueError: the denoiser is in training mode or its outputs are not [B, dim], condition is
             not [B, c], dim is below 1, or the schedule has fewer timesteps than num_steps.
-        TypeError: condition is not floating point.
+        TypeError: condition is not floating point, or another argument is not what it must be.
     """
     _check_inputs(denoiser, condition, dim)
+    check_sampling(schedule, config)
     timesteps = schedule.timesteps(config.num_steps, config.spacing)
     steps = plan_steps(config.solver, schedule, timesteps, denoiser.prediction)
     with_variance = config.solver == "ddpm" and denoiser.learns_variance
@@ -154,20 +156,36 @@ def _as_state(name: str, output: Tensor, x_t: Tensor) -> Tensor:
     return output.float()
 
 
+def check_sampling(schedule: NoiseSchedule, config: SamplerConfig) -> None:
+    """TypeError unless they are what they are called."""
+    check_instance("schedule", schedule, NoiseSchedule, "NoiseSchedule() is the paper's")
+    check_instance("config", config, SamplerConfig, "SamplerConfig() has the defaults")
+
+
 def _check_inputs(denoiser: Denoiser, condition: Tensor, dim: int) -> None:
+    asked = ("prediction", "learns_variance", "training")
+    if not callable(denoiser) or not all(hasattr(denoiser, name) for name in asked):
+        raise TypeError(
+            f"denoiser is a {type(denoiser).__name__}; it must be a network such as NeuronDiT, "
+            f"with {', '.join(asked)}"
+        )
     if denoiser.training:
         raise ValueError(
             "the denoiser is in training mode, where dropout would make neurons random: "
             "call denoiser.eval()"
         )
     check_condition(condition)
-    if dim < 1:
-        raise ValueError(f"dim is {dim}; it must be at least 1")
+    integer(1)("dim", dim)
 
 
 def check_condition(condition: Tensor) -> None:
     """Raise unless `condition` is floating-point [B, c]."""
+    check_tensors(condition=condition)
     if condition.ndim != 2:
-        raise ValueError(f"condition has shape {tuple(condition.shape)}; it must be [B, c]")
-    if not condition.is_floating_point():
-        raise TypeError(f"condition is {condition.dtype}; it must be floating point")
+        raise ValueError(
+            f"condition has shape {tuple(condition.shape)}; it must be [B, c], one row a sample"
+        )
+    if condition.dtype not in FLOATING:
+        raise TypeError(
+            f"condition is {condition.dtype}; it must be floating point: use condition.float()"
+        )

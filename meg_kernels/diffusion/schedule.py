@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from meg_kernels.arguments import check_tensors
 from meg_kernels.checks import check_fields, integer, number, one_of
 
 Prediction = Literal["x0", "v", "noise"]
@@ -177,6 +178,7 @@ class NoiseSchedule:
         return alpha_cumprod.sqrt().to(dtype), (1 - alpha_cumprod).sqrt().to(dtype)
 
     def _check(self, t: Tensor, samples: dict[str, Tensor]) -> None:
+        check_tensors(**samples, t=t)
         (first_name, first), *_ = samples.items()
         for name, sample in samples.items():
             if sample.ndim != 2:

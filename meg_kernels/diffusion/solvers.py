@@ -14,6 +14,7 @@ take the whole step.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,8 +99,18 @@ def plan_steps(
         schedule: the schedule that the network was trained with.
         timesteps: strictly descending, from `NoiseSchedule.timesteps`.
         prediction: what the network predicts, "x0", "v" or "noise".
+
+    Raises:
+        ValueError: solver or prediction is none of these, or timesteps do not descend.
     """
     one_of(Solver)("solver", solver)
+    last = schedule.num_timesteps - 1
+    falling = all(a > b for a, b in itertools.pairwise(timesteps))
+    if not timesteps or not falling or not 0 <= timesteps[-1] <= timesteps[0] <= last:
+        raise ValueError(
+            f"timesteps are {list(timesteps)}; they must fall, from at most {last} to at least 0, "
+            "as NoiseSchedule.timesteps gives them"
+        )
     levels = [NoiseLevel(schedule.alphas_cumprod[t].item()) for t in timesteps] + [CLEAN]
     neighbours = zip([None, *levels], levels, levels[1:], strict=False)
     steps = []

@@ -24,12 +24,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from meg_kernels.checkpoints import not_finite
 from meg_kernels.checks import TEXTS, check_fields, integer, number
 from meg_kernels.editing.prompting import IGNORED, PromptedModel, TargetBatch
 from meg_kernels.facts import Fact
+from meg_kernels.gradients import check_trainable, with_gradients
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import Attached, LowerLayers, input_device, input_of
 from meg_kernels.nn.families import decoder_layers
+from meg_kernels.nn.identity import check_finite
 from meg_kernels.nn.packing import frozen_products
 from meg_kernels.precision import fast_dtype
 from meg_kernels.progress import progress_bar
@@ -244,6 +247,48 @@ def initial_neuron(attached: Attached, batch: TargetBatch, response: float) -> N
     return Neurons(key.unsqueeze(0), bias, torch.zeros(1, layout.d_out), layout.activation)
 
 
+def collectable(
+    prompted: PromptedModel, attached: Attached, facts: Sequence[Fact], config: CollectionConfig
+) -> list[list[tuple[list[int], list[int]]]]:
+    """Token ids of each fact's prompts and targets, if neurons can be fitted for all of them.
+
+    Args:
+        prompted: the language model.
+        attached: where in it the neurons sit.
+        facts: with the new answers.
+        config: how neurons are fitted.
+
+    Raises:
+        FactsError: facts that the model cannot be taught: `PromptedModel.targets` says why.
+        ValueError: no facts, or a model that says nothing, or NaN, whatever it reads.
+    """
+    if not facts:
+        raise ValueError("there are no facts to collect neurons for")
+    model = attached.model
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no output layer, and without logits no neuron can be "
+            "fitted; load the model with AutoModelForCausalLM"
+        )
+    check_trainable(model, "the model")
+    check_finite(model, attached.layer)
+    targets = prompted.targets(facts, config.framings)
+    with torch.no_grad():
+        losses = prompted.score(prompted.batch(targets[0][:1])).losses
+    if not bool(losses.isfinite().all()):
+        weights = not_finite(model.named_parameters())
+        raise ValueError(
+            f"the model's loss is {losses.item()} before anything is edited: "
+            + (
+                f"{', '.join(weights[:3])} hold NaN or infinite weights; load a sound checkpoint"
+                if weights
+                else f"its activations exceed {model.dtype}; load it in float32 or bfloat16"
+            )
+        )
+    return targets
+
+
+@with_gradients
 def collect(
     prompted: PromptedModel,
     attached: Attached,
@@ -271,25 +316,12 @@ def collect(
         The neurons; facts that could not be learnt are marked, with what was reached for them.
 
     Raises:
-        ValueError: no facts.
+        FactsError: facts that the model cannot be taught.
+        ValueError: no facts, or a model that no neuron can be fitted for: see `collectable`.
         FloatingPointError: the fit diverged; a smaller learning rate helps.
     """
-    config = config or CollectionConfig()
-    if not facts:
-        raise ValueError("there are no facts to collect neurons for")
-    model = attached.model
-    if model.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(model).__name__} has no output layer, and without logits no neuron can be "
-            "fitted; load the model with AutoModelForCausalLM"
-        )
-    targets = [
-        [
-            prompted.target(prompted.prompt(framing), fact.answer)
-            for framing in config.framings(fact.query)
-        ]
-        for fact in facts
-    ]
+    config, model = config or CollectionConfig(), attached.model
+    targets = collectable(prompted, attached, facts, config)
     lower = LowerLayers(model, attached.layer)
     upper = [*decoder_layers(model)[attached.layer + 1 :], model.get_output_embeddings()]
     # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,7 +22,9 @@ from meg_kernels.editing.evaluate import Evaluation, EvaluationReport, unknown_f
 from meg_kernels.editing.general_ability import Perplexity, perplexity
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.facts import Fact, FactsLike, as_facts
+from meg_kernels.gradients import with_gradients
 from meg_kernels.nn import Attached
+from meg_kernels.nn.identity import compare, identity
 from meg_kernels.nn.packing import frozen_products
 from meg_kernels.routing.edits import Edits
 from meg_kernels.routing.router import Router, Routing
@@ -40,15 +43,16 @@ R = TypeVar("R")
 def one_at_a_time(verb: Callable[P, R]) -> Callable[P, R]:
     """A verb that changes what is edited: threads wait for each other, and no neurons are mounted.
 
-    Asking goes on meanwhile.
+    Asking goes on meanwhile. Gradients are computed even where the caller has turned them off.
     """
+    trained = with_gradients(verb)
 
     @functools.wraps(verb)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
         editor: Any = args[0]
         with editor.editing:
             editor._check_nothing_mounted()
-            return verb(*args, **kwargs)
+            return trained(*args, **kwargs)
 
     return alone
 
@@ -90,11 +94,32 @@ class EditedModel:
 
     @property
     def base(self) -> BaseModel:
-        """The language model as it is known outside: its name, dtype and shape."""
-        config = self.model.config
-        names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-        identity = {name: getattr(config, name) for name in names} | {"layer": self.layer}
-        return BaseModel(self.name, str(self.model.dtype).removeprefix("torch."), identity)
+        """The language model as it is known outside: its name, dtype, shape and weights."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return BaseModel(self.name, dtype, identity(self.model, self.layer))
+
+    def check_base(self, noted: BaseModel) -> None:
+        """Refuse to answer for another language model than the noted one.
+
+        Raises:
+            ValueError: its shape or its weights are others; the model is as it was before.
+        """
+        found = self.base
+        compared = compare(noted.identity, noted.dtype, found.identity, found.dtype)
+        if compared.different:
+            self.attached.detach()
+            raise ValueError(
+                f"these edits are for another model than the given one, {self.name!r}: "
+                f"{'; '.join(compared.different)}; pass the base model that was edited, or edit "
+                "this one"
+            )
+        if compared.unknown:
+            warnings.warn(
+                f"whether {self.name!r} is the model that was edited cannot be told from the "
+                f"weights of its {' and '.join(compared.unknown)}, which are not noted or stored "
+                "in another way; if it is another one, its answers are not those of the edits",
+                stacklevel=3,
+            )
 
     def route(self, queries: Iterable[str]) -> Routing:
         """Which queries are edited ones in some wording, and the edited fact nearest to each."""
@@ -148,11 +173,16 @@ class EditedModel:
 
         Returns:
             One line for each prompt, or num_return_sequences lines.
+
+        Raises:
+            TypeError: prompts that are no texts, or a keyword that contradicts answering them.
+            ValueError: a prompt is longer than the model reads, or no valid text.
         """
         queries = as_texts("prompts", prompts)
         if not queries:
             return []
         texts = [self.prompted.prompt(query) for query in queries]
+        self.prompted.check_prompts(texts, max_new_tokens, **generation)
         with self.routed(queries):
             answers = self.prompted.answers(texts, max_new_tokens, **generation)
         return [self.prompted.text(answer) for answer in answers]
@@ -191,8 +221,8 @@ class EditedModel:
         self._check_nothing_mounted()
         edits = self.edits
         facts = self.facts if facts is None else as_facts(facts)
-        identity = [dataclasses.asdict(self.router.config), self.layer, *edits.identity()]
-        evaluation = Evaluation(self.prompted, facts, work_folder=work_folder, identity=identity)
+        neurons = [dataclasses.asdict(self.router.config), self.layer, *edits.identity()]
+        evaluation = Evaluation(self.prompted, facts, work_folder=work_folder, identity=neurons)
         rows = edits.rows_of(facts)
 
         def mount_own(queries: Sequence[str], owners: Sequence[int]):

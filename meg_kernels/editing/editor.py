@@ -42,7 +42,9 @@ from meg_kernels.facts import (
     warn_of_several_answers,
 )
 from meg_kernels.familiarity import Calibration
+from meg_kernels.gradients import with_gradients
 from meg_kernels.nn import attach
+from meg_kernels.nn.families import language_model
 from meg_kernels.pretrained import DEFAULT_ENCODER, load_language_model
 from meg_kernels.routing.edits import EditReport, Edits, Training
 from meg_kernels.routing.generators import GeneratorConfig
@@ -78,10 +80,11 @@ class MeGEditor(EditedModel):
         name: str | None = None,
     ):
         config = instance_of(EditorConfig).or_none()("config", config) or EditorConfig()
-        attached = attach(model, default_layer(model) if config.layer is None else config.layer)
-        prompted = PromptedModel.of(attached.model.eval(), tokenizer, config.template)
+        prompted = PromptedModel.of(language_model(model).eval(), tokenizer, config.template)
         if not isinstance(encoder, TextEncoder):
             encoder = TextEncoder.from_pretrained(encoder or DEFAULT_ENCODER, device=model.device)
+        # Last: an error before it leaves the model as it is.
+        attached = attach(model, default_layer(model) if config.layer is None else config.layer)
         router = Router(encoder, None, config.routing, model.device)
         super().__init__(prompted, attached, router, name or str(model.name_or_path))
         self.config = dataclasses.replace(config, layer=self.layer, template=self.template)
@@ -148,22 +151,20 @@ class MeGEditor(EditedModel):
             progress: show progress bars.
 
         Raises:
-            FactsError: facts that contradict each other, too few to tune with, or none that the
-                model does not answer already.
+            FactsError: facts that contradict each other, that the model cannot be taught, too few
+                to tune with, or none that the model does not answer already.
         """
         skip_known = FLAG("skip_known", skip_known)
         facts = given = editable_facts(facts, on_conflict)
         tuning = shipped_tuning_facts() if tuning_facts is None else as_facts(tuning_facts)
-        unrelated = (
-            shipped_unrelated_queries()
-            if unrelated_queries is None
-            else as_texts("unrelated_queries", unrelated_queries)
-        )
+        if unrelated_queries is None:
+            unrelated_queries = shipped_unrelated_queries()
+        unrelated = as_texts("unrelated_queries", unrelated_queries)
+        stages = self._stages(work_folder, progress).checked(facts)
         if skip_known and not (facts := self.unknown(facts, progress=progress)):
             raise FactsError(f"the model answers all {len(given)} facts so already")
         warn_of_several_answers(facts)
         wordings = usable_for_tuning(tuning, facts, self.config)
-        stages = self._stages(work_folder, progress)
         edits, encoder = stages.first(facts, wordings, unrelated, len(given) - len(facts))
         self._put(edits, encoder)
         return edits.report
@@ -193,14 +194,15 @@ class MeGEditor(EditedModel):
             progress: show progress bars.
 
         Raises:
-            FactsError: a query or id is edited already.
+            FactsError: a query or id is edited already, or the model cannot be taught a fact.
             RuntimeError: nothing was edited yet; call `edit`.
         """
         replace = FLAG("replace", replace)
         edited, facts = self.edits, editable_facts(facts, on_conflict)
         before = edited.beside(facts, replace)
         warn_of_several_answers(facts, before.facts)
-        edits, report = self._stages(work_folder, progress).added(before, facts)
+        stages = self._stages(work_folder, progress).checked(facts)
+        edits, report = stages.added(before, facts)
         self._put(edits)
         return report
 
@@ -354,6 +356,7 @@ class MeGEditor(EditedModel):
         self._states[path] = save_edits(folder, self.edits, self.encoder, self.base, config, state)
 
     @classmethod
+    @with_gradients
     def from_pretrained(
         cls,
         folder: str | Path,
@@ -386,12 +389,7 @@ class MeGEditor(EditedModel):
             dtype = dtype or getattr(torch, base.dtype)
             model, tokenizer = load_language_model(base.name, dtype, device, **model_options)
         editor = cls(model, tokenizer, encoder, saved.parsed(EditorConfig.from_dict), base.name)
-        if (found := editor.base.identity) != base.identity:
-            editor.detach()
-            raise ValueError(
-                f"these edits are for {base.identity}, but the given model is {found}; pass the "
-                "base model that was edited"
-            )
+        editor.check_base(base)
         editor.router.put(saved.edits)
         editor._states[Path(folder).resolve()] = saved.state
         return editor

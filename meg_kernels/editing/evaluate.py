@@ -173,7 +173,9 @@ class Evaluation:
             mount from others. Without any, only the base model's answers are kept.
 
     Raises:
-        ValueError: no facts, or an answer that is longer than max_new_tokens.
+        FactsError: facts whose answers the model can never give.
+        ValueError: no facts, an answer that is longer than max_new_tokens, or a question that is
+            longer than the model reads.
     """
 
     def __init__(
@@ -188,8 +190,7 @@ class Evaluation:
         if not facts:
             raise ValueError("there are no facts to evaluate")
         self.prompted, self.facts, self.batch_size = prompted, facts, batch_size
-        targets = [prompted.target(prompted.prompt(fact.query), fact.answer)[1] for fact in facts]
-        longest = max(map(len, targets))
+        longest = max(len(target) for ((_, target),) in prompted.targets(facts))
         self.max_new_tokens = max(16, longest) if max_new_tokens is None else max_new_tokens
         if longest > self.max_new_tokens:
             raise ValueError(
@@ -205,6 +206,7 @@ class Evaluation:
             )
             for query in queries
         ]
+        prompted.check_prompts([question.prompt for question in questions], self.max_new_tokens)
         questions.sort(key=lambda question: len(question.prompt))  # less padding
         self._batches = [
             questions[i : i + batch_size] for i in range(0, len(questions), batch_size)

@@ -82,7 +82,7 @@ def perplexity(
         raise TypeError("texts is a str; pass a list of texts")
     if not texts:
         raise ValueError("there are no texts to read")
-    longest = prompted.model.config.max_position_embeddings
+    longest = prompted.positions
     base_loss = edited_loss = 0.0  # nats
     accepted = counted = 0
     for text in progress_bar(texts, desc="reading", unit="passage", shown=progress, leave=False):

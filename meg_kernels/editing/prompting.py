@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from meg_kernels.facts import Fact, FactsError
 from meg_kernels.nn import input_device, last_feed_forward_sees
 from meg_kernels.nn.changed import hooked
-from meg_kernels.pretrained import ready_to_pad
-from meg_kernels.texts import normalized, normalized_answer
+from meg_kernels.pretrained import check_tokenizer, check_tokens, embedded_tokens, ready_to_pad
+from meg_kernels.texts import is_unicode, normalized, normalized_answer
 
 IGNORED = -100
 
@@ -161,8 +163,28 @@ OWN_KEYWORDS = {
 }
 
 
-def check_generation(keywords: Mapping[str, Any]) -> None:
-    """Raise TypeError for keywords of `model.generate` that contradict answering prompts."""
+def check_generation(max_new_tokens: int, keywords: Mapping[str, Any]) -> None:
+    """Refuse what contradicts answering prompts.
+
+    Args:
+        max_new_tokens: the longest answer.
+        keywords: of `model.generate`.
+
+    Raises:
+        TypeError: a keyword of the wrong kind, or one that gives other prompts or results.
+        ValueError: max_new_tokens is below 1.
+    """
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral):
+        raise TypeError(f"max_new_tokens is {max_new_tokens!r}; it must be an integer from 1")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be an integer from 1")
+    for name in ("eos_token_id", "pad_token_id"):
+        ids = _as_list(keywords.get(name))
+        if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
+            raise TypeError(
+                f"{name} is {keywords[name]!r}; it must be a token's number, such as "
+                "tokenizer.convert_tokens_to_ids('</s>')"
+            )
     for name in keywords.keys() & OWN_KEYWORDS.keys():
         if keywords[name] is None or keywords[name] is False:
             continue
@@ -182,7 +204,8 @@ class PromptedModel:
         template: how queries become prompts.
 
     Raises:
-        ValueError: the tokenizer cannot pad so.
+        ValueError: the tokenizer cannot pad so, has no token that ends a text, or is not of this
+            model.
     """
 
     model: PreTrainedModel
@@ -194,6 +217,12 @@ class PromptedModel:
             raise ValueError(
                 "the tokenizer must have a padding token and pad on the left; use "
                 "PromptedModel.of(model, tokenizer), which takes any"
+            )
+        check_tokenizer(self.tokenizer, self.model)
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no end-of-text token, with which answers end; set "
+                "tokenizer.eos_token"
             )
 
     @classmethod
@@ -212,6 +241,114 @@ class PromptedModel:
     def prompt(self, query: str) -> str:
         """The query in the template."""
         return self.template.format(query)
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that the model reads and writes at once; None if any number."""
+        return positions(self.model)
+
+    def targets(
+        self, facts: Sequence[Fact], framings: Callable[[str], list[str]] = lambda query: [query]
+    ) -> list[list[tuple[list[int], list[int]]]]:
+        """Token ids of each fact's prompts and of their targets, as `target_tokens` has them.
+
+        Args:
+            facts: with the new answers.
+            framings: the wordings of a query that prompts are made of.
+
+        Raises:
+            FactsError: the model cannot be taught them: an answer that it can never give, since
+                its tokens spell another one or end in the midst of it, or more tokens than the
+                model has positions. The message names every such fact.
+        """
+        unfit, found, ends = [], [], {*self.ends}
+        for place, fact in enumerate(facts):
+            long = self._surely_too_long(fact.query) or self._surely_too_long(fact.answer)
+            reason, pairs = long and f"it {long}", []
+            if reason is None:
+                prompts = [self.prompt(framing) for framing in framings(fact.query)]
+                pairs = [self.target(prompt, fact.answer) for prompt in prompts]
+                reason = self._unteachable(fact.answer, pairs, ends)
+            if reason is not None:
+                unfit.append(f"facts[{place}], {_shortened(fact.query)}: {reason}")
+            found.append(pairs)
+        if unfit:
+            raise FactsError(
+                f"the model cannot be taught {len(unfit)} of {len(facts)} facts; reword them or "
+                "leave them out:\n" + "\n".join(unfit)
+            )
+        return found
+
+    def _unteachable(
+        self, answer: str, pairs: list[tuple[list[int], list[int]]], ends: set[int]
+    ) -> str | None:
+        """Why greedy decoding could never give a target and be right; None if it could each."""
+        length, most = max(len(prompt) + len(target) for prompt, target in pairs), self.positions
+        if most is not None and length > most:
+            return (
+                f"prompt and answer have {length} tokens, more than the {most} that the model reads"
+            )
+        rows, highest = embedded_tokens(self.model), max(max(*p, *t) for p, t in pairs)
+        if rows is not None and highest >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            return f"its token {token!r} is number {highest}, but the model embeds {rows}"
+        for target in {tuple(target) for _, target in pairs}:
+            if reason := self._unsayable(answer, target, ends):
+                return f"its answer {_shortened(answer)} {reason}"
+        return None
+
+    def _unsayable(self, answer: str, target: Sequence[int], ends: set[int]) -> str | None:
+        if not normalized(answer).strip(" ."):
+            return "is nothing but full stops"
+        given = next((i + 1 for i, token in enumerate(target) if token in ends), len(target))
+        said = self.text(target[:given])
+        if answers_match(said, answer):
+            return None
+        if special := {*self.tokenizer.all_special_ids} & {*target[:-1]}:
+            names = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(sorted(special))))
+            return f"has tokens that are not written out: {names}"
+        return f"is spelt {_shortened(said)} by the model's tokenizer"
+
+    def _surely_too_long(self, text: str) -> str | None:
+        """Why a text exceeds the model's positions, told without tokenizing it; None if unsure."""
+        most = self.positions
+        if most is None or len(text) <= most * _longest_token(self.tokenizer):
+            return None
+        return f"has {len(text)} characters, more than the {most} tokens that the model reads"
+
+    def check_prompts(self, prompts: Sequence[str], max_new_tokens: int, **generation: Any) -> None:
+        """Refuse what `answers` could not answer.
+
+        Args:
+            prompts: texts as the model gets them.
+            max_new_tokens: the longest answer.
+            generation: keyword arguments of `model.generate`.
+
+        Raises:
+            TypeError: a keyword that contradicts answers: `check_generation` names them.
+            ValueError: a prompt is no valid text, or exceeds the model's positions with its answer;
+                the message names it.
+        """
+        check_generation(max_new_tokens, generation)
+        most = self.positions
+        for place, prompt in enumerate(prompts):
+            if not is_unicode(prompt):
+                raise ValueError(
+                    f"prompts[{place}] is {prompt!r}; it must be text without halves of surrogate "
+                    "pairs, which no tokenizer takes"
+                )
+            if reason := self._surely_too_long(prompt):
+                raise ValueError(f"prompts[{place}], {_shortened(prompt)}, {reason}: shorten it")
+            # Few tokens stand for less than a byte: most prompts need not be tokenized for this.
+            if most is None or 2 * len(prompt.encode()) + max_new_tokens <= most:
+                continue
+            length = len(self.tokenizer(prompt).input_ids)
+            if length + max_new_tokens > most:
+                raise ValueError(
+                    f"prompts[{place}], {_shortened(prompt)}, has {length} tokens; with "
+                    f"max_new_tokens={max_new_tokens} that is more than the {most} that the model "
+                    "reads: shorten it" + (", or lower max_new_tokens" if length < most else "")
+                )
 
     def target(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """Token ids of `prompt` and of its target, as `target_tokens` has them."""
@@ -260,10 +397,12 @@ class PromptedModel:
 
         Raises:
             TypeError: a keyword that contradicts this: `check_generation` names them.
+            ValueError: a prompt is longer than the model reads, or no valid text.
         """
-        check_generation(generation)
+        self.check_prompts(prompts, max_new_tokens, **generation)
         generation = {k: v for k, v in generation.items() if k not in OWN_KEYWORDS}
         batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True)
+        check_tokens(batch["input_ids"], self.tokenizer, self.model)
         batch = batch.to(input_device(self.model))
         batch.pop("token_type_ids", None)
         ends = self.ends
@@ -299,12 +438,33 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> st
     return text.strip().split("\n")[0].strip().removesuffix(".")
 
 
-def _as_list(token: int | Sequence[int] | Tensor | None) -> list[int]:
+def _as_list(token: Any) -> list[Any]:
+    """The tokens in a number, a sequence, a tensor or an array; none in None."""
     if token is None:
         return []
-    if isinstance(token, Tensor):
+    if hasattr(token, "tolist"):
         token = token.tolist()
-    return [token] if isinstance(token, int) else [*token]
+    several = isinstance(token, Iterable) and not isinstance(token, str)
+    return [*token] if several else [token]
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """The most tokens that `model` reads and writes at once; None if any number."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(most := getattr(config, name, None), int) and most > 0:
+            return most
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Characters of the longest token: no text has fewer tokens than its length divided by it."""
+    return max(map(len, tokenizer.get_vocab()), default=1)
+
+
+def _shortened(text: str, most: int = 60) -> str:
+    return repr(text) if len(text) <= most else f"{text[:most]!r}..."
 
 
 def answers_match(text: str, answer: str) -> bool:

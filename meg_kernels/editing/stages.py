@@ -21,7 +21,7 @@ import torch
 
 from meg_kernels.checks import instance_of
 from meg_kernels.editing.answered import answers_with
-from meg_kernels.editing.collect import Collection, collect
+from meg_kernels.editing.collect import Collection, collect, collectable
 from meg_kernels.editing.config import EditorConfig
 from meg_kernels.editing.distill import Distillation, distill
 from meg_kernels.editing.prompting import PromptedModel
@@ -33,7 +33,7 @@ from meg_kernels.editing.tuning import (
     regated,
     tuned_router,
 )
-from meg_kernels.facts import Fact
+from meg_kernels.facts import Fact, FactsError
 from meg_kernels.familiarity import Rewording
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import Attached
@@ -67,6 +67,25 @@ class Stages:
     config: EditorConfig
     work_folder: str | Path | None = None
     progress: bool = False
+
+    def checked(self, facts: Sequence[Fact]) -> Stages:
+        """These stages, if collection and the encoder can take these facts, before any work.
+
+        Raises:
+            FactsError: facts that the model cannot be taught, or that the encoder cannot tell from
+                others with the same beginning; the message names all of either.
+            ValueError: a model that no neuron can be fitted for.
+        """
+        collectable(self.prompted, self.attached, facts, self.config.collection)
+        encoder = self.router.encoder
+        if long := encoder.too_long([fact.query for fact in facts]):
+            named = "\n".join(f"facts[{row}], {facts[row].query[:60]!r}..." for row in long)
+            raise FactsError(
+                f"{len(long)} of {len(facts)} facts have queries of more than the "
+                f"{encoder.max_tokens} tokens that the encoder reads; shorten them or leave them "
+                f"out:\n{named}"
+            )
+        return self
 
     def first(
         self,

@@ -26,7 +26,7 @@ from torch import Tensor
 from meg_kernels.kernels.launching import Configuration, aligned, jit, rows_adjacent
 from meg_kernels.kernels.limits import ACTIVATIONS
 from meg_kernels.kernels.limits import DTYPES as KERNEL_DTYPES
-from meg_kernels.neuron import Neurons
+from meg_kernels.neuron import SATURATED, Neurons
 
 DTYPES = (*KERNEL_DTYPES, torch.float64)  # float64 so that gradcheck can be run on the kernels
 # The kernels get the activation as a number at run time: it is one scalar a row, and there are five
@@ -35,6 +35,7 @@ _GELU = tl.constexpr(ACTIVATIONS.index("gelu"))
 _GELU_TANH = tl.constexpr(ACTIVATIONS.index("gelu_tanh"))
 _SILU = tl.constexpr(ACTIVATIONS.index("silu"))
 _RELU = tl.constexpr(ACTIVATIONS.index("relu"))
+_SATURATED = tl.constexpr(SATURATED)
 
 
 # ---- inside the kernels ------------------------------------------------------------------------
@@ -45,20 +46,24 @@ def _activate(activation, a):
     """act(a), and its slope there, which only the backward looks at."""
     hidden = a
     slope = tl.full((), 1.0, a.dtype)
+    # Where the formulas of gelu and silu have no values, at infinity, and beyond 1e19 where they
+    # square, those at +-1024 stand in: 1 or 0, as everywhere from there on. NaN stays NaN.
+    low = tl.where(a < -_SATURATED, -_SATURATED, a)
+    near = tl.where(a > _SATURATED, _SATURATED, low)
     if activation == _GELU:
-        share = 0.5 + 0.5 * tl.erf(a * 0.7071067811865476)
-        hidden = a * share
-        slope = share + a * (0.3989422804014327 * tl.exp(-0.5 * a * a))
+        share = 0.5 + 0.5 * tl.erf(near * 0.7071067811865476)
+        hidden = low * share
+        slope = share + near * (0.3989422804014327 * tl.exp(-0.5 * near * near))
     elif activation == _GELU_TANH:
         # (1 + tanh(u)) / 2 is the sigmoid of 2u, which loses nothing where tanh(u) is close to -1.
-        share = tl.sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a))
-        hidden = a * share
-        bend = 1.5957691216057308 * (1 + 0.134145 * a * a)
-        slope = share + hidden * (1 - share) * bend
+        share = tl.sigmoid(1.5957691216057308 * (near + 0.044715 * near * near * near))
+        hidden = low * share
+        bend = 1.5957691216057308 * (1 + 0.134145 * near * near)
+        slope = share + near * share * (1 - share) * bend
     elif activation == _SILU:
-        share = tl.sigmoid(a)
-        hidden = a * share
-        slope = share + hidden * (1 - share)
+        share = tl.sigmoid(near)
+        hidden = low * share
+        slope = share + near * share * (1 - share)
     elif activation == _RELU:  # written so that NaN stays NaN
         hidden = tl.where(a < 0, 0.0, a)
         slope = tl.where(a <= 0, 0.0, slope)
@@ -97,6 +102,34 @@ def _load(row, columns, width, ALIGNED: tl.constexpr):
 def _store(row, columns, width, values, ALIGNED: tl.constexpr):
     mask = _exist(columns, width, row, ALIGNED)
     tl.store(row + columns, values.to(row.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _in_range(
+    total,
+    a,
+    b,
+    width,
+    BLOCK: tl.constexpr,
+    A_ALIGNED: tl.constexpr,
+    B_ALIGNED: tl.constexpr,
+):
+    """The sum of a row's products: `total`, or where that overflowed on the way, the sum once more.
+
+    Scaled by 2^-160, products of any two float32 can be added up; what falls below float32's range
+    is nothing beside a sum that left it above.
+    """
+    if total.dtype == tl.float32:  # noqa: SIM102  # known when compiling; the next is not
+        if (total - total) != 0:  # infinite or NaN
+            # In halves of a block, lest this rare loop take registers from the usual path's loads.
+            columns = tl.arange(0, BLOCK // 2)
+            sums = tl.zeros([BLOCK // 2], tl.float32)
+            for start in range(0, width, BLOCK // 2):
+                a_block = _load(a, start + columns, width, A_ALIGNED).to(tl.float32)
+                b_block = _load(b, start + columns, width, B_ALIGNED).to(tl.float32)
+                sums += (a_block * 8.271806125530277e-25) * (b_block * 8.271806125530277e-25)
+            total = tl.sum(sums, axis=0) * 1.2089258196146292e24 * 1.2089258196146292e24
+    return total
 
 
 # ---- forward -----------------------------------------------------------------------------------
@@ -154,8 +187,9 @@ def _forward_kernel(
             x_block = _load(x, start + columns, d_in, ROWS_ALIGNED)
             key_block = _load(key, start + columns, d_in, NEURONS_ALIGNED)
             products += x_block.to(ACCUMULATE) * key_block.to(ACCUMULATE)
-        pre = tl.sum(products, axis=0) + bias.to(ACCUMULATE)
-        hidden, _ = _activate(activation, pre)
+        total = tl.sum(products, axis=0)
+        total = _in_range(total, x, key, d_in, BLOCK, ROWS_ALIGNED, NEURONS_ALIGNED)
+        hidden, _ = _activate(activation, total + bias.to(ACCUMULATE))
 
         edited = y_block.to(ACCUMULATE) + hidden * value_block.to(ACCUMULATE)
         _store(out, columns, d_out, edited, ROWS_ALIGNED)
@@ -276,9 +310,12 @@ def _backward_rows_kernel(
             grad_block = _load(grad, start + columns, d_out, ROWS_ALIGNED)
             value_block = _load(value, start + columns, d_out, NEURONS_ALIGNED)
             grad_products += grad_block.to(ACCUMULATE) * value_block.to(ACCUMULATE)
-        pre = tl.sum(products, axis=0) + bias.to(ACCUMULATE)
-        hidden, slope = _activate(activation, pre)
-        dpre = tl.sum(grad_products, axis=0) * slope
+        total = tl.sum(products, axis=0)
+        total = _in_range(total, x, key, d_in, BLOCK, ROWS_ALIGNED, NEURONS_ALIGNED)
+        hidden, slope = _activate(activation, total + bias.to(ACCUMULATE))
+        total = tl.sum(grad_products, axis=0)
+        total = _in_range(total, grad, value, d_out, BLOCK, ROWS_ALIGNED, NEURONS_ALIGNED)
+        dpre = total * slope
 
         tl.store(hidden_ptr + m, hidden)
         tl.store(dpre_ptr + m, dpre)

@@ -62,6 +62,21 @@ def _load(
     return chunks
 
 
+@triton.jit
+def _scaled(stream, eps, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows and their eps, scaled by a power of two where the rows' squares would overflow."""
+    highest = tl.zeros([ROWS, BLOCK], tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        highest = tl.maximum(highest, tl.abs(stream[chunk]))
+    large = tl.max(highest, axis=1)[:, None] > 7.205759403792794e16  # 2^56
+    down = tl.where(large, 2.117582368135751e-22, 1.0)  # 2^-72
+    scaled = tl.tuple(())
+    for chunk in tl.static_range(CHUNKS):
+        scaled += (stream[chunk] * down,)
+    # Beside a spread of such rows, and of 0 beside which it matters, eps is as good as any.
+    return scaled, tl.where(large, tl.maximum(eps * down * down, 1.1754943508222875e-38), eps)
+
+
 @jit
 def _modulated_norm_kernel(
     out_ptr,
@@ -102,13 +117,16 @@ def _modulated_norm_kernel(
 
     row = m.to(tl.int64) * width
     stream = tl.tuple(())
-    total = tl.zeros([ROWS, BLOCK], tl.float32)  # within each thread, before it asks its warp
     for chunk in tl.static_range(CHUNKS):
         change = gate[chunk].to(tl.float32) * update[chunk].to(tl.float32)
         rounded = (x[chunk].to(tl.float32) + change).to(x[chunk].dtype)
         elements, exist = _tile(stream_ptr, row, width, chunk, BLOCK, ALIGNED)
         tl.store(elements, rounded, mask=added[:, None] & exist)
         stream += (rounded.to(tl.float32),)
+    if x_ptr.dtype.element_ty != tl.float16:
+        stream, eps = _scaled(stream, eps, CHUNKS, ROWS, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)  # within each thread, before it asks its warp
+    for chunk in tl.static_range(CHUNKS):
         total += stream[chunk]
     mean = tl.sum(total, axis=1)[:, None] / width
     squares = tl.zeros([ROWS, BLOCK], tl.float32)

@@ -95,7 +95,7 @@ class FeedForward:
         """
         blocks = [self.entry] if self.is_block else [self.entry, self.exit]
         return [
-            plain for block in blocks for part in block.modules() for plain in _plain_tensors(part)
+            plain for block in blocks for part in block.modules() for plain in plain_tensors(part)
         ]
 
 
@@ -211,8 +211,8 @@ def feed_forward(model: nn.Module, layer: int) -> FeedForward:
     return FeedForward(layer, part, *place, layout)
 
 
-def _plain_tensors(module: nn.Module) -> list[Tensor]:
-    """The module's own parameters and buffers, without its children's."""
+def plain_tensors(module: nn.Module) -> list[Tensor]:
+    """The module's own parameters and buffers as plain tensors, without its children's."""
     if hasattr(module, "_hf_hook"):  # accelerate may keep its weights elsewhere
         from accelerate.utils import align_module_device
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from meg_kernels.arguments import check_floating, check_instance
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn.mounted import Mounted, Place
 
@@ -62,6 +63,7 @@ class MeGLinear(nn.Linear):
                 Default: sample b has neuron b.
 
         Raises:
+            TypeError: neurons is no `Neurons`.
             ValueError: the neurons write another width, or index is not int64 [B] or (on the
                 CPU) holds a number that is no neuron's.
         """
@@ -73,6 +75,9 @@ class MeGLinear(nn.Linear):
         return vars(self)["_place"]
 
     def _fitting(self, neurons: Neurons, index: Tensor | Sequence[int] | None) -> Mounted:
+        check_instance(
+            "neurons", neurons, Neurons, "Neurons(key, bias, value, activation) makes one"
+        )
         if neurons.layout.d_out != self.out_features:
             raise ValueError(
                 f"neurons write outputs of width {neurons.layout.d_out}, but this layer's are "
@@ -110,9 +115,12 @@ class MeGLinear(nn.Linear):
             source: what the keys read, x's shape but for its width; default x itself.
 
         Raises:
+            TypeError: source is no tensor.
             ValueError: neurons are mounted for another number of samples, or x and source do
                 not fit together.
         """
+        if source is not None:
+            check_floating(source=source)
         y = self.project(x)
         if self._place is None or not self._place.in_use:
             return y

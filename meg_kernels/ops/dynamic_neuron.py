@@ -7,6 +7,16 @@ with index [M] (one per token). Index -1 leaves the row bit-untouched. Products 
 in float32 (float64 for float64 inputs), whatever the dtype. A row's result depends on nothing else
 in the batch. Source: MeG, equation 3.
 
+Rounding, on every backend: with u = 2^-23, S = sum |x_j key_j| + |bias| and h = act(pre),
+
+    |out - exact| <= E + eps (|exact| + E) + tiny      E = |value| e + 4u (|h value| + |y|)
+    e = 1.13 (d_in + 5) u S + 8u |pre|
+
+with eps and tiny, the least normal number (in float16 the least of all), of the dtype. That holds
+where h, h * value and the result are within float32's range and the dtype's. The sum of x . key
+need not be so on the way. Above the range the result is infinite or NaN; below it gelu, silu and
+relu add 0. NaN and infinity in a row's arguments come out as the definition in float64 has them.
+
 Reading order: the reference; the CPU path; which backend runs; the ops as PyTorch knows them
 (`torch.ops.meg_kernels.*`); their gradient; the public functions.
 """
@@ -15,15 +25,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from meg_kernels.arguments import check_floating, check_instance, check_tensors, check_written
 from meg_kernels.kernels.launching import rows_adjacent
 from meg_kernels.kernels.limits import DTYPES
-from meg_kernels.neuron import ACTIVATIONS, Neurons
+from meg_kernels.neuron import ACTIVATIONS, FORMULAS, SATURATED, Neurons
 from meg_kernels.ops import native
 from meg_kernels.ops.backend import backend, choose, forced_backend
 
@@ -53,7 +65,7 @@ def _reference(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> Tensor:
     # that is not its own, out of the result but not out of the gradients, where 0 * NaN is NaN.
     x = x.to(accumulate).masked_fill(unedited, 0)
     key = used.key.masked_fill((index < 0)[:, None], 0)
-    pre = torch.einsum("b...d,bd->b...", x, key)  # pre-activations, [B, T] or [M]
+    pre = _reference_sums(x, key)  # pre-activations, [B, T] or [M]
     if used.bias is not None:
         pre = pre + used.bias.masked_fill(index < 0, 0).view(spread)
     hidden = ACTIVATIONS[used.activation](pre)
@@ -61,13 +73,42 @@ def _reference(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> Tensor:
     return torch.where(unedited, y, (y.to(accumulate) + added).to(y.dtype))
 
 
+def _reference_sums(x: Tensor, key: Tensor) -> Tensor:
+    """[B, T] or [M]: each x . key, of whatever size its products are."""
+    sums = torch.einsum("b...d,bd->b...", x, key)
+    # Where they overflow on the way, they are added up once more, scaled by a power of two.
+    down = 2.0 ** (-80 if sums.dtype == torch.float32 else -640)
+    scaled = torch.einsum("b...d,bd->b...", x * down, key * down)
+    return torch.where(sums.isfinite(), sums, scaled / down / down)
+
+
+def _saturating(backward: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """`backward`, with the slopes 0 and 1 where its formula has none."""
+    return lambda gradient, a: backward(gradient, a.clamp(-SATURATED, SATURATED))
+
+
 _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of (gradient, pre-activation)
     "identity": lambda gradient, a: gradient,
-    "gelu": torch.ops.aten.gelu_backward,
-    "gelu_tanh": functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
-    "silu": torch.ops.aten.silu_backward,
+    "gelu": _saturating(torch.ops.aten.gelu_backward),
+    "gelu_tanh": _saturating(functools.partial(torch.ops.aten.gelu_backward, approximate="tanh")),
+    "silu": _saturating(torch.ops.aten.silu_backward),
     "relu": functools.partial(torch.ops.aten.threshold_backward, threshold=0),
 }
+
+
+def _sums(a: Tensor, b: Tensor) -> tuple[Tensor, float]:
+    """Each a . b along the last axis, of whatever size its products are, and the largest of them.
+
+    Not a matrix product: its order of summation would depend on the batch. Sums that overflow on
+    the way are added up once more, in float64.
+    """
+    sums = (a * b).sum(-1)
+    largest = float(torch.linalg.vector_norm(sums, math.inf)) if sums.numel() else 0.0
+    if sums.dtype == torch.float32 and not math.isfinite(largest):
+        again = ~sums.isfinite()
+        a, b = (part.expand(*sums.shape, -1)[again].double() for part in (a, b))
+        sums[again] = (a * b).sum(-1).float()
+    return sums, largest
 
 
 class _EditedRows:
@@ -85,10 +126,11 @@ class _EditedRows:
         used = neurons[self.neuron].to(self.dtype)
         self.x = self.of(x)  # [R, d_in] or [R, T, d_in]
         self.key, self.value = (self._spread(part, x.dim()) for part in (used.key, used.value))
-        # Not a matrix product: its order of summation would depend on the batch.
-        pre = (self.x * self.key).sum(-1)  # pre-activations, [R] or [R, T]
+        pre, largest = _sums(self.x, self.key)  # pre-activations, [R] or [R, T]
         if used.bias is not None:
             pre = pre + self._spread(used.bias, x.dim() - 1)
+            largest = float(torch.linalg.vector_norm(pre, math.inf)) if pre.numel() else 0.0
+        self.saturates = not largest <= SATURATED
         self.pre, self.activation = pre, used.activation
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -100,7 +142,8 @@ class _EditedRows:
         return part if part.dim() == dim else part.unsqueeze(1)
 
     def hidden(self) -> Tensor:
-        return ACTIVATIONS[self.activation](self.pre)
+        formulas = ACTIVATIONS if self.saturates else FORMULAS
+        return formulas[self.activation](self.pre)
 
 
 _IN_CACHE = 2**18  # numbers that a CPU's caches hold: more are worked on in blocks of samples
@@ -131,7 +174,7 @@ def _eager_backward(
 ) -> native.Gradients:
     edited = _EditedRows(x, neurons, index, grad.dtype)
     upstream = edited.of(grad)  # [R, (T,) d_out]
-    dhidden = (upstream * edited.value).sum(-1)  # [R, (T)]
+    dhidden, _ = _sums(upstream, edited.value)  # [R, (T)]
     dpre = _DERIVATIVES[neurons.activation](dhidden, edited.pre).unsqueeze(-1)  # [R, (T,) 1]
 
     def of_neurons(like: Tensor, rows: Tensor) -> Tensor:
@@ -179,7 +222,7 @@ def _is_empty(x: Tensor, neurons: Neurons) -> bool:
 def _as_kernels_read(key: Tensor, bias: Tensor | None, value: Tensor, activation: str) -> Neurons:
     """The neurons, copied where the elements of their rows are not adjacent."""
     bias = None if bias is None else bias.contiguous()
-    return Neurons(rows_adjacent(key), bias, rows_adjacent(value), activation)
+    return Neurons.trusted(rows_adjacent(key), bias, rows_adjacent(value), activation)
 
 
 def _forward_into(out: Tensor, y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> None:
@@ -234,7 +277,16 @@ def _dynamic_neuron_(
     index: Tensor,
     activation: str,
 ) -> None:
-    _forward_into(y, y, x, _as_kernels_read(key, bias, value, activation), index)
+    memory = y.untyped_storage().data_ptr()
+
+    def apart(read: Tensor) -> Tensor:
+        """Copied if writing to y may change it."""
+        return read.clone() if read.untyped_storage().data_ptr() == memory else read
+
+    neurons = _as_kernels_read(
+        apart(key), None if bias is None else apart(bias), apart(value), activation
+    )
+    _forward_into(y, y, apart(x), neurons, apart(index))
 
 
 @torch.library.impl(_LIBRARY, "dynamic_neuron_backward", "CompositeExplicitAutograd")
@@ -325,11 +377,19 @@ class _Differentiable(torch.autograd.Function):
 
 
 def check_index(index: Tensor, neurons: Neurons) -> None:
-    """ValueError unless `index` is an int64 vector of neuron numbers, -1 for none."""
+    """Raise unless `index` is an int64 vector of neuron numbers, -1 for none.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it has another dtype or shape, or (on the CPU) holds no neuron's number.
+    """
+    check_tensors(index=index)
     if index.dim() != 1 or index.dtype != torch.int64:
+        number = "index.long() makes one of whole numbers"
+        mask = "for a mask, torch.where(mask, numbers, -1) does"
         raise ValueError(
             f"index is {index.dtype} {tuple(index.shape)}; it must be an int64 vector of neuron "
-            "numbers (-1 for none)"
+            f"numbers (-1 for none): {mask if index.dtype == torch.bool else number}"
         )
     # On a GPU reading the index would make the host wait; there the caller's word is taken,
     # and a compiler that traces the op has no values yet.
@@ -342,16 +402,21 @@ def check_index(index: Tensor, neurons: Neurons) -> None:
             )
 
 
-def _check(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> None:
-    layout = neurons.layout
-    if x.dim() not in (2, 3) or x.shape[-1] != layout.d_in:
-        raise ValueError(
-            f"x is {tuple(x.shape)}; it must be [B, T, {layout.d_in}] or [M, {layout.d_in}]"
-        )
-    expected = (*x.shape[:-1], layout.d_out)
+def _check(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None) -> Tensor:
+    """Raise unless the arguments fit; the index, which is 0, 1, ... where it is left out."""
+    check_instance(
+        "neurons", neurons, Neurons, "Neurons(key, bias, value, activation) makes one of tensors"
+    )
+    check_floating(y=y, x=x)
+    d_in, d_out = neurons.key.shape[1], neurons.value.shape[1]
+    if x.dim() not in (2, 3) or x.shape[-1] != d_in:
+        raise ValueError(f"x is {tuple(x.shape)}; it must be [B, T, {d_in}] or [M, {d_in}]")
+    expected = (*x.shape[:-1], d_out)
     if tuple(y.shape) != expected:
         raise ValueError(f"y is {tuple(y.shape)}; beside x {tuple(x.shape)} it must be {expected}")
-    if index.shape != x.shape[:1]:
+    if index is None:
+        index = _default_index(x, neurons)
+    if isinstance(index, Tensor) and index.shape != x.shape[:1]:
         raise ValueError(
             f"index is {tuple(index.shape)}; it must be [{x.shape[0]}], one neuron number "
             "(or -1 for none) for each row of x"
@@ -360,12 +425,13 @@ def _check(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> None:
     if not len({x.device, y.device, index.device, neurons.device}) == 1:
         raise ValueError(
             f"x is on {x.device}, y on {y.device}, index on {index.device} and the neurons on "
-            f"{neurons.device}; they must share one device"
+            f"{neurons.device}; they must share one device: move them with .to()"
         )
+    return index
 
 
 def _default_index(x: Tensor, neurons: Neurons) -> Tensor:
-    if x.dim() and len(neurons) != x.shape[0]:
+    if len(neurons) != x.shape[0]:
         raise ValueError(
             f"x has {x.shape[0]} rows and there are {len(neurons)} neurons; "
             "pass index to say which row gets which"
@@ -383,14 +449,17 @@ def dynamic_neuron(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None 
         index: int64 [B] or [M]: the row's neuron, -1 for none. Default: row m has neuron m.
 
     Returns:
-        A contiguous tensor like y. Rows with index -1 hold the bits of y.
+        A contiguous tensor like y. Rows with index -1 hold the bits of y. With u = 2^-23 the others
+        err by at most E + eps (|y| + E) + tiny, E = |value| (1.13 (d_in + 5) u S + 8u |pre|) + 4u
+        (|h value| + |y|), S = sum |x_j key_j| + |bias|, where h = act(pre) and h * value are
+        within float32's range.
 
     Raises:
+        TypeError: an argument is no tensor, or neurons no `Neurons`.
         ValueError: shapes, dtypes, devices or (on the CPU) index values do not fit.
         RuntimeError: the backend that is forced (`meg_kernels.ops.backend`) cannot run.
     """
-    index = _default_index(x, neurons) if index is None else index
-    _check(y, x, neurons, index)
+    index = _check(y, x, neurons, index)
     arguments = (y, x, *_parts(neurons), index, neurons.activation)
     if _wants_gradient(y, x, neurons):
         return _Differentiable.apply(*arguments)
@@ -401,7 +470,8 @@ def dynamic_neuron_(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None
     """Add each row's own neuron to y in place; differentiable once in y, x and the neurons.
 
     Args:
-        y: the layer's output, [B, T, d_out] or [M, d_out]; it is changed.
+        y: the layer's output, [B, T, d_out] or [M, d_out]; it is changed. Others may lie in its
+            memory: what they held before the call counts.
         x: what the key reads, [B, T, d_in] or [M, d_in].
         neurons: N neurons with that d_in and d_out.
         index: int64 [B] or [M]: the row's neuron, -1 for none. Default: row m has neuron m.
@@ -410,12 +480,20 @@ def dynamic_neuron_(y: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None
         y itself. Rows with index -1 are not touched.
 
     Raises:
-        ValueError: shapes, dtypes, devices or (on the CPU) index values do not fit.
-        RuntimeError: the backend that is forced (`meg_kernels.ops.backend`) cannot run.
+        TypeError: an argument is no tensor, or neurons no `Neurons`.
+        ValueError: shapes, dtypes, devices or (on the CPU) index values do not fit, or elements of
+            y share their memory.
+        RuntimeError: y is a leaf that requires a gradient, or the backend that is forced
+            (`meg_kernels.ops.backend`) cannot run.
     """
-    index = _default_index(x, neurons) if index is None else index
-    _check(y, x, neurons, index)
+    index = _check(y, x, neurons, index)
+    check_written("y", y)
     if _wants_gradient(y, x, neurons):
+        if y.is_leaf and y.requires_grad:
+            raise RuntimeError(
+                "y is a leaf that requires a gradient, which cannot be changed in place; use "
+                "dynamic_neuron, which leaves it as it is"
+            )
         return y.copy_(dynamic_neuron(y, x, neurons, index))
     torch.ops.meg_kernels.dynamic_neuron_(y, x, *_parts(neurons), index, neurons.activation)
     return y

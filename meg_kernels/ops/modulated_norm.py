@@ -7,18 +7,30 @@ r is stream[b, t], or x[b, t] itself where nothing is added. Tokens are [B, T, D
 gate [B, D] hold for all tokens of a sample, and may be columns of one matrix for all blocks.
 Everything is computed in float32 (float64 for float64) and rounded once: first the stream, then
 what is made of the rounded stream. Source: Peebles & Xie 2023, section 3.2.
+
+Rounding, on every backend, for rows of any size within the dtype's range: with u = 2^-23,
+K = (D + 8) u, A the largest |r|, s = sqrt(variance + eps), z the normalised r, and
+t = K + 4K A/s + (2K A/s)^2,
+
+    |out - exact| <= E + eps' (|exact| + E) + tiny
+    E = |1 + scale| (2K A/s (1 + t) + |z| (t + 8u)) + 4u (|z (1 + scale)| + |shift|)
+
+with eps' and tiny of the dtype, while t <= 1/2: the spread of a row for which t is larger is
+drowned by the rounding of its mean. The stream errs by 4u (|x| + |gate update|) and one rounding.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from meg_kernels.arguments import check_alike, check_floating, check_number, check_tensors
 from meg_kernels.kernels.launching import rows_adjacent
 from meg_kernels.kernels.limits import DTYPES, MAX_WIDTH
 from meg_kernels.ops.backend import choose, refuse_gradient
 
+# In float32 neither 0, which a constant row would be divided by, nor infinity.
+MIN_EPS, MAX_EPS = 1e-30, 1e30
 SUPPORTED = {"triton": DTYPES, "cpu": None, "reference": None}
 
 
@@ -27,9 +39,19 @@ def modulated_layer_norm_reference(
 ) -> Tensor:
     """The definition in plain PyTorch, differentiable."""
     r, shift, scale = (_accumulated(part) for part in (x, shift[:, None], scale[:, None]))
+    return (_normalised(r, eps) * (1 + scale) + shift).to(x.dtype)
+
+
+def _normalised(r: Tensor, eps: float) -> Tensor:
+    """Every row less its mean, over the root of its variance + eps; all within r's dtype."""
+    # Rows whose squares would overflow are scaled by a power of two: exactly, and eps with them.
+    large, down = (2.0**56, 2.0**-72) if r.dtype == torch.float32 else (2.0**448, 2.0**-576)
+    is_large = r.abs().amax(-1, keepdim=True) > large
+    r = r * torch.where(is_large, down, 1.0)
     centred = r - r.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
-    return (centred * torch.rsqrt(variance + eps) * (1 + scale) + shift).to(x.dtype)
+    least = torch.where(is_large, max(eps * down * down, torch.finfo(r.dtype).tiny), eps)
+    return centred * torch.rsqrt(variance + least)
 
 
 def gated_residual_layer_norm_reference(
@@ -48,7 +70,11 @@ def _accumulated(part: Tensor) -> Tensor:
 def _cpu_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """The modulated norm in two passes over x."""
     shift, scale = _accumulated(shift[:, None]), _accumulated(scale[:, None])
-    normed = F.layer_norm(_accumulated(x), x.shape[-1:], eps=eps)
+    r = _accumulated(x)
+    normed, _, rstd = torch.native_layer_norm(r, x.shape[-1:], None, None, eps)
+    if rstd.numel() and not float(rstd.min()) > 0:  # the variance of a row has overflowed
+        again = ~(rstd[..., 0] > 0)
+        normed[again] = _normalised(r[again], eps)
     return torch.addcmul(shift, normed, 1 + scale, out=normed).to(x.dtype)
 
 
@@ -124,13 +150,16 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1
             float64 where the backend is not triton.
         shift: [B, D] of that dtype; rows may lie at any distance, as columns of a wider matrix do.
         scale: like shift.
-        eps: added to the variance.
+        eps: added to the variance, from 1e-30 to 1e30.
 
     Returns:
-        [B, T, D], contiguous, in the dtype of x.
+        [B, T, D], contiguous, in the dtype of x, finite for all finite rows whose result is. It
+        errs by at most (1 + |scale|) (2K A/s (1 + t) + |z| (t + 8u)) + 4u (|z (1 + scale)| +
+        |shift|) and a rounding; the module's docstring has the terms, and when that holds.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        TypeError: an argument is no tensor.
+        ValueError: shapes, dtypes or devices do not fit, or eps is out of range.
         RuntimeError: a gradient is asked for, or the backend that is forced
             (`meg_kernels.ops.backend`) cannot run.
 
@@ -139,7 +168,7 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1
     tensor([[[-1.5000,  3.5000]]])
     """
     parts = {"x": x, "shift": shift, "scale": scale}
-    _check("modulated_layer_norm", parts)
+    _check("modulated_layer_norm", parts, eps)
     return torch.ops.meg_kernels.modulated_layer_norm(*parts.values(), float(eps))
 
 
@@ -155,14 +184,15 @@ def gated_residual_layer_norm(
         gate: [B, D] of that dtype; rows may lie at any distance, as columns of a wider matrix do.
         shift: like gate.
         scale: like gate.
-        eps: added to the variance.
+        eps: added to the variance, from 1e-30 to 1e30.
 
     Returns:
         (stream, out), each [B, T, D], contiguous, in the dtype of x: the sum, rounded, and the
         modulated norm of that.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        TypeError: an argument is no tensor.
+        ValueError: shapes, dtypes or devices do not fit, or eps is out of range.
         RuntimeError: a gradient is asked for, or the backend that is forced
             (`meg_kernels.ops.backend`) cannot run.
 
@@ -173,13 +203,15 @@ def gated_residual_layer_norm(
     (tensor([[[1., 5.]]]), tensor([[[-1.0000,  3.0000]]]))
     """
     parts = {"x": x, "update": update, "gate": gate, "shift": shift, "scale": scale}
-    _check("gated_residual_layer_norm", parts)
+    _check("gated_residual_layer_norm", parts, eps)
     return torch.ops.meg_kernels.gated_residual_layer_norm(*parts.values(), float(eps))
 
 
-def _check(op: str, parts: dict[str, Tensor]) -> None:
+def _check(op: str, parts: dict[str, Tensor], eps: float) -> None:
+    check_tensors(**parts)
     x = parts["x"]
-    if x.dim() != 3 or not x.is_floating_point():
+    check_floating(x=x)
+    if x.dim() != 3:
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; it must be floating-point [B, T, D]")
     batch, _, width = x.shape
     if not 1 <= width <= MAX_WIDTH:
@@ -190,9 +222,6 @@ def _check(op: str, parts: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"{name} is {tuple(part.shape)}; beside x {tuple(x.shape)} it must be {expected}"
             )
-        if part.dtype != x.dtype or part.device != x.device:
-            raise ValueError(
-                f"{name} is {part.dtype} on {part.device}, x {x.dtype} on {x.device}; convert "
-                "them to one dtype, and move them to one device"
-            )
+    check_alike(**parts)
+    check_number("eps", eps, low=MIN_EPS, high=MAX_EPS)
     refuse_gradient(op, **parts)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meg_kernels.arguments import check_tensors
 from meg_kernels.kernels.launching import has_adjacent_rows
 from meg_kernels.kernels.limits import DTYPES
 from meg_kernels.ops.backend import choose, refuse_gradient
@@ -138,7 +139,12 @@ def solver_step(
         x_next: float32 [B, dim], the next state, contiguous.
         x0: float32 [B, dim], the clean sample that the prediction implies, contiguous.
 
+        Each errs by at most 8u times the sum of its terms' magnitudes, u = 2^-23 (x_next by d times
+        the error of x0 more, and its noise by 16u times the magnitude of std's exponent more),
+        where every term is within float32's range.
+
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: a shape, dtype, device or stride does not fit, or the table has no such row.
         RuntimeError: an argument requires a gradient, or the backend that is forced
             (`meg_kernels.ops.backend`) cannot run.
@@ -167,6 +173,9 @@ def _check(
     noise: Tensor | None,
     variance: Tensor | None,
 ) -> None:
+    tensors = {"x_t": x_t, "prediction": prediction, "previous_x0": previous_x0, "table": table}
+    optional = {"noise": noise, "variance": variance}
+    check_tensors(**tensors, **{name: part for name, part in optional.items() if part is not None})
     if x_t.dim() != 2:
         raise ValueError(f"x_t is {tuple(x_t.shape)}; it must be [B, dim]")
     if prediction.dtype not in DTYPES:
@@ -200,5 +209,7 @@ def _check(
                 f"be adjacent: call {name}.contiguous()"
             )
     refuse_gradient("solver_step", **{name: tensor for name, (tensor, *_) in expected.items()})
-    if not 0 <= step < steps:
-        raise ValueError(f"step is {step}; the table has rows 0 to {steps - 1}")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < steps:
+        raise ValueError(
+            f"step is {step!r}; the table has rows 0 to {steps - 1}, and step must be one of them"
+        )
