@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,19 @@ def smollm2_folder() -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+_TOKENIZING = threading.Lock()
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Any, **options: Any) -> Any:
+    """What `tokenizer(texts, **options)` returns, for threads that share it.
+
+    How to pad and to cut is kept in the tokenizer from one call to the next, so that two calls at
+    once would fail, or pad as the other one wants. They take turns.
+    """
+    with _TOKENIZING:
+        return tokenizer(texts, **options)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

@@ -28,6 +28,7 @@ from meg_kernels.pretrained import (
     load_encoder,
     ready_to_pad,
     save_tokenizer,
+    tokenized,
 )
 from meg_kernels.progress import progress_bar
 from meg_kernels.texts import as_texts
@@ -209,7 +210,7 @@ class TextEncoder(nn.Module):
         long = [i for i, text in enumerate(texts) if 2 * len(text.encode()) + 4 > self.max_tokens]
         if not long:
             return []
-        tokens = self.tokenizer([texts[i] for i in long], verbose=False).input_ids
+        tokens = tokenized(self.tokenizer, [texts[i] for i in long], verbose=False).input_ids
         return [i for i, ids in zip(long, tokens, strict=True) if len(ids) > self.max_tokens]
 
     def forward(self, texts: Sequence[str]) -> Tensor:
@@ -222,7 +223,8 @@ class TextEncoder(nn.Module):
         Returns:
             [N, dim] float32, on the model's device.
         """
-        tokens = self.tokenizer(
+        tokens = tokenized(
+            self.tokenizer,
             as_texts("texts", texts),
             padding=True,
             truncation=True,

@@ -17,6 +17,7 @@ from tiny import EDITED, FACTS, MIXED, MOST, QUERIES
 
 from meg_kernels import MeGEditor, MeGLinear, Neurons, attach
 from meg_kernels.nn import LowerLayers, last_feed_forward_sees
+from meg_kernels.pretrained import tokenized
 from meg_kernels.scoped import held, holding
 
 THREADS = 8
@@ -254,6 +255,19 @@ def test_parts_of_a_model_run_in_one_thread_while_others_run_it_whole(tiny_model
     assert all(torch.equal(one, expected) for one in (*found[2], *found[3]))
     assert torch.equal(whole(), expected)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_threads_that_share_a_tokenizer_take_turns():
+    tokenizer, texts = tiny.make_tokenizer(), ["Abo", FACTS[0].query]
+    plain = tokenized(tokenizer, texts).input_ids
+    assert len(set(map(len, plain))) > 1  # padding shows
+    padded = tokenized(tokenizer, texts, padding=True).input_ids
+
+    def repeat(expected, **options):
+        return all(tokenized(tokenizer, texts, **options).input_ids == expected for _ in range(300))
+
+    calls = [lambda: repeat(plain), lambda: repeat(padded, padding=True)] * (THREADS // 2)
+    assert all(at_once(*calls))
 
 
 # ---- calls that would go astray ------------------------------------------------------------------

@@ -27,6 +27,7 @@ import torch
 from meg_kernels.editing.general_ability import Perplexity
 from meg_kernels.editing.prompting import IGNORED, PromptedModel, answers_match
 from meg_kernels.facts import Fact
+from meg_kernels.pretrained import tokenized
 from meg_kernels.progress import progress_bar
 from meg_kernels.routing.neuron_cache import Served
 from meg_kernels.storage import WorkFolder, fingerprint, read_kept_json, write_kept_json
@@ -401,7 +402,7 @@ class Evaluation:
             return hits
         questions = [batch[i] for i in missed]
         tokenizer = self.prompted.tokenizer
-        pairs = [(tokenizer(batch[i].prompt).input_ids, wanted[i]) for i in missed]
+        pairs = [(tokenized(tokenizer, batch[i].prompt).input_ids, wanted[i]) for i in missed]
         targets = self.prompted.batch(pairs)
         counted = targets.labels != IGNORED
         with mounting([q.query for q in questions], [q.fact for q in questions]):

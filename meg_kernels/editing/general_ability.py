@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from meg_kernels.editing.prompting import PromptedModel
+from meg_kernels.pretrained import tokenized
 from meg_kernels.progress import progress_bar
 
 
@@ -86,7 +87,7 @@ def perplexity(
     base_loss = edited_loss = 0.0  # nats
     accepted = counted = 0
     for text in progress_bar(texts, desc="reading", unit="passage", shown=progress, leave=False):
-        tokens = prompted.tokenizer(text).input_ids[:longest]
+        tokens = tokenized(prompted.tokenizer, text).input_ids[:longest]
         if len(tokens) < 2:
             raise ValueError(f"the text {text!r} has {len(tokens)} tokens; two are needed at least")
         batch = prompted.batch([(tokens[:1], tokens[1:])])

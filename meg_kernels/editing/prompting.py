@@ -17,7 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from meg_kernels.facts import Fact, FactsError
 from meg_kernels.nn import input_device, last_feed_forward_sees
 from meg_kernels.nn.changed import hooked
-from meg_kernels.pretrained import check_tokenizer, check_tokens, embedded_tokens, ready_to_pad
+from meg_kernels.pretrained import (
+    check_tokenizer,
+    check_tokens,
+    embedded_tokens,
+    ready_to_pad,
+    tokenized,
+)
 from meg_kernels.texts import is_unicode, normalized, normalized_answer
 
 IGNORED = -100
@@ -87,12 +93,12 @@ def target_tokens(
     tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str
 ) -> tuple[list[int], list[int]]:
     """Token ids of `prompt` and of its target: a space, the answer, a full stop, end of text."""
-    prompt_ids = tokenizer(prompt).input_ids
-    whole = tokenizer(f"{prompt} {answer}.").input_ids
+    prompt_ids = tokenized(tokenizer, prompt).input_ids
+    whole = tokenized(tokenizer, f"{prompt} {answer}.").input_ids
     if whole[: len(prompt_ids)] == prompt_ids:
         target = whole[len(prompt_ids) :]
     else:
-        target = tokenizer(f" {answer}.", add_special_tokens=False).input_ids
+        target = tokenized(tokenizer, f" {answer}.", add_special_tokens=False).input_ids
     return prompt_ids, [*target, tokenizer.eos_token_id]
 
 
@@ -342,7 +348,7 @@ class PromptedModel:
             # Few tokens stand for less than a byte: most prompts need not be tokenized for this.
             if most is None or 2 * len(prompt.encode()) + max_new_tokens <= most:
                 continue
-            length = len(self.tokenizer(prompt).input_ids)
+            length = len(tokenized(self.tokenizer, prompt).input_ids)
             if length + max_new_tokens > most:
                 raise ValueError(
                     f"prompts[{place}], {_shortened(prompt)}, has {length} tokens; with "
@@ -401,7 +407,7 @@ class PromptedModel:
         """
         self.check_prompts(prompts, max_new_tokens, **generation)
         generation = {k: v for k, v in generation.items() if k not in OWN_KEYWORDS}
-        batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True)
+        batch = tokenized(self.tokenizer, list(prompts), return_tensors="pt", padding=True)
         check_tokens(batch["input_ids"], self.tokenizer, self.model)
         batch = batch.to(input_device(self.model))
         batch.pop("token_type_ids", None)

@@ -560,7 +560,7 @@ DIFFUSION = [
         "a beta of NaN",
         lambda _: NoiseSchedule(beta_start=NAN),
         ValueError,
-        ("nan", "finite number"),
+        ("nan", "number, above 0"),
     ),
     ("a beta as text", lambda _: NoiseSchedule(beta_end="0.02"), ValueError, ("'0.02'", "number")),
     (
