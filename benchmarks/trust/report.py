@@ -32,9 +32,10 @@ def _faults(part: Part) -> str:
     }
     said = (
         "`python -m benchmarks.trust.faults` runs each writing command of `meg` and kills it "
-        f"before {every} step that it takes in the file system, and in the midst of writing; it fills the "
-        "disk, takes the right to write, deletes the folder, and starts a second writer. After "
-        "each, the folder must load as it was or as it became, and the same command, started "
+        f"before {every} step that it takes in the file system, and in the midst of writing; "
+        "it fills the disk, takes the right to write, deletes the folder, and starts a second "
+        "writer. After each, the folder must load as it was or as it became, and the same "
+        "command, started "
         "again, must end as if nothing had happened or say what to do."
     )
     return f"{said}\n\n{markdown('Faults', [row])}"
