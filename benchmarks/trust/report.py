@@ -121,7 +121,8 @@ def _soak(part: Part) -> str:
     }
     said = (
         "`python -m benchmarks.trust.soak` adds, changes, asks, removes, trains, saves and loads, "
-        f"round after round, in {part['model']}."
+        f"round after round, in {part['model']} with the generator "
+        f"`{part.get('generator', 'bank')}`."
     )
     return f"{said}\n\n{markdown('Hours of it', [row])}"
 
