@@ -166,7 +166,7 @@ def test_a_state_is_on_the_disk_before_the_one_before_it_is_removed(editor, fold
             assert kind != "encoder"
             put = events.index(("rename", after[kind]))
             assert ("fsync", folder.name) in events[put:there]
-            assert events.index(("unlink", before[kind])) > there + 1
+            assert events.index(("rename", f"removed-{before[kind]}")) > there + 1
 
 
 # Who writes, and who reads
