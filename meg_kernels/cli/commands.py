@@ -37,9 +37,9 @@ from meg_kernels.cli.tables import (
     print_written,
     training_text,
 )
-from meg_kernels.cli.work import changing, resumable
+from meg_kernels.cli.work import changing, check_results, resumable
 from meg_kernels.facts import Fact, read_facts, unrelated_to
-from meg_kernels.storage import check_writable, write_json
+from meg_kernels.storage import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -271,7 +271,7 @@ def list_facts(folder: Folder, report: JsonFile = None) -> None:
     """
     from meg_kernels.routing.saving import load_edits
 
-    check_writable(report)
+    check_results(report)
     saved = load_edits(folder, "cpu")
     edits, serve_unlearnt = saved.edits, saved.config["serve_unlearnt"]
     states = zip(edits.facts, edits.generated.tolist(), edits.learnt.tolist(), strict=True)
@@ -378,7 +378,7 @@ def try_layers(
 
     chosen = None if layers is None else _numbers(layers)
     asked = _read_facts(facts, limit, on_conflict, zsre_target)
-    check_writable(report, plot)
+    check_results(report, plot)
     if plot is not None:
         check_plot(plot)  # now, not when the work is done
     with _loading(model):
@@ -433,7 +433,7 @@ def evaluate(
         from meg_kernels.integrations.lm_eval import evaluate_tasks
     elif task_path is not None or task_limit is not None:
         raise typer.BadParameter("--task-path and --task-limit need --tasks")
-    check_writable(report)
+    check_results(report)
     read = None if facts is None else _read_facts(facts, limit, on_conflict, zsre_target)
     editor = _load(folder, device, dtype)
     asked = editor.facts[:limit] if read is None else read
@@ -624,7 +624,7 @@ def demo(
     from meg_kernels import EditorConfig, EncoderTuningConfig, MeGEditor
     from meg_kernels.shipped import demo_facts
 
-    check_writable(report)
+    check_results(report)
     facts = demo_facts()[:limit]
     console.print(f"editing [bold]{len(facts)}[/] facts into SmolLM2-135M-Instruct")
     config = EditorConfig(

@@ -15,6 +15,7 @@ from meg_kernels.cli.tables import console
 from meg_kernels.locking import LockedError, WriterLock
 from meg_kernels.storage import (
     cache_folder,
+    check_writable,
     content_digest,
     fingerprint,
     make_folder,
@@ -41,6 +42,21 @@ class Change:
     def save(self, editor: MeGEditor) -> None:
         """Put the editor's edits into the folder."""
         self.writer.save(editor.edits, editor.encoder, editor.base, editor.config.to_dict())
+
+
+def check_results(*paths: Path | None) -> None:
+    """Refuse, before the work, files for results that could not be written or belong to edits.
+
+    Raises:
+        OSError: one is a folder, none can be made there, or it is a file of an edited model.
+    """
+    check_writable(*paths)
+    for path in paths:
+        if path is not None and path.exists() and (path.absolute().parent / "meg.json").exists():
+            raise FileExistsError(
+                f"{path} is in the folder of an edited model, and there already; choose another "
+                "file, so that the edits stay whole"
+            )
 
 
 @contextmanager

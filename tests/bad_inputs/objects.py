@@ -26,6 +26,7 @@ from meg_kernels import (
     read_facts,
 )
 from meg_kernels.cli.plots import check_plot
+from meg_kernels.cli.work import check_results
 from meg_kernels.pretrained import load_encoder, load_language_model, usable_device
 from meg_kernels.routing.generators import build_generator
 from meg_kernels.routing.hub import push_to_hub
@@ -138,6 +139,14 @@ PATHS = [
         _file(lambda path: _collects(work_folder=path)(path)),
         NotADirectoryError,
         ("could not write", "choose another"),
+    ),
+    Case(
+        "a report in place of the edits",
+        lambda folder: check_results(
+            *((folder / "meg.json").write_text("{}") and [folder / "meg.json"])
+        ),
+        FileExistsError,
+        ("meg.json is in the folder of an edited model", "choose another file"),
     ),
     Case(
         "a plot in no format",
