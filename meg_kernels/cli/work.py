@@ -50,13 +50,14 @@ def check_results(*paths: Path | None) -> None:
     Raises:
         OSError: one is a folder, none can be made there, or it is a file of an edited model.
     """
+    from meg_kernels.routing.manifest import KINDS, MANIFEST, is_name
+
     check_writable(*paths)
     for path in paths:
-        if path is not None and path.exists() and (path.absolute().parent / "meg.json").exists():
-            raise FileExistsError(
-                f"{path} is in the folder of an edited model, and there already; choose another "
-                "file, so that the edits stay whole"
-            )
+        if path is None or not path.exists():
+            continue
+        if path.name == MANIFEST or any(is_name(kind, path.name) for kind in KINDS):
+            raise FileExistsError(f"{path} is a file of an edited model; choose another file")
 
 
 @contextmanager

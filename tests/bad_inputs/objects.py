@@ -146,7 +146,7 @@ PATHS = [
             *((folder / "meg.json").write_text("{}") and [folder / "meg.json"])
         ),
         FileExistsError,
-        ("meg.json is in the folder of an edited model", "choose another file"),
+        ("meg.json is a file of an edited model", "choose another file"),
     ),
     Case(
         "a plot in no format",
