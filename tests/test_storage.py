@@ -12,7 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -171,11 +171,9 @@ def test_what_a_kill_left_is_written_over(tmp_path, write):
 
 def test_writers_of_one_file_take_turns_and_the_last_one_stays(tmp_path):
     path, texts = tmp_path / "file", [str(i) * 100_000 for i in range(8)]
-    threads = [threading.Thread(target=write_text, args=(path, text)) for text in texts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(texts)) as pool:
+        for written in [pool.submit(write_text, path, text) for text in texts]:
+            written.result()
     assert path.read_text() in texts
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

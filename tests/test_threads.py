@@ -6,18 +6,22 @@ import asyncio
 import contextvars
 import copy
 import dataclasses
+import os
 import random
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
 import torch
-from tiny import EDITED, FACTS, MIXED, MOST, QUERIES
+from tiny import EDITED, FACTS, MIXED, MOST, PARAPHRASES, QUERIES
 
-from meg_kernels import MeGEditor, MeGLinear, Neurons, attach
+from meg_kernels import MeGEditor, MeGLinear, Neurons, attach, checkpoints
 from meg_kernels.nn import LowerLayers, last_feed_forward_sees
+from meg_kernels.nn.changed import replaced
 from meg_kernels.pretrained import tokenized
+from meg_kernels.routing.router import Router, RoutingConfig
 from meg_kernels.scoped import held, holding
 
 THREADS = 8
@@ -71,6 +75,24 @@ def test_blocks_are_left_in_any_order():
     assert (held(first), held(second)) == (None, 2)
     inner.__exit__(None, None, None)
     assert held(second) is None
+
+
+def test_blocks_of_one_owner_are_left_in_any_order():
+    owner = object()
+    outer, inner = holding({owner: 1}), holding({owner: 2})
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert held(owner) == 2
+    inner.__exit__(None, None, None)
+    assert held(owner) is None
+
+
+def test_what_a_block_held_ends_with_it_also_for_what_was_started_inside():
+    owner = object()
+    with holding({owner: 1}):
+        context = contextvars.copy_context()
+    assert context.run(held, owner) is None
 
 
 def test_an_inner_value_hides_the_outer_one():
@@ -257,6 +279,74 @@ def test_parts_of_a_model_run_in_one_thread_while_others_run_it_whole(tiny_model
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.fixture
+def switching():
+    """Threads give way to each other as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_a_method_is_given_back_to_all_while_others_call_it(switching):
+    module, x, stop = torch.nn.Identity(), torch.ones(1), threading.Event()
+    places = {(module, "forward"): lambda x: x + 1}
+
+    def call():
+        said = set()
+        while not stop.is_set():
+            said.add(module(x).item())
+        return said
+
+    def change():
+        try:
+            for _ in range(1000):
+                with replaced(places, everywhere=True):
+                    pass
+        finally:
+            stop.set()
+
+    assert at_once(change, call, call)[1] <= {1.0, 2.0}
+    assert "forward" not in vars(module)
+
+
+def test_what_somebody_else_put_in_place_of_a_method_stays():
+    module = torch.nn.Identity()
+    with replaced({(module, "forward"): lambda x: x + 1}, everywhere=True):
+        inner = module.forward
+        module.forward = lambda x: 10 * inner(x)
+        assert module(1) == 20
+    assert module(1) == 10
+
+
+def test_a_copy_is_not_what_somebody_has_replaced_meanwhile(editor):
+    with replaced({(editor.model, "forward"): lambda *_, **__: 0}, everywhere=True):
+        module = copy.deepcopy(editor.model)
+    assert module.forward.__self__ is module
+    with editor.serving():
+        twin = copy.deepcopy(editor)
+        weights = [p for p in twin.model.parameters() if p.dim() > 1]
+        assert twin.generate(QUERIES, MOST) == [fact.answer for fact in EDITED]
+    with torch.no_grad():
+        for weight in weights:
+            weight.zero_()
+    assert twin.generate(QUERIES[:1], MOST) != [EDITED[0].answer]
+    twin.detach()
+
+
+def test_loading_changes_no_setting_of_the_process_for_good(tmp_path, switching):
+    variable = checkpoints._NO_CONVERSION
+    assert variable not in os.environ
+
+    def load():
+        for _ in range(300):
+            with checkpoints.reaching(tmp_path):
+                assert os.environ[variable] == "1"
+
+    at_once(*[load] * 4)
+    assert variable not in os.environ
+
+
 def test_threads_that_share_a_tokenizer_take_turns():
     tokenizer, texts = tiny.make_tokenizer(), ["Abo", FACTS[0].query]
     plain = tokenized(tokenizer, texts).input_ids
@@ -298,6 +388,37 @@ def test_both_attachments_know_of_beams(tiny_model):
     assert said.shape == (2, 7)
 
 
+def test_calls_that_share_neurons_have_beams_of_their_own(tiny_model):
+    model = tiny_model("llama")
+    attached = attach(model, LAYER)
+    ids = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), attached.neurons(some_neurons(0, 2)):
+        three = {"input_ids": ids.repeat_interleave(3, 0), "use_cache": False}
+        model._expand_inputs_for_generation(expand_size=3, input_ids=ids)
+        other = contextvars.copy_context()
+        with ThreadPoolExecutor(1) as pool:
+            expand = model._expand_inputs_for_generation
+            pool.submit(other.run, lambda: expand(expand_size=1, input_ids=ids)).result()
+        model(**three)
+
+
+def test_attaching_at_once_takes_turns(tiny_model, switching):
+    model = tiny_model("llama")
+    before = dict(vars(model))
+
+    def attached(layer):
+        try:
+            return [attach(model, layer)]
+        except ValueError:
+            return []
+
+    for _ in range(20):
+        made = at_once(*(lambda layer=layer: attached(layer) for layer in (0, 0, 1, 2)))
+        assert [len(made[0]) + len(made[1]), len(made[2]), len(made[3])] == [1, 1, 1]
+        at_once(*(one.detach for each in made for one in each))
+        assert dict(vars(model)) == before
+
+
 def test_a_copy_of_a_model_carries_no_neurons_and_can_be_attached(tiny_model):
     model = tiny_model("llama")
     attached = attach(model, LAYER)
@@ -319,6 +440,7 @@ def test_a_copy_of_a_model_carries_no_neurons_and_can_be_attached(tiny_model):
     again.detach()
     assert type(twin) is type(model) and torch.equal(logits(twin), plain)
     assert not twin.model.layers[LAYER].mlp._forward_hooks
+    assert twin._expand_inputs_for_generation.__self__ is twin
     with pytest.raises(ValueError, match="carries neurons already"):
         attach(model, LAYER)
 
@@ -371,11 +493,15 @@ def test_checkpointed_layers_run_again_with_the_neurons_of_the_first_time(
         for part in model.modules():
             if hasattr(part, "dropout") and isinstance(part.dropout, float):
                 part.dropout = 0.0
-    plain = [gradient(seed, then) for seed, then in ((0, None), (None, None), (0, 1), (None, 1))]
-    assert not torch.allclose(plain[0], plain[1])
+    # First one before any neurons were mounted.
+    calls = ((None, 1), (0, None), (None, None), (0, 1), (None, 1))
+    plain = [gradient(seed, then) for seed, then in calls]
+    assert not torch.allclose(plain[1], plain[2])
+    attached.detach()
+    attached = attach(model, LAYER)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    again = [gradient(seed, then) for seed, then in ((0, None), (None, None), (0, 1), (None, 1))]
+    again = [gradient(seed, then) for seed, then in calls]
     for expected, found in zip(plain, again, strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -392,6 +518,7 @@ def test_a_checkpoint_around_the_whole_model_is_refused_outside_of_the_block(tin
     def loss():
         return torch.utils.checkpoint.checkpoint(whole, ids, use_reentrant=False).square().mean()
 
+    loss().backward()  # there were none
     with attached.neurons(some_neurons(0, 2)):
         loss().backward()  # here the neurons are the same
         outside = loss()
@@ -505,6 +632,50 @@ def test_editing_goes_on_beside_answers_that_are_those_before_or_after():
     at_once(change, ask, ask)
     assert not wrong
     assert editor.generate([f.query for f in added], MOST) == [f.answer for f in added]
+
+
+def test_what_is_measured_stays_as_it_is_until_it_is_measured():
+    editor = tiny.make_editor(tiny.BANK)
+    tiny.edit(editor)
+    expected = editor.evaluate().metrics
+    other = threading.Thread(target=editor.remove, args=(EDITED[0],))
+
+    def change(*_):
+        if other.ident is None:
+            other.start()
+            other.join(0.5)  # it waits for us
+
+    handle = editor.model.register_forward_pre_hook(change)
+    assert editor.evaluate().metrics == expected
+    handle.remove()
+    other.join()
+    assert len(editor.facts) == len(EDITED) - 1
+
+
+def test_a_batch_on_its_way_ends_with_the_configuration_that_it_began_with(editor):
+    router = Router(editor.encoder, editor.edits, RoutingConfig(snap=False), editor.router.device)
+    routing = router.route(PARAPHRASES)
+    assert routing.accepted.any()
+    expected = router.neurons(routing)[0]
+    router.config = RoutingConfig(snap=True)
+    assert torch.equal(router.neurons(routing)[0].value, expected.value)
+    assert len(router.neurons(router.route(PARAPHRASES))[0]) < len(expected)
+
+
+def test_no_change_of_what_is_routed_by_undoes_another_one(editor, switching):
+    router = Router(editor.encoder, editor.edits)
+    configs = [RoutingConfig(), RoutingConfig(serve_unlearnt=True)]
+
+    def configure():
+        for i in range(2000):
+            router.config = configs[i % 2]
+
+    def put():
+        for i in range(2000):
+            router.put(None if i % 2 else editor.edits)
+            assert (router.edits is None) == bool(i % 2)
+
+    at_once(configure, put)
 
 
 def test_two_additions_at_once_are_both_kept():
