@@ -21,6 +21,7 @@ from meg_kernels import MeGEditor, MeGLinear, Neurons, attach, checkpoints
 from meg_kernels.nn import LowerLayers, last_feed_forward_sees
 from meg_kernels.nn.changed import replaced
 from meg_kernels.pretrained import tokenized
+from meg_kernels.routing.neuron_cache import Served
 from meg_kernels.routing.router import Router, RoutingConfig
 from meg_kernels.scoped import held, holding
 
@@ -277,6 +278,8 @@ def test_parts_of_a_model_run_in_one_thread_while_others_run_it_whole(tiny_model
     assert all(torch.equal(one, expected) for one in (*found[2], *found[3]))
     assert torch.equal(whole(), expected)
     assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.fixture
@@ -307,6 +310,56 @@ def test_a_method_is_given_back_to_all_while_others_call_it(switching):
             stop.set()
 
     assert at_once(change, call, call)[1] <= {1.0, 2.0}
+    assert "forward" not in vars(module)
+
+
+def test_each_block_gives_back_what_it_replaced_and_no_more():
+    module = torch.nn.Identity()
+    module.forward = own = lambda x: x
+    place = (module, "forward")
+    with replaced({place: lambda x: x + 1}), ThreadPoolExecutor(1) as pool:
+        with replaced({place: lambda x: x + 2}, everywhere=True):
+            with replaced({place: lambda x: x + 3}, everywhere=True):
+                assert (module(1), pool.submit(module, 1).result()) == (2, 4)
+            assert pool.submit(module, 1).result() == 3
+        assert (module(1), pool.submit(module, 1).result()) == (2, 1)
+    assert vars(module)["forward"] is own
+
+
+class Slow(torch.nn.Module):
+    """A module whose method takes its time to be found, for others to look for it meanwhile."""
+
+    class Method:
+        def __get__(self, module, kind):
+            meanwhile, module.meanwhile = module.meanwhile, None
+            if meanwhile is not None:
+                meanwhile()
+            return lambda x: x
+
+    meanwhile = None
+    forward = Method()
+
+
+def let_go_on(thread: threading.Thread) -> None:
+    """Let it run to its end, or to where it has to wait for us."""
+    thread.start()
+    thread.join(0.5)
+
+
+def test_two_that_replace_a_method_at_once_both_do():
+    module, said, leave = Slow(), [], threading.Event()
+
+    def other():
+        with replaced({(module, "forward"): lambda x: x + 2}):
+            leave.wait()
+            said.append(module(1))
+
+    thread = threading.Thread(target=other)
+    module.meanwhile = lambda: let_go_on(thread)
+    with replaced({(module, "forward"): lambda x: x + 1}):
+        leave.set()
+        thread.join()
+        assert (module(1), said) == (2, [3])
     assert "forward" not in vars(module)
 
 
@@ -662,20 +715,42 @@ def test_a_batch_on_its_way_ends_with_the_configuration_that_it_began_with(edito
     assert len(router.neurons(router.route(PARAPHRASES))[0]) < len(expected)
 
 
-def test_no_change_of_what_is_routed_by_undoes_another_one(editor, switching):
+class SlowRouter(Router):
+    """A router whose edits take their time to be read, for others to put other ones meanwhile."""
+
+    meanwhile = None
+
+    @property
+    def edits(self):
+        found, meanwhile, self.meanwhile = self._by.edits, self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        return found
+
+
+def test_a_configuration_does_not_bring_back_edits_that_were_replaced_meanwhile(editor):
+    router = SlowRouter(editor.encoder, editor.edits)
+    thread = threading.Thread(target=router.put, args=(None,))
+    router.meanwhile = lambda: let_go_on(thread)
+    Router.config.fset(router, RoutingConfig(serve_unlearnt=True))
+    thread.join()
+    assert router.edits is None and router.config.serve_unlearnt
+
+
+def test_every_query_is_counted(editor):
+    class SlowCount(Served):
+        def __add__(self, more):
+            if not thread.ident:
+                let_go_on(thread)
+            return super().__add__(more)
+
     router = Router(editor.encoder, editor.edits)
-    configs = [RoutingConfig(), RoutingConfig(serve_unlearnt=True)]
-
-    def configure():
-        for i in range(2000):
-            router.config = configs[i % 2]
-
-    def put():
-        for i in range(2000):
-            router.put(None if i % 2 else editor.edits)
-            assert (router.edits is None) == bool(i % 2)
-
-    at_once(configure, put)
+    routing = router.route(QUERIES)
+    thread = threading.Thread(target=router.neurons, args=(routing,))
+    router.served = SlowCount()
+    router.neurons(routing)
+    thread.join()
+    assert router.served.queries == 2 * len(QUERIES)
 
 
 def test_two_additions_at_once_are_both_kept():
