@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -257,6 +258,38 @@ def test_work_that_was_interrupted_once_it_had_saved_is_done(editor, folder):
         assert writer.has_saved
     with writing(folder, "work") as writer:  # once more is another time
         assert not writer.has_saved
+
+
+def test_work_that_had_saved_stays_done_where_nobody_can_write_meanwhile(
+    editor, folder, monkeypatch
+):
+    with pytest.raises(KeyboardInterrupt), writing(folder, "work") as writer:
+        editor.remove(tiny.EDITED[0])
+        saved_by(writer, editor)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "_tidy", lambda _: (folder / "absent").unlink())
+        with pytest.raises(OSError, match="cannot be written"), writing(folder, "work"):
+            pass
+    with writing(folder, "work") as writer:
+        assert writer.has_saved
+
+
+def test_a_state_that_is_there_is_not_said_to_be_unchanged(editor, folder, monkeypatch):
+    fsync, replaced = os.fsync, []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *given: (replaced.append(given[1]), replace(*given)))
+
+    def fail(handle):
+        if folder / MANIFEST in replaced:
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    editor.remove(tiny.EDITED[0])
+    with pytest.raises(OSError, match=r"meg.json is written, but may be lost if the power fails"):
+        editor.save_pretrained(folder)
+    assert facts_in(folder) == editor.facts and names(folder) == ours(folder)
 
 
 def test_work_that_another_state_has_taken_the_place_of_is_not_done(editor, folder, tmp_path):
