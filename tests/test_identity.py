@@ -125,6 +125,16 @@ def test_a_model_that_was_trained_further_is_another(tiny_model, dtype, trained,
     assert compared(model, further).different == (f"the weights of its {part} are others",)
 
 
+def test_every_column_of_a_large_matrix_is_looked_at(tiny_model):
+    large = {"intermediate_size": 1024}
+    for column in (1, 2, 3):
+        model = tiny_model("llama", **large)
+        with torch.no_grad():
+            model.model.layers[LAYER].mlp.down_proj.weight[:, column::4] += 1
+        different = compared(tiny_model("llama", **large), model).different
+        assert different == ("the weights of its layer 1 are others",)
+
+
 def test_another_shape_and_another_layer_are_named(tiny_model):
     deeper = tiny_model("llama", num_hidden_layers=4)
     assert compared(tiny_model("llama"), deeper).different == ("num_hidden_layers is 4, not 3",)

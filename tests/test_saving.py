@@ -167,7 +167,13 @@ def test_an_encoder_is_on_the_disk_before_it_is_put_in_its_place(editor, tmp_pat
         assert ("fsync", name) in events[:put], name
 
 
-def test_a_state_is_on_the_disk_before_the_one_before_it_is_removed(editor, folder, events):
+def test_a_state_is_on_the_disk_before_the_one_before_it_is_removed(
+    editor, folder, events, monkeypatch
+):
+    in_any_order = Path.iterdir
+    monkeypatch.setattr(  # the list of names first
+        Path, "iterdir", lambda path: iter(sorted(in_any_order(path), reverse=True))
+    )
     before = read_manifest(folder)["files"]
     editor.remove(tiny.EDITED[0])
     editor.save_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import copy
 import dataclasses
@@ -19,7 +20,8 @@ from tiny import EDITED, FACTS, MIXED, MOST, PARAPHRASES, QUERIES
 
 from meg_kernels import MeGEditor, MeGLinear, Neurons, attach, checkpoints
 from meg_kernels.nn import LowerLayers, last_feed_forward_sees
-from meg_kernels.nn.changed import replaced
+from meg_kernels.nn.changed import replaced, uncompiled
+from meg_kernels.nn.mounted import EMPTY, Mounted, Place
 from meg_kernels.pretrained import tokenized
 from meg_kernels.routing.neuron_cache import Served
 from meg_kernels.routing.router import Router, RoutingConfig
@@ -157,6 +159,33 @@ def test_each_thread_has_its_own_neurons_in_a_meglinear():
     for expected, all_found in zip(alone, found, strict=True):
         assert all(torch.equal(expected, one) for one in all_found)
     assert torch.equal(layer(x), layer.project(x))
+
+
+def test_a_place_knows_whether_anybody_uses_it_and_learns():
+    place, cpu = Place(), torch.device("cpu")
+    plain, learning = some_neurons(0, 2), some_neurons(1, 2)
+    learning.value.requires_grad_()
+    plain, learning = (
+        Mounted.at(cpu, torch.float32, neurons, None) for neurons in (plain, learning)
+    )
+
+    def state():
+        return place.in_use, place.learns
+
+    with place.holding(EMPTY):
+        assert state() == (False, False)
+    with ThreadPoolExecutor(1) as pool, place.holding(plain):
+        assert state() == (True, False)
+        other = place.holding(learning)
+        pool.submit(other.__enter__).result()
+        assert state() == (True, True)
+        pool.submit(other.__exit__, None, None, None).result()
+        assert state() == (True, False)
+    assert state() == (False, False)
+    place.everywhere = learning
+    assert state() == (True, True)
+    place.everywhere = None
+    assert state() == (False, False)
 
 
 def test_what_is_mounted_from_now_on_is_there_for_all_threads_but_those_with_their_own():
@@ -361,6 +390,24 @@ def test_two_that_replace_a_method_at_once_both_do():
         thread.join()
         assert (module(1), said) == (2, [3])
     assert "forward" not in vars(module)
+
+
+def test_compiled_code_runs_again_once_all_have_left_in_whatever_way():
+    ran, x = [], torch.ones(2)
+
+    def backend(graph, _):
+        return lambda *args: (ran.append(1), graph.forward(*args))[1]
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    compiled(x)
+    ran.clear()
+    with uncompiled():
+        with contextlib.suppress(KeyError), uncompiled():
+            raise KeyError
+        compiled(x)
+    assert not ran
+    compiled(x)
+    assert ran
 
 
 def test_what_somebody_else_put_in_place_of_a_method_stays():
