@@ -107,6 +107,7 @@ def test_what_was_rounded_once_is_known_in_both_16_bit_types(tiny_model):
     assert result.different == result.unknown == ()
 
 
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("trained", "part"),
@@ -116,8 +117,8 @@ def test_what_was_rounded_once_is_known_in_both_16_bit_types(tiny_model):
         ("model.embed_tokens.weight", "embeddings"),
     ],
 )
-def test_a_model_that_was_trained_further_is_another(tiny_model, dtype, trained, part):
-    model, further = tiny_model("llama"), tiny_model("llama").to(dtype)
+def test_a_model_that_was_trained_further_is_another(tiny_model, own, dtype, trained, part):
+    model, further = tiny_model("llama").to(own), tiny_model("llama").to(dtype)
     weight = further.get_parameter(trained)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -188,6 +188,18 @@ def test_a_place_knows_whether_anybody_uses_it_and_learns():
     assert state() == (False, False)
 
 
+def test_what_compiled_code_calls_leaves_its_arguments_as_they_are():
+    place, y = Place(), torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
+    before, x = y.clone(), torch.ones(2, 32)
+    run = torch.ops.meg_kernels.add_mounted
+    neurons = Mounted.at(y.device, y.dtype, some_neurons(0, 2), None)
+    with place.holding(neurons):
+        assert torch.equal(run(y, x, None, place.name), place.add(y.clone(), x))
+    assert torch.equal(y, before)
+    alone = run(y, x, None, place.name)
+    assert torch.equal(alone, y) and alone.data_ptr() != y.data_ptr()
+
+
 def test_what_is_mounted_from_now_on_is_there_for_all_threads_but_those_with_their_own():
     layer, x = MeGLinear(6, 5), torch.randn(2, 3, 6)
     everywhere, own = (Neurons(torch.randn(2, 6), None, torch.randn(2, 5)) for _ in range(2))
