@@ -184,6 +184,8 @@ def test_a_place_knows_whether_anybody_uses_it_and_learns():
     assert state() == (False, False)
     place.everywhere = learning
     assert state() == (True, True)
+    with place.holding(EMPTY):
+        assert place.mounted is None
     place.everywhere = None
     assert state() == (False, False)
 
