@@ -26,7 +26,7 @@ OLDEST ?= $(shell for python in python$(FLOOR) $$(pyenv whence --path python$(FL
 	do $$python -c pass 2>/dev/null && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-plain-cpu test-minimum lint format docs bench gpu clean
+.PHONY: help demo test test-fast test-plain-cpu test-minimum soak lint format docs bench gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ test-minimum: build/minimum.txt ## run the tests with the oldest versions that p
 	@test -n "$(OLDEST)" || echo "PYTHON $(FLOOR) IS NOT HERE: they run on $$($(PYTHON) -V) instead"
 	$(MAKE) test VENV=build/minimum PYTHON="$(or $(OLDEST),$(PYTHON))" CONSTRAINT=build/minimum.txt \
 		TORCH=torch TRITON=triton
+
+soak: $(VENV)/.test-stamp ## edit, ask, add, remove and train for hours, and watch the memory (ARGS="--minutes 2")
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.trust.soak $(ARGS)
 
 lint: $(VENV)/.test-stamp ## check style, formatting and types
 	$(BIN)/ruff check .

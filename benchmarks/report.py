@@ -4,7 +4,8 @@
 
 The races' tables go into speed.md, between the markers `<!-- benchmarks:begin -->` and
 `<!-- benchmarks:end -->`, those of a study of quality into quality.md, between markers of the
-study's name; to the screen where a page has no such markers. Plots go to docs/results/plots/.
+study's name, those of trust.json into trust.md; to the screen where a page has no such markers.
+Plots go to docs/results/plots/.
 Nothing is written that was not measured: what a file does not hold is a row that the table does not
 have.
 """
@@ -20,10 +21,13 @@ from typing import Any
 
 from benchmarks.measure import in_units
 from benchmarks.quality.report import STUDIES, figure, image, markdown
+from benchmarks.trust import report as trust
 
 FOLDER = Path(__file__).parent
 PAGES = FOLDER.parent / "docs" / "results"
-RACES = "benchmarks"  # the markers of the races' tables; studies have their own names
+# The markers of the races' tables, and of trust.json's; studies have their own names.
+RACES, TRUST = "benchmarks", "trust"
+PAGE_OF = {RACES: "speed.md", TRUST: "trust.md"}
 NOTHING = "no neurons"  # the baseline that does less than we do: there a speed-up is a cost
 
 Record = Mapping[str, Any]  # the extra_info of a race: benchmarks.measure.Race
@@ -351,11 +355,13 @@ def main(arguments: Sequence[str]) -> int:
     for study, write in STUDIES.items():
         if text := write(studies, plots):
             sections[study] = f"{text}\n\n{sources(files[study])}"
+    if text := trust.page(contents.get("trust.json", {})):
+        sections[TRUST] = text
     if not sections:
         print("no races in these files; pytest writes them with --benchmark-json", file=sys.stderr)
         return 1
     for name, content in sections.items():
-        page = PAGES / ("speed.md" if name == RACES else "quality.md")
+        page = PAGES / PAGE_OF.get(name, "quality.md")
         updated = between_markers(page.read_text(encoding="utf-8"), name, content)
         if updated is None:
             print(content)

@@ -45,6 +45,8 @@ ACTIVATIONS = {
     "relu": torch.relu,
 }
 PLACES = {"opt": ("fc1", "fc2")}
+if transformers.__version__.startswith("4."):
+    PLACES["mixtral"] = ("block_sparse_moe", "block_sparse_moe")
 
 
 @contextlib.contextmanager

@@ -338,7 +338,7 @@ def test_list_shows_each_fact_and_where_its_neuron_comes_from(edited, tmp_path, 
     ]
     assert "5 facts are edited; 1 of them with collected neurons, 1 not learnt, 1 left" in shown
     manifest["config"]["serve_unlearnt"] = True
-    (out / "meg.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (out / "meg.json").write_text(json.dumps(sealed(manifest)), encoding="utf-8")
     shown = run("list", out)
     assert facts_table(shown)[1][-1] == "no" and "1 not learnt, 0 left to the base" in shown
 

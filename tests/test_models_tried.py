@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import transformers
 from torch import nn
@@ -11,6 +13,9 @@ from meg_kernels import attach
 from meg_kernels.nn.families import decoder_layers
 
 LISTED = listed(PAGE)
+MADE_WITH = re.search(r"with transformers (\d+)\.", PAGE.read_text())[1]
+# Another major version builds some types in other ways, and names some blocks otherwise.
+SAME_MAJOR = transformers.__version__.split(".")[0] == MADE_WITH
 
 
 def test_the_page_lists_more_than_the_45_types_that_were_asked_for():
@@ -22,8 +27,11 @@ def test_the_neurons_of_a_listed_model_type_are_those_of_the_definition(model_ty
     if model_type not in model_types():
         pytest.skip(f"transformers {transformers.__version__} does not know it")
     tried = try_type(model_type)
+    if not SAME_MAJOR and tried.reason.startswith("not tried: "):
+        pytest.skip(f"with transformers {transformers.__version__} {tried.reason}")
     assert tried.carries, tried.reason
-    assert (tried.where, tried.neuron) == LISTED[model_type]
+    where, neuron = LISTED[model_type]
+    assert tried.neuron == neuron and (tried.where == where or not SAME_MAJOR)
 
 
 def test_a_model_without_feed_forward_layers_is_refused_with_what_it_has():

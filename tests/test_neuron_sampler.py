@@ -36,8 +36,16 @@ CONFIGS = {
     "ddpm": SamplerConfig("ddpm", 4, "respaced"),
 }
 FOUR_STEPS = SamplerConfig(num_steps=4)
-# Sums over at most 64 products, through two blocks and four steps, in another order.
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def assert_close(neurons: Tensor, expected: Tensor) -> None:
+    """But for the order of float32 sums of 64 products in each of four steps.
+
+    Against the largest weight: predicting noise, the first steps are 150 times the last, and what
+    they round stays.
+    """
+    atol = 4 * 64 * torch.finfo(torch.float32).eps * expected.abs().max().item()
+    torch.testing.assert_close(neurons, expected, rtol=0, atol=atol)
 
 
 def network(seed=0, **changes) -> NeuronDiT:
@@ -70,7 +78,7 @@ def test_neurons_are_those_of_the_plain_sampler(shape, config):
     expected = plainly(dit, condition, config)
     neurons = NeuronSampler(dit, SCHEDULE, config, EXACT)(condition)
     assert neurons.dtype == torch.float32 and expected.std() > 0.1
-    torch.testing.assert_close(neurons, expected, **CLOSE)
+    assert_close(neurons, expected)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -94,10 +102,10 @@ def test_conditioning_ahead_of_its_steps_keeps_to_its_budget(monkeypatch, held):
     sizes, product = [], sampler._modulation
     sampler._modulation = lambda x: sizes.append(len(x)) or product(x)
     sampler._modulation.out_features = width
-    torch.testing.assert_close(sampler(condition), expected, **CLOSE)
+    assert_close(sampler(condition), expected)
     assert sizes == {1: [1] * 5, 3: [3, 2], 5: [5]}[held]
     monkeypatch.setattr(neuron_sampler, "MODULATION_BYTES", 0)
-    torch.testing.assert_close(sampler(condition), expected, **CLOSE)
+    assert_close(sampler(condition), expected)
 
 
 def test_many_conditions_go_through_in_chunks(monkeypatch):
@@ -105,7 +113,7 @@ def test_many_conditions_go_through_in_chunks(monkeypatch):
     sampler, condition = NeuronSampler(dit, SCHEDULE, config, EXACT), conditions(7, dit)
     expected = sampler(condition)
     monkeypatch.setattr(neuron_sampler, "CHUNK", 3)
-    torch.testing.assert_close(sampler(condition), expected, **CLOSE)
+    assert_close(sampler(condition), expected)
 
 
 def test_no_conditions_give_no_neurons():
@@ -129,7 +137,7 @@ def test_conditions_may_be_of_any_floating_dtype(dtype):
     condition = conditions(2, dit).to(dtype)
     expected = plainly(dit, condition.float(), FOUR_STEPS)
     result = NeuronSampler(dit, SCHEDULE, FOUR_STEPS, EXACT)(condition)
-    torch.testing.assert_close(result, expected, **CLOSE)
+    assert_close(result, expected)
 
 
 def test_bfloat16_rounds_and_the_state_stays_float32():
@@ -157,7 +165,7 @@ def test_pytorchs_attention_gives_the_same():
     ours = NeuronSampler(dit, SCHEDULE, FOUR_STEPS, EXACT)(condition)
     sdpa = Execution(precision="float32", attention="sdpa")
     theirs = NeuronSampler(dit, SCHEDULE, FOUR_STEPS, sdpa)(condition)
-    torch.testing.assert_close(theirs, ours, **CLOSE)
+    assert_close(theirs, ours)
 
 
 def test_more_tokens_than_our_attention_takes():
@@ -166,7 +174,7 @@ def test_more_tokens_than_our_attention_takes():
     with pytest.raises(ValueError, match="129 tokens; attention='ours' takes up to 128"):
         NeuronSampler(dit, SCHEDULE, FOUR_STEPS, Execution(attention="ours"))
     result = NeuronSampler(dit, SCHEDULE, FOUR_STEPS, EXACT)(condition)
-    torch.testing.assert_close(result, plainly(dit, condition, FOUR_STEPS), **CLOSE)
+    assert_close(result, plainly(dit, condition, FOUR_STEPS))
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there it may run")
@@ -226,7 +234,7 @@ def test_a_changed_network_makes_the_sampler_stale(change):
     change(dit)
     assert not sampler.is_current(config, EXACT)
     again = NeuronSampler(dit, SCHEDULE, config, EXACT)(condition)
-    torch.testing.assert_close(again, plainly(dit, condition, config), **CLOSE)
+    assert_close(again, plainly(dit, condition, config))
 
 
 @pytest.mark.usefixtures("faster_interpreter", "poisoned_memory")
@@ -240,7 +248,7 @@ def test_every_backend_of_its_ops_gives_the_same(name, shape):
     expected = plainly(dit, condition, config)
     with backend(name):
         result = NeuronSampler(dit, SCHEDULE, config, EXACT)(condition)
-    torch.testing.assert_close(result, expected, **CLOSE)
+    assert_close(result, expected)
 
 
 def test_autocast_around_it_changes_nothing():
@@ -302,4 +310,4 @@ def test_a_compiled_loop_gives_the_same_neurons():
     dit, config = network(depth=1), SamplerConfig("dpmsolver++", 3)
     sampler = NeuronSampler(dit, SCHEDULE, config, Execution(precision="float32", compile=True))
     condition = conditions(3, dit)
-    torch.testing.assert_close(sampler(condition), plainly(dit, condition, config), **CLOSE)
+    assert_close(sampler(condition), plainly(dit, condition, config))

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import on_gpu, report
 from benchmarks.measure import Case, Ceilings, Passed, Race, Spread, Way, name_of, summary
+from benchmarks.trust import report as trust
 from meg_kernels.editing.evaluate import METRICS
 from meg_kernels.editing.layers import LayerQuality
 
@@ -428,3 +429,23 @@ def test_a_machine_without_a_gpu_is_told_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert on_gpu.main([str(tmp_path)]) == 2
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_what_was_measured_of_trust_is_told_part_by_part():
+    about = {"date": "2026-01-02", "cpu": "A CPU"}
+    counts = {"refused": 5, "silent": 1, "another error": 0}
+    found = {"executions": 10, "seconds": 3, "findings": {}}
+    content = {
+        "fuzz": about | {"facts": found},
+        "inputs": about | {"facts": counts, "models": counts},
+        "threads": about
+        | {"model": "m", "edited_facts": 3, "threads": 8, "tasks": 8, "seconds": 2}
+        | {"calls": {"edited": 4}, "wrong": {"edited": 1}, "modules_changed": False},
+    }
+    text = trust.page(content)
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert titles == ["## Bad inputs", "## Fuzzing", "## One editor, many threads"]
+    assert "| **all** | **10** | **2** | **0** |" in text
+    assert "| edited | 4 | 1 |" in text and "| facts | 10 | 3 | 0 |" in text
+    assert text.count("*2026-01-02, A CPU.*") == 3
+    assert trust.page({}) == ""

@@ -189,7 +189,7 @@ def test_a_state_is_on_the_disk_before_the_one_before_it_is_removed(
             assert kind != "encoder"
             put = events.index(("rename", after[kind]))
             assert ("fsync", folder.name) in events[put:there]
-            assert events.index(("unlink", before[kind])) > there + 1
+            assert events.index(("rename", f"removed-{before[kind]}")) > there + 1
             # The names are noted from before the first of them is there until all is tidy.
             assert events.index(("replace", "names.json")) < put
     assert [event for event in events if event[0] == "unlink"][-2:] == [

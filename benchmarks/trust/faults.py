@@ -351,23 +351,22 @@ def disturbed(world: World, command: Command, normal: Undisturbed, step: int, fa
     out, mine = world.folder(command), command.start is not None
     arguments = world.filled(command.arguments, out)
     ended = run(arguments, Disk(out.parent, step, fault))
-    what = f"{command.name}, {fault} at step {step}, {normal.steps[step]}: "
     if fault != "full":
-        assert ended.status == KILLED, what + ended.said
+        assert ended.status == KILLED, ended.said
     elif ended.status:
         text = " ".join(ended.said.split())
         clear = ended.status == 1 and "Traceback" not in text and "No space left" in text
-        assert clear, what + ended.said
+        assert clear, ended.said
         hidden = [path for path in out.rglob("*") if path.name.endswith((".meg-tmp", LOCK))]
-        assert not hidden and not (out / ".meg-saving").exists(), what + f"{hidden} left"
+        assert not hidden and not (out / ".meg-saving").exists(), f"{hidden} left"
 
     def again() -> int:
         check_whole(out, [normal.before, normal.after], mine)
         return meg(arguments)
 
     ended_again = forked(again)
-    assert ended_again.status == 0, what + ended_again.said
-    assert state(out) == normal.after, what + "the command run again ends otherwise"
+    assert ended_again.status == 0, ended_again.said
+    assert state(out) == normal.after, "the command run again ends otherwise"
     check_whole(out, [normal.after], mine)
     check_tidy(out, mine)
     shutil.rmtree(out.parent)
@@ -479,7 +478,8 @@ def _tried(world: World, command: Command, every: int) -> dict[str, Any]:
             try:
                 went_wrong = disturbed(world, command, normal, step, fault)
             except AssertionError as error:
-                row["failures"].append(str(error))
+                what = f"{command.name}, {fault} at step {step}, {normal.steps[step]}"
+                row["failures"].append(f"{what}: {error}")
                 went_wrong = True
             row["full_disks" if fault == "full" else "kills"] += went_wrong
     for other in (two_writers, read_only, deleted):

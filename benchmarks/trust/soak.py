@@ -1,6 +1,6 @@
 """Edit, ask, add, change, remove and train, for hours: does memory grow, and is every answer right?
 
-    python -m benchmarks.trust.soak [--minutes 120] [--model smollm2]
+    python -m benchmarks.trust.soak [--minutes 120] [--model smollm2] [--generator mlp]
 
 A round adds some of the package's facts to an editor, changes answers, asks, evaluates a few,
 removes, trains, saves and loads; what is edited is kept in a dictionary beside the editor, and
@@ -32,6 +32,7 @@ from meg_kernels.shipped import demo_facts
 
 SHORTEST_RECORDED = 60  # minutes
 AT_ONCE = 6
+GENERATORS = {"mlp": GeneratorConfig.mlp, "bank": GeneratorConfig.bank}  # a bank learns nothing
 
 
 def resident_bytes() -> int:
@@ -54,10 +55,10 @@ def slope(minutes: list[float], values: list[float]) -> float:
 class Life:
     """An editor, and a dictionary that says what it must answer."""
 
-    def __init__(self, folder: Path, model: str, seed: int):
+    def __init__(self, folder: Path, model: str, generator: GeneratorConfig, seed: int):
         self.folder, self.draw = folder, random.Random(seed)
         self.pool = demo_facts()
-        config = EditorConfig(generator=GeneratorConfig.bank())
+        config = EditorConfig(generator=generator)
         self.editor = MeGEditor.for_model(model, config, device="cpu")
         self.edited: dict[str, Fact] = {}
         self.asked = self.wrong = 0
@@ -106,6 +107,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=120.0)
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--generator", choices=GENERATORS, default="mlp")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     started = time.perf_counter()
@@ -113,7 +115,8 @@ def main() -> None:
     resident: list[float] = []
     handles: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
-        life = Life(Path(folder) / "edited", arguments.model, arguments.seed)
+        generator = GENERATORS[arguments.generator]()
+        life = Life(Path(folder) / "edited", arguments.model, generator, arguments.seed)
         while (now := (time.perf_counter() - started) / 60) < arguments.minutes:
             life.round()
             gc.collect()
@@ -134,6 +137,7 @@ def main() -> None:
             "soak",
             {
                 "model": arguments.model,
+                "generator": arguments.generator,
                 "hours": round(minutes[-1] / 60, 2),
                 "rounds": len(minutes),
                 "answers": life.asked,

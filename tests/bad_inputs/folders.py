@@ -416,11 +416,7 @@ MISFITS = [
     ),
     _misfit("a gate of NaN", _tensors("gate", _first(_nan)), "gate-.*holds NaN or infinity"),
     _misfit("a generator of NaN", _tensors("generator", _first(_nan)), "generator-.*holds NaN or"),
-    _misfit(
-        "an encoder of NaN",
-        _encoder_of_nan,
-        "encoder-.*(holds NaN or infinity|has NaN or infinite weights)",
-    ),
+    _misfit("an encoder of NaN", _encoder_of_nan, "encoder-.* is damaged .*NaN or infinite"),
     _misfit("a fact is missing", _fewer_facts, "it must be .*4, "),
     _misfit("facts that are no facts", _text_of("facts", b'{"a": 1}\n'), "it has the fields a"),
     _misfit("facts that are nothing", _text_of("facts", b""), "is empty"),
