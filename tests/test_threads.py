@@ -190,6 +190,14 @@ def test_a_place_knows_whether_anybody_uses_it_and_learns():
     assert state() == (False, False)
 
 
+def test_with_gradients_an_output_that_its_layer_needs_again_stays_as_it_is():
+    weight = torch.randn(2, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    y = torch.tanh(weight)  # whose gradient is computed from y
+    neurons = Mounted.at(y.device, y.dtype, some_neurons(0, 2), None)
+    neurons.add(y, torch.ones(2, 32)).sum().backward()
+    torch.testing.assert_close(weight.grad, 1 - torch.tanh(weight.detach()).square())
+
+
 def test_what_compiled_code_calls_leaves_its_arguments_as_they_are():
     place, y = Place(), torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
     before, x = y.clone(), torch.ones(2, 32)
