@@ -281,6 +281,21 @@ def test_work_that_had_saved_stays_done_where_nobody_can_write_meanwhile(
         assert writer.has_saved
 
 
+def test_a_save_that_fails_at_its_end_leaves_nothing(editor, folder, monkeypatch):
+    before, replace = names(folder), os.replace
+
+    def fail(written, place):
+        if place == folder / MANIFEST:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(written, place)
+
+    monkeypatch.setattr(os, "replace", fail)
+    editor.remove(tiny.EDITED[0])
+    with pytest.raises(OSError, match=r"could not save .*; what was saved there is unchanged"):
+        editor.save_pretrained(folder)
+    assert names(folder) == before and len(facts_in(folder)) == len(tiny.EDITED)
+
+
 def test_a_state_that_is_there_is_not_said_to_be_unchanged(editor, folder, monkeypatch):
     fsync, replaced = os.fsync, []
     replace = os.replace
