@@ -63,8 +63,9 @@ def reaching(source: str | Path, local_files_only: bool = False) -> Iterator[Non
     if not local:
         _check_id(source)
     with _LOADING, contextlib.ExitStack() as until:
-        ruled_out = local_files_only or not (constants.HF_HUB_OFFLINE or _hub_answers())
-        offline = not local and ruled_out
+        offline = not local and (
+            local_files_only or not (constants.HF_HUB_OFFLINE or _hub_answers())
+        )
         before = os.environ.get(_NO_CONVERSION)
         until.callback(_set_variable, _NO_CONVERSION, before)
         _set_variable(_NO_CONVERSION, "1")

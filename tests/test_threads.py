@@ -641,6 +641,11 @@ def test_a_checkpoint_around_the_whole_model_is_refused_outside_of_the_block(tin
         return torch.utils.checkpoint.checkpoint(whole, ids, use_reentrant=False).square().mean()
 
     loss().backward()  # there were none
+    with ThreadPoolExecutor(1) as pool:
+        other = attached.neurons(some_neurons(0, 2))
+        pool.submit(other.__enter__).result()
+        loss().backward()  # nor here
+        pool.submit(other.__exit__, None, None, None).result()
     with attached.neurons(some_neurons(0, 2)):
         loss().backward()  # here the neurons are the same
         outside = loss()
