@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,17 @@ _OLD_BUFFERS = re.compile(
 )
 
 
+_LOADING = threading.RLock()
+
+
 @contextlib.contextmanager
 def reaching(source: str | Path, local_files_only: bool = False) -> Iterator[None]:
     """Inside, transformers looks for a checkpoint where it can be, and asks nobody in vain.
 
     A hub that does not answer would be asked again and again, for half a minute; whether it does
     is asked once. Nor is anyone asked to convert pickled weights there, which transformers does in
-    a thread of its own that keeps the program from ending.
+    a thread of its own that keeps the program from ending. All this is one for all threads, so that
+    they take turns.
 
     Args:
         source: a folder, or a Hugging Face model id.
@@ -57,8 +62,10 @@ def reaching(source: str | Path, local_files_only: bool = False) -> Iterator[Non
     local = os.path.isdir(source)
     if not local:
         _check_id(source)
-    offline = not local and (local_files_only or not (constants.HF_HUB_OFFLINE or _hub_answers()))
-    with contextlib.ExitStack() as until:
+    with _LOADING, contextlib.ExitStack() as until:
+        offline = not local and (
+            local_files_only or not (constants.HF_HUB_OFFLINE or _hub_answers())
+        )
         before = os.environ.get(_NO_CONVERSION)
         until.callback(_set_variable, _NO_CONVERSION, before)
         _set_variable(_NO_CONVERSION, "1")

@@ -14,33 +14,36 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import MappingProxyType
 from typing import Any
 
-_HELD: ContextVar[Mapping[Any, Any]] = ContextVar("meg_kernels_held", default=MappingProxyType({}))
+_HELD: ContextVar[tuple[dict[Any, Any], ...]] = ContextVar("meg_kernels_held", default=())
 
 
 def held(owner: Any) -> Any:
-    """What is held here for `owner`; None if nothing is."""
-    return _HELD.get().get(owner)
+    """What is held here for `owner`, by the block that was entered last; None if nothing is."""
+    for block in reversed(_HELD.get()):
+        if owner in block:
+            return block[owner]
+    return None
 
 
 @contextmanager
 def holding(values: Mapping[Any, Any]) -> Iterator[None]:
     """Inside, these values are held for their owners, by this thread or task alone.
 
-    Blocks may be left in any order.
+    Blocks may be left in any order. Once one is left, nothing holds its values any more, whatever
+    was started inside and is still running.
 
     Args:
         values: by their owners, any objects that are told apart by what they hash to.
     """
-    before = _HELD.get()
-    _HELD.set({**before, **values})
+    block = dict(values)
+    _HELD.set((*_HELD.get(), block))
     try:
         yield
     finally:
-        after = {owner: value for owner, value in _HELD.get().items() if owner not in values}
-        _HELD.set(after | {owner: before[owner] for owner in values if owner in before})
+        _HELD.set(tuple(other for other in _HELD.get() if other is not block))
+        block.clear()  # tasks that were started inside have it too
 
 
 class OwnLock:

@@ -140,11 +140,18 @@ def _replacing(path: Path) -> Iterator[Path]:
             raise
         finally:
             os.close(handle)
-        sync_folder(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(
             error.errno, f"could not write {path} ({reason}); what was there is unchanged"
+        ) from error
+    try:
+        sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{path} is written, but may be lost if the power fails: its folder could not be "
+            f"flushed to the disk ({error.strerror or error}); check the disk, and write it again",
         ) from error
 
 

@@ -107,6 +107,7 @@ def test_what_was_rounded_once_is_known_in_both_16_bit_types(tiny_model):
     assert result.different == result.unknown == ()
 
 
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("trained", "part"),
@@ -116,13 +117,23 @@ def test_what_was_rounded_once_is_known_in_both_16_bit_types(tiny_model):
         ("model.embed_tokens.weight", "embeddings"),
     ],
 )
-def test_a_model_that_was_trained_further_is_another(tiny_model, dtype, trained, part):
-    model, further = tiny_model("llama"), tiny_model("llama").to(dtype)
+def test_a_model_that_was_trained_further_is_another(tiny_model, own, dtype, trained, part):
+    model, further = tiny_model("llama").to(own), tiny_model("llama").to(dtype)
     weight = further.get_parameter(trained)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         weight.mul_(1 + 0.01 * torch.randn(weight.shape, generator=generator).to(dtype))
     assert compared(model, further).different == (f"the weights of its {part} are others",)
+
+
+def test_every_column_of_a_large_matrix_is_looked_at(tiny_model):
+    large = {"intermediate_size": 1024}
+    for column in (1, 2, 3):
+        model = tiny_model("llama", **large)
+        with torch.no_grad():
+            model.model.layers[LAYER].mlp.down_proj.weight[:, column::4] += 1
+        different = compared(tiny_model("llama", **large), model).different
+        assert different == ("the weights of its layer 1 are others",)
 
 
 def test_another_shape_and_another_layer_are_named(tiny_model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
@@ -54,6 +56,22 @@ def test_each_condition_is_generated_once_and_every_row_gets_its_own(cache):
     served += check(cache, generator, 6)
     assert asked(generator)[0] in ([7, 5], [5, 7]) and asked(generator)[1:] == [[6]]
     assert served == Served(generated=3, reused=3)
+
+
+def test_another_generator_waits_until_the_neurons_of_one_are_made(cache):
+    """Else they would be taken for its own."""
+    other = Recording(2.0)
+    thread = threading.Thread(target=check, args=(cache, other, 5))
+
+    class Slow(Recording):
+        def generate(self, z: Tensor) -> Neurons:
+            thread.start()
+            thread.join(0.5)
+            return super().generate(z)
+
+    check(cache, Slow(), 5)
+    thread.join()
+    check(cache, other, 5)
 
 
 def test_the_one_not_asked_for_longest_makes_room(cache):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 
@@ -51,6 +52,16 @@ def test_each_accepted_query_has_the_neuron_of_its_fact_and_no_other_has_one(rou
         if routing.accepted[row]:
             assert torch.equal(pack(neurons)[index[row]], pack(collected)[fact])
     assert routing.fact[: len(EDITED)].tolist() == list(range(len(EDITED)))
+
+
+def test_a_query_has_to_exceed_the_threshold(router):
+    score = router.route(QUERIES[:1]).score.item()
+    for threshold, accepted in ((score, False), (score - 1e-6, True)):
+        gate = copy.deepcopy(router.edits.gate)
+        gate.threshold = threshold
+        other = Router(router.encoder, dataclasses.replace(router.edits, gate=gate), router.config)
+        routing = other.route(QUERIES[:1])
+        assert (routing.score.item(), routing.accepted.item()) == (score, accepted)
 
 
 def test_without_edits_and_without_queries_nothing_is_accepted(router):

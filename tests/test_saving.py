@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 import tiny
 
+from meg_kernels.locking import LockedError, WriterLock
 from meg_kernels.routing import saving
 from meg_kernels.routing.manifest import KINDS, MANIFEST, read_manifest
-from meg_kernels.routing.saving import SAVING, load_edited, load_edits, writing
+from meg_kernels.routing.saving import LOCK, SAVING, WORK, Writer, load_edited, load_edits, writing
 from meg_kernels.storage import CorruptFileError
 
 LIKE_OURS = {
@@ -138,7 +140,9 @@ def test_what_is_saved_is_open_to_those_whom_the_umask_lets_in(editor, tmp_path,
         assert stat.S_IMODE(path.stat().st_mode) == mode & ~mask, path
 
 
-def test_a_state_is_on_the_disk_before_the_one_before_it_is_removed(editor, folder, monkeypatch):
+@pytest.fixture
+def events(monkeypatch):
+    """What happens on the disk: pairs of an act and a file's name."""
     events = []
     for name in ("fsync", "replace", "rename", "unlink"):
         act = getattr(os, name)
@@ -151,6 +155,25 @@ def test_a_state_is_on_the_disk_before_the_one_before_it_is_removed(editor, fold
             return act(*given, **more)
 
         monkeypatch.setattr(os, name, noted)
+    return events
+
+
+def test_an_encoder_is_on_the_disk_before_it_is_put_in_its_place(editor, tmp_path, events):
+    folder = tmp_path / "new"
+    editor.save_pretrained(folder)
+    encoder = read_manifest(folder)["files"]["encoder"]
+    put = events.index(("rename", encoder))
+    for name in (*names(folder / encoder), "encoder"):
+        assert ("fsync", name) in events[:put], name
+
+
+def test_a_state_is_on_the_disk_before_the_one_before_it_is_removed(
+    editor, folder, events, monkeypatch
+):
+    in_any_order = Path.iterdir
+    monkeypatch.setattr(  # the list of names first
+        Path, "iterdir", lambda path: iter(sorted(in_any_order(path), reverse=True))
+    )
     before = read_manifest(folder)["files"]
     editor.remove(tiny.EDITED[0])
     editor.save_pretrained(folder)
@@ -167,6 +190,12 @@ def test_a_state_is_on_the_disk_before_the_one_before_it_is_removed(editor, fold
             put = events.index(("rename", after[kind]))
             assert ("fsync", folder.name) in events[put:there]
             assert events.index(("rename", f"removed-{before[kind]}")) > there + 1
+            # The names are noted from before the first of them is there until all is tidy.
+            assert events.index(("replace", "names.json")) < put
+    assert [event for event in events if event[0] == "unlink"][-2:] == [
+        ("unlink", "names.json"),
+        ("unlink", str(LOCK)),
+    ]
 
 
 # Who writes, and who reads
@@ -210,6 +239,98 @@ def test_what_another_saved_is_not_undone(editor, folder):
     with pytest.raises(RuntimeError, match="was saved by another process since it was loaded"):
         editor.save_pretrained(folder)
     assert facts_in(folder) == other.facts and names(folder) == ours(folder)
+
+
+def saved_by(writer, editor) -> None:
+    writer.save(editor.edits, editor.encoder, editor.base, editor.config.to_dict())
+
+
+def test_a_writer_whose_folder_was_made_anew_is_its_one_writer_still(editor, folder):
+    with writing(folder) as writer:
+        shutil.rmtree(folder)
+        saved_by(writer, editor)
+        with pytest.raises(LockedError), writing(folder):
+            pass
+    assert names(folder) == ours(folder)
+
+
+def test_work_that_was_interrupted_once_it_had_saved_is_done(editor, folder):
+    with pytest.raises(KeyboardInterrupt), writing(folder, "work") as writer:
+        assert not writer.has_saved
+        editor.remove(tiny.EDITED[0])
+        saved_by(writer, editor)
+        raise KeyboardInterrupt
+    with writing(folder, "work") as writer:
+        assert writer.has_saved
+    with writing(folder, "work") as writer:  # once more is another time
+        assert not writer.has_saved
+
+
+def test_work_that_had_saved_stays_done_where_nobody_can_write_meanwhile(
+    editor, folder, monkeypatch
+):
+    with pytest.raises(KeyboardInterrupt), writing(folder, "work") as writer:
+        editor.remove(tiny.EDITED[0])
+        saved_by(writer, editor)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "_tidy", lambda _: (folder / "absent").unlink())
+        with pytest.raises(OSError, match="cannot be written"), writing(folder, "work"):
+            pass
+    with writing(folder, "work") as writer:
+        assert writer.has_saved
+
+
+def test_a_save_that_fails_at_its_end_leaves_nothing(editor, folder, monkeypatch):
+    before, replace = names(folder), os.replace
+
+    def fail(written, place):
+        if place == folder / MANIFEST:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(written, place)
+
+    monkeypatch.setattr(os, "replace", fail)
+    editor.remove(tiny.EDITED[0])
+    with pytest.raises(OSError, match=r"could not save .*; what was saved there is unchanged"):
+        editor.save_pretrained(folder)
+    assert names(folder) == before and len(facts_in(folder)) == len(tiny.EDITED)
+
+
+def test_a_state_that_is_there_is_not_said_to_be_unchanged(editor, folder, monkeypatch):
+    fsync, replaced = os.fsync, []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *given: (replaced.append(given[1]), replace(*given)))
+
+    def fail(handle):
+        if folder / MANIFEST in replaced:
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    editor.remove(tiny.EDITED[0])
+    with pytest.raises(OSError, match=r"meg.json is written, but may be lost if the power fails"):
+        editor.save_pretrained(folder)
+    assert facts_in(folder) == editor.facts and names(folder) == ours(folder)
+
+
+def test_work_that_another_state_has_taken_the_place_of_is_not_done(editor, folder, tmp_path):
+    editor.remove(tiny.EDITED[0])
+    editor.save_pretrained(tmp_path / "backup")
+    lock = WriterLock(folder, LOCK, "work")
+    Writer(folder, lock, "work")
+    lock.abandon()  # a kill
+    shutil.copytree(tmp_path / "backup", folder, dirs_exist_ok=True)
+    with writing(folder, "work") as writer:
+        assert not writer.has_saved
+
+
+def test_halves_of_files_of_a_killed_command_are_gone_and_its_work_is_kept(folder):
+    work = folder / WORK / "train" / "deep"
+    work.mkdir(parents=True)
+    for name in ("kept.json", ".kept.json.meg-tmp"):
+        (work / name).write_text("{}")
+    with writing(folder):
+        assert names(work) == {"kept.json"}
 
 
 def test_a_folder_that_was_made_for_nothing_is_gone_again(tmp_path):

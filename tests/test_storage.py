@@ -12,8 +12,8 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from meg_kernels import storage
-from meg_kernels.locking import LockedError, WriterLock
+from meg_kernels.locking import LockedError, WriterLock, is_at, open_alone
 from meg_kernels.storage import (
     CorruptFileError,
     WorkFolder,
@@ -171,11 +171,9 @@ def test_what_a_kill_left_is_written_over(tmp_path, write):
 
 def test_writers_of_one_file_take_turns_and_the_last_one_stays(tmp_path):
     path, texts = tmp_path / "file", [str(i) * 100_000 for i in range(8)]
-    threads = [threading.Thread(target=write_text, args=(path, text)) for text in texts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(texts)) as pool:
+        for written in [pool.submit(write_text, path, text) for text in texts]:
+            written.result()
     assert path.read_text() in texts
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -188,7 +186,45 @@ def test_new_folders_are_noted_on_the_disk_in_those_above(tmp_path, monkeypatch)
     assert make_folder(tmp_path / "a" / "b") == []
 
 
-def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path):
+def test_folders_that_cannot_be_made_to_the_end_are_gone_again(tmp_path, monkeypatch):
+    def fail(folder):
+        if folder.name == "a":
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(storage, "sync_folder", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        make_folder(tmp_path / "a" / "b" / "c")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number, is_told", [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_folder_that_cannot_be_flushed_is_told_only_of_disks(
+    tmp_path, write, number, is_told, monkeypatch
+):
+    fsync = os.fsync
+
+    def fail(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    said = r"file is written, but may be lost if the power fails: .*; check the disk"
+    with pytest.raises(OSError, match=said) if is_told else nullcontext():
+        write(tmp_path / "file")
+    assert (tmp_path / "file").stat().st_size > 3000
+
+
+def test_a_link_in_the_place_of_what_is_written_is_not_followed(tmp_path, write):
+    precious = tmp_path / "precious"
+    precious.write_bytes(OLD)
+    (tmp_path / ".file.meg-tmp").symlink_to(precious)
+    with pytest.raises(OSError, match="could not write"):
+        write(tmp_path / "file")
+    assert precious.read_bytes() == OLD
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     check_writable(None, tmp_path / "file", tmp_path / "new" / "newer" / "file")
     assert not (tmp_path / "new").exists()
@@ -196,6 +232,9 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path):
         check_writable(tmp_path)
     with pytest.raises(NotADirectoryError, match=r"could not write .*; choose another file"):
         check_writable(tmp_path / "file" / "report.json")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may all
+    with pytest.raises(PermissionError, match=r"could not write .*; choose another file"):
+        check_writable(tmp_path / "new" / "report.json")
 
 
 # JSON
@@ -314,6 +353,10 @@ def test_kept_json_that_says_something_else_by_now_is_reported(tmp_path):
     write_json(path, [1, 2.5])
     with pytest.raises(CorruptFileError, match=r"holds no kept work; delete it"):
         read_kept_json(path)
+    write_kept_json(path, 1)
+    write_json(path, read_json(path) | {"more": 2})
+    with pytest.raises(CorruptFileError, match=r"holds no kept work; delete it"):
+        read_kept_json(path)
 
 
 def test_the_digest_of_a_folder_covers_names_and_content_of_its_files_but_not_hidden_ones(tmp_path):
@@ -328,7 +371,8 @@ def test_the_digest_of_a_folder_covers_names_and_content_of_its_files_but_not_hi
     assert kept == digest(b="2", a="1") == digest(**{".DS_Store": "x", ".git/x": "y"}, a="1", b="2")
     others = [digest(a="1"), digest(a="12"), digest(a="1", c="2"), digest(a="2", b="1")]
     others += [digest(**{"a": "1", "b/b": "2"}), digest(), digest(a="1", b="2", c="")]
-    assert len({kept, *others}) == 8
+    others += [digest(a="1b\0002")]  # what would be read one after the other
+    assert len({kept, *others}) == 9
 
 
 # Locks
@@ -368,19 +412,86 @@ def test_a_lock_holds_between_threads_of_one_process(tmp_path):
     WriterLock(tmp_path, "lock").release()
 
 
+def open_files() -> list[str]:
+    """What this process holds open."""
+    numbers = os.listdir("/proc/self/fd")
+    return sorted(os.path.realpath(f"/proc/self/fd/{number}") for number in numbers)
+
+
+def test_a_file_that_was_removed_while_one_waited_for_it_is_made_anew(tmp_path):
+    path = tmp_path / "file"
+    handle = open_alone(path, wait=False)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(open_alone, path, wait=True)
+        while open_files().count(str(path)) < 2:
+            pass
+        path.unlink()
+        os.close(handle)
+        got = waiting.result()
+    assert is_at(got, path)
+    os.rename(path, tmp_path / "other")
+    path.symlink_to(tmp_path / "other")
+    assert not is_at(got, path)
+    os.close(got)
+
+
+def test_what_cannot_be_opened_alone_is_closed(tmp_path):
+    handle = open_alone(tmp_path / "file", wait=False)
+    before = open_files()
+    with pytest.raises(BlockingIOError):
+        open_alone(tmp_path / "file", wait=False)
+    assert open_files() == before
+    os.close(handle)
+
+
+def test_a_lock_is_held_until_its_file_is_gone(tmp_path, monkeypatch):
+    lock, unlink = WriterLock(tmp_path, "lock"), os.unlink
+
+    def held_meanwhile(path):
+        with pytest.raises(BlockingIOError):
+            open_alone(lock.path, wait=False)
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", held_meanwhile)
+    lock.release()
+    assert not lock.path.exists()
+
+
+def test_what_was_noted_is_for_the_same_work_alone(tmp_path):
+    killed = WriterLock(tmp_path, "lock", "a long name for some work")
+    killed.note(["before"])
+    killed.abandon()
+    same = WriterLock(tmp_path, "lock", "a long name for some work")
+    assert same.before == ["before"]
+    same.abandon()
+    other = WriterLock(tmp_path, "lock", "work")
+    assert other.before is None
+    assert json.loads(other.path.read_text())["work"] == "work"  # and no rest of a longer line
+    other.release()
+
+
 def test_a_lock_whose_folder_was_made_anew_is_taken_again(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     lock = WriterLock(folder, "lock")
     shutil.rmtree(folder)
     folder.mkdir()
+    held = len(open_files())
     lock.renew()
+    assert len(open_files()) == held
     with pytest.raises(LockedError):
         WriterLock(folder, "lock")
     lock.release()
     other = WriterLock(folder, "lock")
     shutil.rmtree(folder)
     other.release()  # harmless where there is nothing left
+    folder.mkdir()
+    old = WriterLock(folder, "lock")
+    (folder / "lock").unlink()
+    new = WriterLock(folder, "lock")
+    old.release()  # nor where there is another's
+    assert is_at(new.handle, folder / "lock")
+    new.release()
 
 
 # Fingerprints

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import copy
 import dataclasses
+import os
 import random
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
 import torch
-from tiny import EDITED, FACTS, MIXED, MOST, QUERIES
+from tiny import EDITED, FACTS, MIXED, MOST, PARAPHRASES, QUERIES
 
-from meg_kernels import MeGEditor, MeGLinear, Neurons, attach
+from meg_kernels import MeGEditor, MeGLinear, Neurons, attach, checkpoints
 from meg_kernels.nn import LowerLayers, last_feed_forward_sees
+from meg_kernels.nn.changed import replaced, uncompiled
+from meg_kernels.nn.mounted import EMPTY, Mounted, Place
 from meg_kernels.pretrained import tokenized
+from meg_kernels.routing.neuron_cache import Served
+from meg_kernels.routing.router import Router, RoutingConfig
 from meg_kernels.scoped import held, holding
 
 THREADS = 8
@@ -71,6 +78,24 @@ def test_blocks_are_left_in_any_order():
     assert (held(first), held(second)) == (None, 2)
     inner.__exit__(None, None, None)
     assert held(second) is None
+
+
+def test_blocks_of_one_owner_are_left_in_any_order():
+    owner = object()
+    outer, inner = holding({owner: 1}), holding({owner: 2})
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert held(owner) == 2
+    inner.__exit__(None, None, None)
+    assert held(owner) is None
+
+
+def test_what_a_block_held_ends_with_it_also_for_what_was_started_inside():
+    owner = object()
+    with holding({owner: 1}):
+        context = contextvars.copy_context()
+    assert context.run(held, owner) is None
 
 
 def test_an_inner_value_hides_the_outer_one():
@@ -134,6 +159,55 @@ def test_each_thread_has_its_own_neurons_in_a_meglinear():
     for expected, all_found in zip(alone, found, strict=True):
         assert all(torch.equal(expected, one) for one in all_found)
     assert torch.equal(layer(x), layer.project(x))
+
+
+def test_a_place_knows_whether_anybody_uses_it_and_learns():
+    place, cpu = Place(), torch.device("cpu")
+    plain, learning = some_neurons(0, 2), some_neurons(1, 2)
+    learning.value.requires_grad_()
+    plain, learning = (
+        Mounted.at(cpu, torch.float32, neurons, None) for neurons in (plain, learning)
+    )
+
+    def state():
+        return place.in_use, place.learns
+
+    with place.holding(EMPTY):
+        assert state() == (False, False)
+    with ThreadPoolExecutor(1) as pool, place.holding(plain):
+        assert state() == (True, False)
+        other = place.holding(learning)
+        pool.submit(other.__enter__).result()
+        assert state() == (True, True)
+        pool.submit(other.__exit__, None, None, None).result()
+        assert state() == (True, False)
+    assert state() == (False, False)
+    place.everywhere = learning
+    assert state() == (True, True)
+    with place.holding(EMPTY):
+        assert place.mounted is None
+    place.everywhere = None
+    assert state() == (False, False)
+
+
+def test_with_gradients_an_output_that_its_layer_needs_again_stays_as_it_is():
+    weight = torch.randn(2, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    y = torch.tanh(weight)  # whose gradient is computed from y
+    neurons = Mounted.at(y.device, y.dtype, some_neurons(0, 2), None)
+    neurons.add(y, torch.ones(2, 32)).sum().backward()
+    torch.testing.assert_close(weight.grad, 1 - torch.tanh(weight.detach()).square())
+
+
+def test_what_compiled_code_calls_leaves_its_arguments_as_they_are():
+    place, y = Place(), torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
+    before, x = y.clone(), torch.ones(2, 32)
+    run = torch.ops.meg_kernels.add_mounted
+    neurons = Mounted.at(y.device, y.dtype, some_neurons(0, 2), None)
+    with place.holding(neurons):
+        assert torch.equal(run(y, x, None, place.name), place.add(y.clone(), x))
+    assert torch.equal(y, before)
+    alone = run(y, x, None, place.name)
+    assert torch.equal(alone, y) and alone.data_ptr() != y.data_ptr()
 
 
 def test_what_is_mounted_from_now_on_is_there_for_all_threads_but_those_with_their_own():
@@ -255,6 +329,144 @@ def test_parts_of_a_model_run_in_one_thread_while_others_run_it_whole(tiny_model
     assert all(torch.equal(one, expected) for one in (*found[2], *found[3]))
     assert torch.equal(whole(), expected)
     assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.fixture
+def switching():
+    """Threads give way to each other as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_a_method_is_given_back_to_all_while_others_call_it(switching):
+    module, x, stop = torch.nn.Identity(), torch.ones(1), threading.Event()
+    places = {(module, "forward"): lambda x: x + 1}
+
+    def call():
+        said = set()
+        while not stop.is_set():
+            said.add(module(x).item())
+        return said
+
+    def change():
+        try:
+            for _ in range(1000):
+                with replaced(places, everywhere=True):
+                    pass
+        finally:
+            stop.set()
+
+    assert at_once(change, call, call)[1] <= {1.0, 2.0}
+    assert "forward" not in vars(module)
+
+
+def test_each_block_gives_back_what_it_replaced_and_no_more():
+    module = torch.nn.Identity()
+    module.forward = own = lambda x: x
+    place = (module, "forward")
+    with replaced({place: lambda x: x + 1}), ThreadPoolExecutor(1) as pool:
+        with replaced({place: lambda x: x + 2}, everywhere=True):
+            with replaced({place: lambda x: x + 3}, everywhere=True):
+                assert (module(1), pool.submit(module, 1).result()) == (2, 4)
+            assert pool.submit(module, 1).result() == 3
+        assert (module(1), pool.submit(module, 1).result()) == (2, 1)
+    assert vars(module)["forward"] is own
+
+
+class Slow(torch.nn.Module):
+    """A module whose method takes its time to be found, for others to look for it meanwhile."""
+
+    class Method:
+        def __get__(self, module, kind):
+            meanwhile, module.meanwhile = module.meanwhile, None
+            if meanwhile is not None:
+                meanwhile()
+            return lambda x: x
+
+    meanwhile = None
+    forward = Method()
+
+
+def let_go_on(thread: threading.Thread) -> None:
+    """Let it run to its end, or to where it has to wait for us."""
+    thread.start()
+    thread.join(0.5)
+
+
+def test_two_that_replace_a_method_at_once_both_do():
+    module, said, leave = Slow(), [], threading.Event()
+
+    def other():
+        with replaced({(module, "forward"): lambda x: x + 2}):
+            leave.wait()
+            said.append(module(1))
+
+    thread = threading.Thread(target=other)
+    module.meanwhile = lambda: let_go_on(thread)
+    with replaced({(module, "forward"): lambda x: x + 1}):
+        leave.set()
+        thread.join()
+        assert (module(1), said) == (2, [3])
+    assert "forward" not in vars(module)
+
+
+def test_compiled_code_runs_again_once_all_have_left_in_whatever_way():
+    ran, x = [], torch.ones(2)
+
+    def backend(graph, _):
+        return lambda *args: (ran.append(1), graph.forward(*args))[1]
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    compiled(x)
+    ran.clear()
+    with uncompiled():
+        with contextlib.suppress(KeyError), uncompiled():
+            raise KeyError
+        compiled(x)
+    assert not ran
+    compiled(x)
+    assert ran
+
+
+def test_what_somebody_else_put_in_place_of_a_method_stays():
+    module = torch.nn.Identity()
+    with replaced({(module, "forward"): lambda x: x + 1}, everywhere=True):
+        inner = module.forward
+        module.forward = lambda x: 10 * inner(x)
+        assert module(1) == 20
+    assert module(1) == 10
+
+
+def test_a_copy_is_not_what_somebody_has_replaced_meanwhile(editor):
+    with replaced({(editor.model, "forward"): lambda *_, **__: 0}, everywhere=True):
+        module = copy.deepcopy(editor.model)
+    assert module.forward.__self__ is module
+    with editor.serving():
+        twin = copy.deepcopy(editor)
+        weights = [p for p in twin.model.parameters() if p.dim() > 1]
+        assert twin.generate(QUERIES, MOST) == [fact.answer for fact in EDITED]
+    with torch.no_grad():
+        for weight in weights:
+            weight.zero_()
+    assert twin.generate(QUERIES[:1], MOST) != [EDITED[0].answer]
+    twin.detach()
+
+
+def test_loading_changes_no_setting_of_the_process_for_good(tmp_path, switching):
+    variable = checkpoints._NO_CONVERSION
+    assert variable not in os.environ
+
+    def load():
+        for _ in range(300):
+            with checkpoints.reaching(tmp_path):
+                assert os.environ[variable] == "1"
+
+    at_once(*[load] * 4)
+    assert variable not in os.environ
 
 
 def test_threads_that_share_a_tokenizer_take_turns():
@@ -298,6 +510,37 @@ def test_both_attachments_know_of_beams(tiny_model):
     assert said.shape == (2, 7)
 
 
+def test_calls_that_share_neurons_have_beams_of_their_own(tiny_model):
+    model = tiny_model("llama")
+    attached = attach(model, LAYER)
+    ids = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), attached.neurons(some_neurons(0, 2)):
+        three = {"input_ids": ids.repeat_interleave(3, 0), "use_cache": False}
+        model._expand_inputs_for_generation(expand_size=3, input_ids=ids)
+        other = contextvars.copy_context()
+        with ThreadPoolExecutor(1) as pool:
+            expand = model._expand_inputs_for_generation
+            pool.submit(other.run, lambda: expand(expand_size=1, input_ids=ids)).result()
+        model(**three)
+
+
+def test_attaching_at_once_takes_turns(tiny_model, switching):
+    model = tiny_model("llama")
+    before = dict(vars(model))
+
+    def attached(layer):
+        try:
+            return [attach(model, layer)]
+        except ValueError:
+            return []
+
+    for _ in range(20):
+        made = at_once(*(lambda layer=layer: attached(layer) for layer in (0, 0, 1, 2)))
+        assert [len(made[0]) + len(made[1]), len(made[2]), len(made[3])] == [1, 1, 1]
+        at_once(*(one.detach for each in made for one in each))
+        assert dict(vars(model)) == before
+
+
 def test_a_copy_of_a_model_carries_no_neurons_and_can_be_attached(tiny_model):
     model = tiny_model("llama")
     attached = attach(model, LAYER)
@@ -319,6 +562,7 @@ def test_a_copy_of_a_model_carries_no_neurons_and_can_be_attached(tiny_model):
     again.detach()
     assert type(twin) is type(model) and torch.equal(logits(twin), plain)
     assert not twin.model.layers[LAYER].mlp._forward_hooks
+    assert twin._expand_inputs_for_generation.__self__ is twin
     with pytest.raises(ValueError, match="carries neurons already"):
         attach(model, LAYER)
 
@@ -371,11 +615,15 @@ def test_checkpointed_layers_run_again_with_the_neurons_of_the_first_time(
         for part in model.modules():
             if hasattr(part, "dropout") and isinstance(part.dropout, float):
                 part.dropout = 0.0
-    plain = [gradient(seed, then) for seed, then in ((0, None), (None, None), (0, 1), (None, 1))]
-    assert not torch.allclose(plain[0], plain[1])
+    # First one before any neurons were mounted.
+    calls = ((None, 1), (0, None), (None, None), (0, 1), (None, 1))
+    plain = [gradient(seed, then) for seed, then in calls]
+    assert not torch.allclose(plain[1], plain[2])
+    attached.detach()
+    attached = attach(model, LAYER)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    again = [gradient(seed, then) for seed, then in ((0, None), (None, None), (0, 1), (None, 1))]
+    again = [gradient(seed, then) for seed, then in calls]
     for expected, found in zip(plain, again, strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -392,6 +640,12 @@ def test_a_checkpoint_around_the_whole_model_is_refused_outside_of_the_block(tin
     def loss():
         return torch.utils.checkpoint.checkpoint(whole, ids, use_reentrant=False).square().mean()
 
+    loss().backward()  # there were none
+    with ThreadPoolExecutor(1) as pool:
+        other = attached.neurons(some_neurons(0, 2))
+        pool.submit(other.__enter__).result()
+        loss().backward()  # nor here
+        pool.submit(other.__exit__, None, None, None).result()
     with attached.neurons(some_neurons(0, 2)):
         loss().backward()  # here the neurons are the same
         outside = loss()
@@ -505,6 +759,72 @@ def test_editing_goes_on_beside_answers_that_are_those_before_or_after():
     at_once(change, ask, ask)
     assert not wrong
     assert editor.generate([f.query for f in added], MOST) == [f.answer for f in added]
+
+
+def test_what_is_measured_stays_as_it_is_until_it_is_measured():
+    editor = tiny.make_editor(tiny.BANK)
+    tiny.edit(editor)
+    expected = editor.evaluate().metrics
+    other = threading.Thread(target=editor.remove, args=(EDITED[0],))
+
+    def change(*_):
+        if other.ident is None:
+            other.start()
+            other.join(0.5)  # it waits for us
+
+    handle = editor.model.register_forward_pre_hook(change)
+    assert editor.evaluate().metrics == expected
+    handle.remove()
+    other.join()
+    assert len(editor.facts) == len(EDITED) - 1
+
+
+def test_a_batch_on_its_way_ends_with_the_configuration_that_it_began_with(editor):
+    router = Router(editor.encoder, editor.edits, RoutingConfig(snap=False), editor.router.device)
+    routing = router.route(PARAPHRASES)
+    assert routing.accepted.any()
+    expected = router.neurons(routing)[0]
+    router.config = RoutingConfig(snap=True)
+    assert torch.equal(router.neurons(routing)[0].value, expected.value)
+    assert len(router.neurons(router.route(PARAPHRASES))[0]) < len(expected)
+
+
+class SlowRouter(Router):
+    """A router whose edits take their time to be read, for others to put other ones meanwhile."""
+
+    meanwhile = None
+
+    @property
+    def edits(self):
+        found, meanwhile, self.meanwhile = self._by.edits, self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        return found
+
+
+def test_a_configuration_does_not_bring_back_edits_that_were_replaced_meanwhile(editor):
+    router = SlowRouter(editor.encoder, editor.edits)
+    thread = threading.Thread(target=router.put, args=(None,))
+    router.meanwhile = lambda: let_go_on(thread)
+    Router.config.fset(router, RoutingConfig(serve_unlearnt=True))
+    thread.join()
+    assert router.edits is None and router.config.serve_unlearnt
+
+
+def test_every_query_is_counted(editor):
+    class SlowCount(Served):
+        def __add__(self, more):
+            if not thread.ident:
+                let_go_on(thread)
+            return super().__add__(more)
+
+    router = Router(editor.encoder, editor.edits)
+    routing = router.route(QUERIES)
+    thread = threading.Thread(target=router.neurons, args=(routing,))
+    router.served = SlowCount()
+    router.neurons(routing)
+    thread.join()
+    assert router.served.queries == 2 * len(QUERIES)
 
 
 def test_two_additions_at_once_are_both_kept():

@@ -74,7 +74,7 @@ class EditedModel:
         self.prompted, self.attached, self.router, self.name = prompted, attached, router, name
         self.model, self.tokenizer = prompted.model, prompted.tokenizer
         self.template, self.layer = prompted.template, attached.layer
-        self._packed = _Packed(self.model)
+        self._packed, self.editing = _Packed(self.model), OwnLock()
 
     @property
     def encoder(self) -> TextEncoder:
@@ -220,6 +220,8 @@ class EditedModel:
     ) -> EvaluationReport:
         """Reliability, Generality and Locality of the edited model beside the base model's.
 
+        What changes the edits waits until they are measured.
+
         Args:
             facts: edited facts with the paraphrases and locality queries to ask; default: those
                 that were edited, as they were read.
@@ -230,8 +232,15 @@ class EditedModel:
             RuntimeError: nothing is edited.
         """
         self._check_nothing_mounted()
+        facts = None if facts is None else as_facts(facts)
+        with self.editing:
+            return self._evaluated(facts, work_folder, progress)
+
+    def _evaluated(
+        self, facts: list[Fact] | None, work_folder: str | Path | None, progress: bool
+    ) -> EvaluationReport:
         edits = self.edits
-        facts = self.facts if facts is None else as_facts(facts)
+        facts = self.facts if facts is None else facts
         neurons = [dataclasses.asdict(self.router.config), self.layer, *edits.identity()]
         evaluation = Evaluation(self.prompted, facts, work_folder=work_folder, identity=neurons)
         rows = edits.rows_of(facts)
@@ -272,7 +281,7 @@ class EditedModel:
 
         self._check_nothing_mounted()
         passages = shipped_passages() if texts is None else as_texts("texts", texts)
-        with self.serving():
+        with self.editing, self.serving():
             return perplexity(self.prompted, passages, mount_edited, progress)
 
     def _check_nothing_mounted(self) -> None:
@@ -302,6 +311,9 @@ class _Packed:
                 self._users -= 1
                 if not self._users:
                     self._held.close()
+
+    def __reduce__(self) -> Any:
+        return _Packed, (self._model,)  # nobody uses a copy's
 
 
 def _fits_twice(model: PreTrainedModel) -> bool:

@@ -51,7 +51,6 @@ from meg_kernels.routing.generators import GeneratorConfig
 from meg_kernels.routing.hub import ModelCard, check_repo_id, push_to_hub
 from meg_kernels.routing.router import Router
 from meg_kernels.routing.saving import load_edited, save_edits
-from meg_kernels.scoped import OwnLock
 from meg_kernels.shipped import shipped_tuning_facts, shipped_unrelated_queries
 from meg_kernels.storage import write_text
 from meg_kernels.text_encoder import TextEncoder
@@ -91,7 +90,6 @@ class MeGEditor(EditedModel):
         super().__init__(prompted, attached, router, name or str(model.name_or_path))
         self.config = dataclasses.replace(config, layer=self.layer, template=self.template)
         self._states: dict[Path, str] = {}  # of the folders that these edits are in, or were
-        self.editing = OwnLock()
 
     @classmethod
     def for_model(

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from meg_kernels.arguments import check_instance
 from meg_kernels.neuron import NeuronLayout, Neurons
+from meg_kernels.nn.changed import itself
 from meg_kernels.nn.families import FeedForward, feed_forward, language_model
 from meg_kernels.nn.mounted import EMPTY, Mounted, Place
 
@@ -44,6 +45,7 @@ class _Carried:
 
     def __init__(self) -> None:
         self.place, self.noted = Place(), _Noted()
+        self.notes = False  # whether parts of the layer note what is mounted: once it was trained
         self.trained = False  # whether the model was ever in training mode with neurons mounted
         self.owner: weakref.ref[Attached] | None = None
 
@@ -53,10 +55,12 @@ class _Carried:
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """The output y of the FFN that read x, with this call's neurons."""
         noted = self.noted
-        if not self.trained or torch.compiler.is_compiling() or not _runs_again():
+        if not self.notes or torch.compiler.is_compiling() or not _runs_again():
             return self.place.add(y, x, noted.rows)
         recalled, noted.recalled = noted.recalled, None
         if recalled is None and self.place.mounted is None:
+            if not self.trained:
+                return y
             raise RuntimeError(
                 "a backward pass runs the model again, outside of the `with` block in which "
                 "neurons were mounted; call backward() inside that block, or let the model "
@@ -74,6 +78,11 @@ def first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 def _before_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before a decoder layer: what is told of the batch here, and not to its FFN."""
     carried: _Carried = getattr(module, _CARRIED)
+    if module.training and not (carried.notes or torch.compiler.is_compiling()):
+        carried.notes = True
+        for part in module.children():
+            vars(part).setdefault(_CARRIED, carried)
+            part.register_forward_pre_hook(_before_part, with_kwargs=True)
     if not (carried.place.in_use or carried.trained):
         return
     hidden = first_tensor(args, kwargs)
@@ -83,11 +92,7 @@ def _before_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Non
     if carried.place.mounted is None:
         return
     _check_one_sequence_a_row(kwargs)
-    if module.training and not carried.trained:
-        carried.trained = True
-        for part in module.children():
-            vars(part).setdefault(_CARRIED, carried)
-            part.register_forward_pre_hook(_before_part, with_kwargs=True)
+    carried.trained = carried.trained or module.training
 
 
 def _runs_again() -> bool:
@@ -96,13 +101,13 @@ def _runs_again() -> bool:
 
 
 def _before_part(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Before a part of a decoder layer, once the model was trained with neurons mounted.
+    """Before a part of a decoder layer, once the model was trained.
 
     Gradient checkpointing runs a layer again on the very storage that its first part read. What is
     mounted is noted there the first time.
     """
     carried: _Carried = getattr(module, _CARRIED)
-    if torch.compiler.is_compiling() or not carried.trained or not module.training:
+    if torch.compiler.is_compiling() or not module.training:
         return
     storage = first_tensor(args, kwargs).untyped_storage()
     if not _runs_again():
@@ -186,8 +191,11 @@ class _Watched:
                     f"{self.name} packs its requests into one row, but neurons are mounted for "
                     "whole rows; use model.generate, or leave the `with` block"
                 )
-            mounted.copies = kwargs.get("expand_size", 1)
+            mounted.copies.number = kwargs.get("expand_size", 1)
         return self.own(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return itself, (self.own,)  # a copy of the model has no attachments
 
 
 def _watch(model: PreTrainedModel, place: Place) -> None:
@@ -213,6 +221,7 @@ def _unwatch(model: PreTrainedModel, place: Place) -> None:
             del vars(model)[name]
 
 
+_ATTACHING = threading.Lock()
 _MARKED: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -325,13 +334,14 @@ class Attached:
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`. Calling it twice is harmless."""
-        if not self._is_attached:
-            return
-        self._is_attached = False
-        _unhook(self.ffn)
-        if type(self._marked) is _marked(self._kind):  # and no other library's class by now
-            self._marked.__class__ = self._kind
-        _unwatch(self.model, self._carried.place)
+        with _ATTACHING:
+            if not self._is_attached:
+                return
+            self._is_attached = False
+            _unhook(self.ffn)
+            if type(self._marked) is _marked(self._kind):  # and no other library's class by now
+                self._marked.__class__ = self._kind
+            _unwatch(self.model, self._carried.place)
 
     def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where the FFN's weights are, and what they are, as far as they show it."""
@@ -359,14 +369,15 @@ def attach(model: nn.Module, layer: int) -> Attached:
     """
     model = language_model(model)
     ffn = feed_forward(model, layer)
-    carried: _Carried | None = vars(ffn.exit).get(_CARRIED)
-    if carried is not None:
-        if carried.owner is not None and carried.owner() is not None:
-            raise ValueError(
-                f"layer {layer} carries neurons already; detach() that attachment first"
-            )
-        _abandon(model, ffn, carried)
-    return Attached(model, ffn)
+    with _ATTACHING:
+        carried: _Carried | None = vars(ffn.exit).get(_CARRIED)
+        if carried is not None:
+            if carried.owner is not None and carried.owner() is not None:
+                raise ValueError(
+                    f"layer {layer} carries neurons already; detach() that attachment first"
+                )
+            _abandon(model, ffn, carried)
+        return Attached(model, ffn)
 
 
 def _abandon(model: PreTrainedModel, ffn: FeedForward, carried: _Carried) -> None:

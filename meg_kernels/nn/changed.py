@@ -50,9 +50,17 @@ class _Method:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Compilers do not know what a thread holds; what is replaced for one runs uncompiled.
         method = None if torch.compiler.is_compiling() else held(self)
-        if method is None:
-            method = self.everywhere[-1] if self.everywhere else self.own
+        if method is None:  # others may leave their blocks meanwhile
+            method = next(reversed(self.everywhere), self.own)
         return method(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return itself, (self.own,)  # in a copy of the module, nobody has replaced it
+
+
+def itself(method: Callable[..., Any]) -> Callable[..., Any]:
+    """What a copy has in place of what stands for the method."""
+    return method
 
 
 _CHANGING = threading.Lock()
@@ -85,7 +93,7 @@ def replaced(
         for place, method in methods.items():
             if everywhere:
                 standing[place].everywhere.remove(method)
-            _given_back(*place)
+            _given_back(*place, standing[place])
 
 
 def _taken(module: nn.Module, name: str) -> _Method:
@@ -98,11 +106,10 @@ def _taken(module: nn.Module, name: str) -> _Method:
         return standing
 
 
-def _given_back(module: nn.Module, name: str) -> None:
+def _given_back(module: nn.Module, name: str, standing: _Method) -> None:
     with _CHANGING:
-        standing: _Method = vars(module)[name]
         standing.users -= 1
-        if standing.users:
+        if standing.users or vars(module).get(name) is not standing:  # somebody else's by now
             return
         if standing.is_attribute:  # accelerate's, for instance
             vars(module)[name] = standing.own

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,15 @@ from meg_kernels.checks import shown
 from meg_kernels.neuron import Neurons
 from meg_kernels.ops.dynamic_neuron import check_index, dynamic_neuron, dynamic_neuron_
 from meg_kernels.scoped import held, holding
+
+
+class _Copies(threading.local):
+    """How many rows each sample has, in the calls of one thread."""
+
+    number: int = 1
+
+    def __reduce__(self) -> Any:
+        return _Copies, ()
 
 
 @dataclass
@@ -36,7 +45,7 @@ class Mounted:
 
     neurons: Neurons
     index: Tensor
-    copies: int = 1
+    copies: _Copies = field(default_factory=_Copies)
 
     @classmethod
     def at(
@@ -94,7 +103,7 @@ class Mounted:
             rows = x.shape[0]
         elif rows is None:
             rows = samples
-        if rows != samples and rows != samples * self.copies:
+        if rows != samples and rows != samples * self.copies.number:
             raise ValueError(
                 f"the batch has {rows} rows, but {samples} neuron indices are mounted; give each "
                 "row one index (-1 for none)"
@@ -107,9 +116,9 @@ class Mounted:
             )
         if not tokens or not samples:
             return y
-        if neurons.device != y.device:  # weights that are offloaded, or on several devices
-            self.neurons = neurons = neurons.to(y.device)
-            self.index = index = index.to(y.device)
+        if not neurons.device == index.device == y.device:  # weights offloaded, or on several
+            neurons, index = neurons.to(y.device), index.to(y.device)
+            self.neurons, self.index = neurons, index
         if rows != samples:
             index = index.repeat_interleave(rows // samples)
         read = x.to(y.device).reshape(rows, -1, x.shape[-1])

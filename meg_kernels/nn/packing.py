@@ -152,9 +152,9 @@ class PackedWeight:
         """
         try:
             if self._runs_packed(x.shape[:-1].numel()):
-                if self._packed is None:
-                    self._packed = _OneDnnWeight(self._weight)
-                return self._packed(x, bias, gelu_tanh)
+                if (packed := self._packed) is None:  # another thread may take it back
+                    packed = self._packed = _OneDnnWeight(self._weight)
+                return packed(x, bias, gelu_tanh)
         except _OneDnnRefuses as error:
             y = self._plain(x, bias, gelu_tanh)  # where the arguments do not fit, this says it
             log.debug("products with a weight %s run plain: %s", tuple(self._weight.shape), error)

@@ -78,6 +78,7 @@ class Routing:
         edits: what was edited when this was decided.
         left_to_base: [B] bool: whether the query is taken for an edited one whose fact was not
             learnt, so that the base model answers it.
+        snap: whether neurons are those of the facts' own queries, as `RoutingConfig` has it.
     """
 
     accepted: Tensor
@@ -87,6 +88,7 @@ class Routing:
     z: Tensor
     edits: Edits | None
     left_to_base: Tensor
+    snap: bool
 
     def __len__(self) -> int:
         return len(self.accepted)
@@ -135,7 +137,7 @@ class Router:
         self._by = _By(encoder, edits, RoutingConfig() if config is None else config)
         self.device = encoder.model.device if device is None else device
         self.served = Served()
-        self._cache, self._counting = NeuronCache(), OwnLock()
+        self._cache, self._changing = NeuronCache(), OwnLock()
 
     @classmethod
     def from_pretrained(
@@ -178,7 +180,8 @@ class Router:
 
     @config.setter
     def config(self, config: RoutingConfig) -> None:
-        self.put(self.edits, config=config)
+        with self._changing:
+            self.put(self.edits, config=config)
 
     def put(
         self,
@@ -187,9 +190,10 @@ class Router:
         config: RoutingConfig | None = None,
     ) -> None:
         """Route by other edits from now on; encoder and configuration stay unless given."""
-        by = self._by
-        encoder = by.encoder if encoder is None else encoder
-        self._by = _By(encoder, edits, by.config if config is None else config)
+        with self._changing:
+            by = self._by
+            encoder = by.encoder if encoder is None else encoder
+            self._by = _By(encoder, edits, by.config if config is None else config)
 
     def __repr__(self) -> str:
         edited = 0 if self.edits is None else len(self.edits)
@@ -198,14 +202,14 @@ class Router:
     @property
     def requires_subject(self) -> bool:
         """Whether a query must name the subject of the edited fact nearest to it."""
-        return self.config.requires_subject(0 if self.edits is None else len(self.edits))
+        by = self._by
+        return by.config.requires_subject(0 if by.edits is None else len(by.edits))
 
     @property
     def num_left_to_base(self) -> int:
         """How many edited facts the base model answers for, because they were not learnt."""
-        if self.edits is None or self.config.serve_unlearnt:
-            return 0
-        return self.edits.num_unlearnt
+        by = self._by
+        return 0 if by.edits is None or by.config.serve_unlearnt else by.edits.num_unlearnt
 
     def protocol(self) -> dict[str, Any]:
         """What a report on the edited model must say of how its queries are answered, JSON-able."""
@@ -227,7 +231,8 @@ class Router:
         z, edits = by.encoder.encode(queries).to(self.device), by.edits
         if edits is None:
             nowhere = torch.full((len(z),), -1)
-            return Routing(nowhere > 0, nowhere, nowhere.float(), nowhere < 0, z, None, nowhere > 0)
+            score, none, named = nowhere.float(), nowhere > 0, nowhere < 0
+            return Routing(none, nowhere, score, named, z, None, none, by.config.snap)
         score = edits.gate.score(z)
         _, fact = nearest(z, edits.conditions)
         # float64 holds both exactly.
@@ -240,7 +245,7 @@ class Router:
         left = torch.zeros_like(accepted)
         if not by.config.serve_unlearnt:
             left = accepted & ~edits.learnt[fact]
-        return Routing(accepted & ~left, fact, score, named, z, edits, left)
+        return Routing(accepted & ~left, fact, score, named, z, edits, left, by.config.snap)
 
     def neurons(self, routing: Routing) -> tuple[Neurons | None, Tensor]:
         """The neurons of the queries that were accepted.
@@ -260,7 +265,7 @@ class Router:
             return None, index
         edits = routing.edits
         assert edits is not None  # nothing is accepted where nothing is edited
-        if self.config.snap:  # each fact's neuron is made once
+        if routing.snap:  # each fact's neuron is made once
             facts, index[rows] = routing.fact[rows].unique(return_inverse=True)
             z, keys = edits.conditions[facts], [edits.keys[row] for row in facts.tolist()]
         else:
@@ -284,7 +289,7 @@ class Router:
         return edits.layout.unpack(flat)
 
     def _count(self, more: Served) -> None:
-        with self._counting:
+        with self._changing:
             self.served += more
 
 

@@ -173,9 +173,11 @@ def writing(folder: str | Path, work: str | None = None) -> Iterator[Writer]:
             ) from error
         yield writer
     except BaseException:
-        if lock is not None and work is not None and writer is not None and writer.has_saved:
-            lock.abandon()  # so that the work is not done twice
-            lock = None
+        if lock is not None and work is not None:
+            has_saved = lock.before is not None if writer is None else writer.has_saved
+            if has_saved:
+                lock.abandon()  # so that the work is not done twice
+                lock = None
         raise
     finally:
         if lock is not None:
@@ -246,6 +248,8 @@ class Writer:
         try:
             manifest = self._written(edits, encoder, base, config)
         except OSError as error:
+            if _state(self.folder) != now:  # it is saved, but not flushed to the disk
+                raise
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise OSError(
                 error.errno,

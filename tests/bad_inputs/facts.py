@@ -100,7 +100,7 @@ FILES = [
     Case("a record cut off", _file(PLAIN[:-5]), FactsError, ("no valid JSON", "truncated")),
     Case("a list cut off", _file(f"[{PLAIN},"), FactsError, ("ends inside its list", "truncated")),
     Case("two lists", _file(f"[{PLAIN}]\n[]"), FactsError, ("goes on after", "one list, or JSON")),
-    Case("text after a list", _file(f"[{PLAIN}] x"), FactsError, ("goes on after", "one list")),
+    Case("text after a list", _file(f"[{PLAIN}]x"), FactsError, ("goes on after", "one list")),
     Case("a number", _file("7"), FactsError, ("it is 7", "must be an object")),
     Case("a text", _file(f'{PLAIN}\n"b"'), FactsError, ("line 2.*it is 'b'", "must be an object")),
     Case("null", _file("null"), FactsError, ("it is None", "must be an object")),

@@ -149,6 +149,7 @@ MANIFESTS = [
     _wrong("a threshold of NaN", "threshold", float("nan"), "threshold is nan", "finite number"),
     _wrong("an infinite threshold", "threshold", float("inf")),
     _wrong("a threshold in words", "threshold", "high"),
+    _wrong("a threshold of true", "threshold", True, "threshold is True", "finite number"),
     _wrong("no threshold", "threshold", None),
     _wrong("an unknown pooling", "pooling", "max", "pooling is 'max'", "one of mean, cls"),
     _wrong("a report that is a list", "report", []),
