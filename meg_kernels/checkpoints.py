@@ -110,6 +110,18 @@ def _hub_answers() -> bool:
     return True
 
 
+def _check_layers(path: Path, num_tensors: int) -> None:
+    """Refuse a configuration of more layers than tensors: it would take long to build them all."""
+    config = read_json(path)
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+            if isinstance(number := part.get(name), int) and number > num_tensors:
+                raise CorruptFileError(
+                    f"{path} says {name} {number}, but the checkpoint beside it has {num_tensors} "
+                    "tensors; restore the file"
+                )
+
+
 def check_files(source: str | Path, thorough: bool = False) -> None:
     """Refuse a folder with a damaged file; what is no folder is passed over.
 
@@ -130,15 +142,18 @@ def check_files(source: str | Path, thorough: bool = False) -> None:
     for path in (folder / name for name in names):
         if path.is_file() and not isinstance(read_json(path), dict):
             raise CorruptFileError(f"{path} holds no JSON object; restore the file")
+    num_tensors = 0
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="pt"):
-                pass
+            with safe_open(path, framework="pt") as file:
+                num_tensors += len(file.keys())
         except SafetensorError as error:
             raise CorruptFileError(
                 f"{path} is truncated, damaged or no safetensors file ({error}); restore it, or "
                 "download or copy it again"
             ) from error
+    if num_tensors and (folder / "config.json").is_file():
+        _check_layers(folder / "config.json", num_tensors)
     for path in sorted(folder.glob("pytorch_model*.bin")) if thorough else ():
         try:
             torch.load(path, map_location="meta", weights_only=True)

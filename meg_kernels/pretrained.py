@@ -161,6 +161,15 @@ def smollm2_folder() -> Path:
 
 
 _TOKENIZING = threading.Lock()
+_OF_ITS_USE = (
+    "is_local",
+    "local_files_only",
+    "max_length",
+    "pad_to_multiple_of",
+    "pad_token_type_id",
+    "stride",
+    "truncation_strategy",
+)
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Any, **options: Any) -> Any:
@@ -185,7 +194,13 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":  # version 5's name of the same class
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    # How it was loaded and used last is no part of it: what is saved twice shall be the same twice.
+    for name in _OF_ITS_USE:
+        config.pop(name, None)
+    for name in ("padding_side", "truncation_side"):
+        if config.get(name) == getattr(type(tokenizer), name):
+            del config[name]
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def ready_to_pad(tokenizer: PreTrainedTokenizerBase, side: str = "left") -> PreTrainedTokenizerBase:

@@ -30,6 +30,7 @@ def test_a_row_counts_what_an_edited_model_finds_and_rejects(monkeypatch):
         collection=dataclasses.replace(CONFIG.collection, max_steps=1),
         generator=bank,
         encoder_tuning=CONFIG.encoder_tuning,
+        serve_unlearnt=True,  # with one step, that is most of them
     )
     editor = make_editor(config)
     editor.edit(EDITED, tuning_facts=OTHER_FACTS, unrelated_queries=UNRELATED)

@@ -449,6 +449,12 @@ CASES = [
         ("model_type None", "of a type that it knows"),
     ),
     Case(
+        "a configuration of more layers than the checkpoint has tensors",
+        _model(_config(num_hidden_layers=10**9)),
+        CorruptFileError,
+        ("config.json says num_hidden_layers 1000000000.*has .* tensors", "restore the file"),
+    ),
+    Case(
         "a model type that nobody knows",
         _model(_config(model_type="llama9")),
         ValueError,
