@@ -40,6 +40,7 @@ _OLD_BUFFERS = re.compile(
 
 
 _LOADING = threading.RLock()
+_MANY_LAYERS = 1000
 
 
 @contextlib.contextmanager
@@ -113,9 +114,10 @@ def _hub_answers() -> bool:
 def _check_layers(path: Path, num_tensors: int) -> None:
     """Refuse a configuration of more layers than tensors: it would take long to build them all."""
     config = read_json(path)
+    most = max(num_tensors, _MANY_LAYERS)  # below that, what is missing is told by name
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
-            if isinstance(number := part.get(name), int) and number > num_tensors:
+            if isinstance(number := part.get(name), int) and number > most:
                 raise CorruptFileError(
                     f"{path} says {name} {number}, but the checkpoint beside it has {num_tensors} "
                     "tensors; restore the file"
