@@ -234,6 +234,11 @@ def _marked(kind: type[nn.Module]) -> type[nn.Module]:
     return _MARKED.setdefault(kind, type(kind.__name__, (kind,), named))
 
 
+def _to_be_marked(ffn: FeedForward) -> nn.Module:
+    """Whose class is marked: where the FFN is no module, a projection's kind matters."""
+    return ffn.exit if ffn.is_block else ffn.decoder_layer
+
+
 class Attached:
     """Neurons' place in a model; made by `attach`.
 
@@ -255,9 +260,8 @@ class Attached:
             ffn.entry.register_forward_pre_hook(_note_source, with_kwargs=True)
         # First among the hooks: others see the output of the FFN with its neurons.
         ffn.exit.register_forward_hook(_add_neurons, prepend=True, with_kwargs=True)
-        marked = self._marked
-        self._kind = type(marked)
-        marked.__class__ = _marked(self._kind)
+        marked = _to_be_marked(ffn)
+        marked.__class__ = _marked(type(marked))
         _watch(model, self._carried.place)
 
     def __repr__(self) -> str:
@@ -286,11 +290,6 @@ class Attached:
     def is_disabled(self) -> bool:
         """Whether this thread or task runs inside `disabled()`."""
         return self._carried.place.is_emptied
-
-    @property
-    def _marked(self) -> nn.Module:
-        """Whose class is marked: where the FFN is no module, a projection's kind matters."""
-        return self.ffn.exit if self.ffn.is_block else self.ffn.decoder_layer
 
     @contextmanager
     def neurons(
@@ -338,14 +337,11 @@ class Attached:
             if not self._is_attached:
                 return
             self._is_attached = False
-            _unhook(self.ffn)
-            if type(self._marked) is _marked(self._kind):  # and no other library's class by now
-                self._marked.__class__ = self._kind
-            _unwatch(self.model, self._carried.place)
+            _clear(self.model, self.ffn, self._carried.place)
 
     def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where the FFN's weights are, and what they are, as far as they show it."""
-        for weight in (*self._marked.parameters(), *self.model.parameters()):
+        for weight in (*_to_be_marked(self.ffn).parameters(), *self.model.parameters()):
             if weight.is_floating_point() and not weight.is_meta:
                 return weight.device, weight.dtype
         return torch.device("cpu"), self.model.dtype
@@ -376,16 +372,16 @@ def attach(model: nn.Module, layer: int) -> Attached:
                 raise ValueError(
                     f"layer {layer} carries neurons already; detach() that attachment first"
                 )
-            _abandon(model, ffn, carried)
+            _clear(model, ffn, carried.place)  # a copy's, or one that nobody holds
         return Attached(model, ffn)
 
 
-def _abandon(model: PreTrainedModel, ffn: FeedForward, carried: _Carried) -> None:
-    """Clear away the attachment of a model that was copied, or whose owner is gone."""
+def _clear(model: PreTrainedModel, ffn: FeedForward, place: Place) -> None:
+    """Leave a layer as it was before it was attached, or before what it is a copy of was."""
     _unhook(ffn)
-    marked = ffn.exit if ffn.is_block else ffn.decoder_layer
+    marked = _to_be_marked(ffn)
     for kind, made in _MARKED.items():
-        if type(marked) is made:
+        if type(marked) is made:  # and no other library's class by now
             marked.__class__ = kind
             break
-    _unwatch(model, carried.place)
+    _unwatch(model, place)
