@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
 _HELD: ContextVar[tuple[dict[Any, Any], ...]] = ContextVar("meg_kernels_held", default=())
 
 
@@ -44,6 +47,16 @@ def holding(values: Mapping[Any, Any]) -> Iterator[None]:
     finally:
         _HELD.set(tuple(other for other in _HELD.get() if other is not block))
         block.clear()  # tasks that were started inside have it too
+
+
+def is_traced() -> bool:
+    """Whether a compiler or an exporter reads this code, in this thread.
+
+    `torch.compiler.is_compiling()` alone says so to every thread while one of them compiles.
+    """
+    return torch.compiler.is_compiling() and (
+        torch.compiler.is_dynamo_compiling() or _get_current_dispatch_mode() is not None
+    )
 
 
 class OwnLock:

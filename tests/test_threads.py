@@ -22,6 +22,7 @@ from meg_kernels import MeGEditor, MeGLinear, Neurons, attach, checkpoints
 from meg_kernels.nn import LowerLayers, last_feed_forward_sees
 from meg_kernels.nn.changed import replaced, uncompiled
 from meg_kernels.nn.mounted import EMPTY, Mounted, Place
+from meg_kernels.ops.dynamic_neuron import dynamic_neuron
 from meg_kernels.pretrained import tokenized
 from meg_kernels.routing.neuron_cache import Served
 from meg_kernels.routing.router import Router, RoutingConfig
@@ -282,6 +283,39 @@ def test_a_compiled_model_gives_each_thread_its_own_neurons(tiny_model):
         for one in found:
             torch.testing.assert_close(one, expected)
     assert not torch.allclose(alone[0], alone[1])
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_answers_are_the_same_while_another_thread_compiles(tiny_model, monkeypatch, trains):
+    model = tiny_model("llama").train(trains)
+    attached = attach(model, LAYER)
+    ids = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(1))
+    neurons, index = some_neurons(0, 2), torch.tensor([0, 1])
+
+    def answers():
+        with torch.set_grad_enabled(trains), attached.neurons(neurons):
+            return model(input_ids=ids, use_cache=False).logits.detach()
+
+    alone = answers()
+    y, x = some_neurons(1, 2).value.unsqueeze(1), some_neurons(2, 2).value.unsqueeze(1)
+    compiling = threading.Event()
+    done = threading.Event()
+
+    def backend(graph, examples):
+        compiling.set()
+        assert done.wait(60)
+        return graph
+
+    with ThreadPoolExecutor(1) as pool:
+        compiled = pool.submit(torch.compile(lambda x: x + 1, backend=backend), torch.ones(1))
+        try:
+            assert compiling.wait(60)
+            assert torch.equal(answers(), alone)
+            with pytest.raises(ValueError, match="index holds values"):
+                dynamic_neuron(y, x, neurons, index + 5)
+        finally:
+            done.set()
+        assert compiled.result() == 2
 
 
 def test_gradients_of_neurons_pass_through_a_compiled_model(tiny_model):

@@ -27,6 +27,7 @@ from meg_kernels.neuron import NeuronLayout, Neurons
 from meg_kernels.nn.changed import itself
 from meg_kernels.nn.families import FeedForward, feed_forward, language_model
 from meg_kernels.nn.mounted import EMPTY, Mounted, Place
+from meg_kernels.scoped import is_traced
 
 _CARRIED = "_carried_neurons"  # attribute of the modules that our hooks are on
 _CHECKPOINTED = "_neurons_of_checkpoint"  # attribute of the storage of what a decoder layer read
@@ -55,7 +56,7 @@ class _Carried:
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """The output y of the FFN that read x, with this call's neurons."""
         noted = self.noted
-        if not self.notes or torch.compiler.is_compiling() or not _runs_again():
+        if not self.notes or is_traced() or not _runs_again():
             return self.place.add(y, x, noted.rows)
         recalled, noted.recalled = noted.recalled, None
         if recalled is None and self.place.mounted is None:
@@ -78,7 +79,7 @@ def first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 def _before_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before a decoder layer: what is told of the batch here, and not to its FFN."""
     carried: _Carried = getattr(module, _CARRIED)
-    if module.training and not (carried.notes or torch.compiler.is_compiling()):
+    if module.training and not (carried.notes or is_traced()):
         carried.notes = True
         for part in module.children():
             vars(part).setdefault(_CARRIED, carried)
@@ -87,7 +88,7 @@ def _before_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Non
         return
     hidden = first_tensor(args, kwargs)
     carried.noted.rows = hidden.shape[0]
-    if torch.compiler.is_compiling():
+    if is_traced():
         return
     if carried.place.mounted is None:
         return
@@ -107,7 +108,7 @@ def _before_part(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
     mounted is noted there the first time.
     """
     carried: _Carried = getattr(module, _CARRIED)
-    if torch.compiler.is_compiling() or not module.training:
+    if is_traced() or not module.training:
         return
     storage = first_tensor(args, kwargs).untyped_storage()
     if not _runs_again():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meg_kernels.scoped import held, holding
+from meg_kernels.scoped import held, holding, is_traced
 
 
 @contextmanager
@@ -49,7 +49,7 @@ class _Method:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Compilers do not know what a thread holds; what is replaced for one runs uncompiled.
-        method = None if torch.compiler.is_compiling() else held(self)
+        method = None if is_traced() else held(self)
         if method is None:  # others may leave their blocks meanwhile
             method = next(reversed(self.everywhere), self.own)
         return method(*args, **kwargs)

@@ -20,7 +20,7 @@ from torch import Tensor
 from meg_kernels.checks import shown
 from meg_kernels.neuron import Neurons
 from meg_kernels.ops.dynamic_neuron import check_index, dynamic_neuron, dynamic_neuron_
-from meg_kernels.scoped import held, holding
+from meg_kernels.scoped import held, holding, is_traced
 
 
 class _Copies(threading.local):
@@ -190,7 +190,7 @@ class Place:
 
     def add(self, y: Tensor, x: Tensor, rows: int | None = None) -> Tensor:
         """`Mounted.add` of what this thread or task has mounted; y itself if that is nothing."""
-        if torch.compiler.is_compiling():
+        if is_traced():
             # Which thread or task calls is known when the compiled code runs, and not before.
             if self.learns or (torch.is_grad_enabled() and (y.requires_grad or x.requires_grad)):
                 return _added(self, y, x, rows)

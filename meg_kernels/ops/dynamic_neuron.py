@@ -38,6 +38,7 @@ from meg_kernels.kernels.limits import DTYPES
 from meg_kernels.neuron import ACTIVATIONS, FORMULAS, SATURATED, Neurons
 from meg_kernels.ops import native
 from meg_kernels.ops.backend import backend, choose, forced_backend
+from meg_kernels.scoped import is_traced
 
 # Triton's kernels take float64 too, so that gradcheck can be run on them.
 SUPPORTED = {
@@ -356,7 +357,7 @@ class _Differentiable(torch.autograd.Function):
         ctx.save_for_backward(x, *rest[:-1])
         ctx.activation = rest[-1]
         # Autograd works on a GPU's tensors in a thread of its own, which does not see the context.
-        ctx.backend = None if torch.compiler.is_compiling() else forced_backend()
+        ctx.backend = None if is_traced() else forced_backend()
         return torch.ops.meg_kernels.dynamic_neuron(y, x, *rest)
 
     @staticmethod
@@ -393,7 +394,7 @@ def check_index(index: Tensor, neurons: Neurons) -> None:
         )
     # On a GPU reading the index would make the host wait; there the caller's word is taken,
     # and a compiler that traces the op has no values yet.
-    if index.device.type == "cpu" and len(index) and not torch.compiler.is_compiling():
+    if index.device.type == "cpu" and len(index) and not is_traced():
         low, high = int(index.min()), int(index.max())
         if low < -1 or high >= len(neurons):
             raise ValueError(
