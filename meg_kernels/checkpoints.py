@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import threading
@@ -22,7 +23,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import HFValidationError, get_session, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import hub
 
 from meg_kernels.storage import CorruptFileError, read_json
@@ -40,7 +41,14 @@ _OLD_BUFFERS = re.compile(
 
 
 _LOADING = threading.RLock()
-_MANY_LAYERS = 1000
+# Numbers of a configuration that say how many parts are built one by one.
+_PARTS = {
+    *("num_hidden_layers", "num_layers", "n_layers", "n_layer"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"),
+}
+_MANY_PARTS = 1000
+_PACKED = 16  # a quantised checkpoint holds so many times fewer numbers, at most
+_FEW = 1_000_000  # numbers that nobody misses
 
 
 @contextlib.contextmanager
@@ -111,17 +119,80 @@ def _hub_answers() -> bool:
     return True
 
 
-def _check_layers(path: Path, num_tensors: int) -> None:
-    """Refuse a configuration of more layers than tensors: it would take long to build them all."""
-    config = read_json(path)
-    most = max(num_tensors, _MANY_LAYERS)  # below that, what is missing is told by name
+def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """The whole numbers of a configuration and of its parts, by their names."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
-            if isinstance(number := part.get(name), int) and number > most:
-                raise CorruptFileError(
-                    f"{path} says {name} {number}, but the checkpoint beside it has {num_tensors} "
-                    "tensors; restore the file"
-                )
+        yield from ((name, value) for name, value in part.items() if type(value) is int)
+
+
+def check_sizes(source: str | Path, auto: Any, **loading: Any) -> None:
+    """Refuse a folder whose config.json describes a far larger model than its tensors make.
+
+    transformers would build it, fill what is missing with random numbers, and take all memory.
+
+    Args:
+        source: a folder with a checkpoint; what is none is passed over.
+        auto: what loads such a model, such as `AutoModelForCausalLM`.
+        loading: keywords of `AutoConfig.from_pretrained`.
+
+    Raises:
+        CorruptFileError: it does.
+    """
+    folder = Path(source, loading.get("subfolder") or "")
+    path = folder / "config.json"
+    shapes = [shape for file in folder.glob("*.safetensors") for shape in _shapes(file)]
+    if not shapes or not path.is_file():
+        return
+    config = read_json(path)
+    parts = (config, *(value for value in config.values() if isinstance(value, dict)))
+    numbers = [(key, n) for part in parts for key, n in part.items() if type(n) is int]
+    most = max(len(shapes), _MANY_PARTS)  # below that, what is missing is told by name
+    for name, number in numbers:
+        if name in _PARTS and number > most:
+            raise CorruptFileError(
+                f"{path} says {name} {number}, but the checkpoint beside it has {len(shapes)} "
+                "tensors; restore the file"
+            )
+    longest = max(size for shape in shapes for size in (0, *shape))
+    if all(number <= longest for _, number in numbers):
+        return
+    code = {"trust_remote_code": loading.get("trust_remote_code", False)}
+    with torch.device("meta"):
+        model = auto.from_config(AutoConfig.from_pretrained(source, **loading), **code)
+    wanted = sum(weight.numel() for weight in model.parameters())
+    there = sum(math.prod(shape) for shape in shapes)
+    if wanted > _PACKED * there + _FEW:
+        raise CorruptFileError(
+            f"{path} describes a model of {wanted:,} numbers, but the checkpoint beside it holds "
+            f"{there:,}; restore the file"
+        )
+
+
+def _shapes(path: Path) -> list[list[int]]:
+    """Of a file's tensors; CorruptFileError if the file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    except SafetensorError as error:
+        raise CorruptFileError(
+            f"{path} is truncated, damaged or no safetensors file ({error}); restore it, or "
+            "download or copy it again"
+        ) from error
+
+
+def _check_tokens(path: Path) -> None:
+    """Refuse a tokenizer with a token of an enormous number: it has a place for each one below."""
+    content = read_json(path)
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    tokens = vocabulary if isinstance(vocabulary, dict) else {}
+    numbers = [*tokens.values(), *(t.get("id") for t in added or () if isinstance(t, dict))]
+    highest = max((number for number in numbers if isinstance(number, int)), default=0)
+    if highest > _PACKED * len(numbers) + _FEW:
+        raise CorruptFileError(
+            f"{path} gives {len(numbers):,} tokens, and one of them number {highest:,}; restore "
+            "the file"
+        )
 
 
 def check_files(source: str | Path, thorough: bool = False) -> None:
@@ -129,7 +200,7 @@ def check_files(source: str | Path, thorough: bool = False) -> None:
 
     Args:
         source: a folder with a checkpoint.
-        thorough: whether to read the tokenizer's large files as well.
+        thorough: whether to read rarer files, and pickled weights, as well.
 
     Raises:
         CorruptFileError: a file is truncated or damaged; the message names it.
@@ -138,24 +209,16 @@ def check_files(source: str | Path, thorough: bool = False) -> None:
     if not folder.is_dir():
         return
     names = ["config.json", "generation_config.json", "tokenizer_config.json"]
-    names += ["model.safetensors.index.json", "adapter_config.json"]
+    names += ["model.safetensors.index.json", "adapter_config.json", "tokenizer.json"]
     if thorough:
-        names += ["tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"]
+        names += ["special_tokens_map.json", "added_tokens.json", "vocab.json"]
     for path in (folder / name for name in names):
         if path.is_file() and not isinstance(read_json(path), dict):
             raise CorruptFileError(f"{path} holds no JSON object; restore the file")
-    num_tensors = 0
+    if (path := folder / "tokenizer.json").is_file():
+        _check_tokens(path)
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                num_tensors += len(file.keys())
-        except SafetensorError as error:
-            raise CorruptFileError(
-                f"{path} is truncated, damaged or no safetensors file ({error}); restore it, or "
-                "download or copy it again"
-            ) from error
-    if num_tensors and (folder / "config.json").is_file():
-        _check_layers(folder / "config.json", num_tensors)
+        _shapes(path)
     for path in sorted(folder.glob("pytorch_model*.bin")) if thorough else ():
         try:
             torch.load(path, map_location="meta", weights_only=True)
@@ -192,7 +255,7 @@ def explained(error: Exception, what: str, source: str | Path, may_be: str) -> E
     has_none = os.path.isdir(source) and not any(Path(source).glob("*.model"))
     if isinstance(error, ImportError) and not has_none:
         return error
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, CorruptFileError | MemoryError | torch.OutOfMemoryError):
         return error
     try:
         check_files(source, thorough=True)

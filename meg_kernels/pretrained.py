@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from meg_kernels.arguments import check_instance
-from meg_kernels.checkpoints import check_files, check_whole, explained, reaching
+from meg_kernels.checkpoints import check_files, check_sizes, check_whole, explained, reaching
 from meg_kernels.gradients import with_gradients
 from meg_kernels.storage import CorruptFileError, cache_folder
 
@@ -359,6 +359,8 @@ def _load(
     try:
         with reaching(source, kwargs.get("local_files_only", False)):
             check_files(source)
+            if "config" not in kwargs:
+                check_sizes(source, auto, **where)
             # Other sizes, like all else that does not fit, are refused below, by name.
             model, loading = auto.from_pretrained(
                 source, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True

@@ -132,6 +132,20 @@ def _built(family: str) -> transformers.PreTrainedModel:
 
 
 @pytest.fixture
+def undrawn():
+    """undrawn(seed): whether torch's own random numbers are those that follow manual_seed(seed).
+
+    Its state holds bytes that mean nothing, and that differ.
+    """
+
+    def ask(seed):
+        own = torch.Generator().manual_seed(seed)
+        return torch.equal(torch.randn(3), torch.randn(3, generator=own))
+
+    return ask
+
+
+@pytest.fixture
 def tiny_model():
     """tiny_model(family, **config): a random model of 3 layers, width 32, float32, eval.
 

@@ -224,13 +224,12 @@ def test_hard_negatives_push_queries_that_look_alike_apart():
     assert cosine(True) < cosine(False) - 0.1
 
 
-def test_tuning_depends_on_its_seed_alone():
+def test_tuning_depends_on_its_seed_alone(undrawn):
     def tuned(seed, outside):
         torch.manual_seed(outside)
-        state = torch.get_rng_state()
         encoder = make_encoder(dropout=0.1)
         losses = encoder.tune(THINGS, EncoderTuningConfig(epochs=2, batch_size=6, seed=seed))
-        assert torch.equal(torch.get_rng_state(), state)
+        assert undrawn(outside)
         return losses, encoder.encode(TEXTS)
 
     losses, vectors = tuned(0, outside=1)

@@ -23,8 +23,17 @@ if TYPE_CHECKING:
     from meg_kernels.integrations.lm_eval import TaskScores
     from meg_kernels.routing.edits import EditReport, Training
 
-console = Console(emoji=False)
-errors = Console(stderr=True, emoji=False)
+
+class _Console(Console):
+    """Lays out tables; breaks no line of text, so that commands and paths can be copied."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        texts = all(isinstance(shown, str) for shown in objects)
+        super().print(*objects, **{"soft_wrap": texts, **options})
+
+
+console = _Console(emoji=False)
+errors = _Console(stderr=True, emoji=False)
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,9 @@ def print_written(what: str, path: Path) -> None:
 
 def print_saved(editor: MeGEditor, out: Path) -> None:
     """Say what is edited now, and what is left to do."""
-    console.print(f"{len(editor.facts)} facts are edited; saved to {out}", markup=False)
+    count = len(editor.facts)
+    edited = "1 fact is edited" if count == 1 else f"{count} facts are edited"
+    console.print(f"{edited}; saved to {out}", markup=False)
     if editor.router.requires_subject:
         console.print("only queries that name the subject of the nearest one are taken for it")
     if left := editor.router.num_left_to_base:

@@ -171,6 +171,13 @@ def _half_a_pickle(folder: Path) -> bytes:
     return raw[: len(raw) // 2]
 
 
+def _enormous_token(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["enormous"] = 2**31
+    path.write_text(json.dumps(content))
+
+
 def _tokenizer(change: Callable[[Any], Any]) -> Callable[[Path], Any]:
     def damage(folder: Path) -> None:
         tokenizer = make_tokenizer()
@@ -454,6 +461,15 @@ CASES = [
         CorruptFileError,
         ("config.json says num_hidden_layers 1000000000.*has .* tensors", "restore the file"),
     ),
+    *(
+        Case(
+            f"a configuration of enormous {name}",
+            _model(_config(**{name: 2**31})),
+            CorruptFileError,
+            ("config.json describes a model of .* the checkpoint .* holds", "restore the file"),
+        )
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
+    ),
     Case(
         "a model type that nobody knows",
         _model(_config(model_type="llama9")),
@@ -696,6 +712,12 @@ CASES = [
         _model(_written("tokenizer.json", "{}")),
         ValueError,
         ("cannot load the model", "tokenizer"),
+    ),
+    Case(
+        "a token of an enormous number",
+        _model(_enormous_token),
+        CorruptFileError,
+        (r"tokenizer.json gives \d+ tokens, and one of them number 2,147,483,648", "restore"),
     ),
     Case(
         "half a tokenizer_config.json",
