@@ -21,6 +21,8 @@ import transformers
 from meg_kernels.ops import native
 from meg_kernels.ops.backend import backend
 
+with torch.device("meta"):
+    torch.empty(0)  # torch notes once which its constructors are: before a fixture patches them
 torch.set_num_threads(int(os.environ.get("MEG_KERNELS_TEST_THREADS", "1")))
 # Neither timing nor what this processor happens to multiply decides what a test runs.
 os.environ["MEG_KERNELS_PACKING"] = "always"
