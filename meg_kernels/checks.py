@@ -108,12 +108,19 @@ def _wanted(fits: bool) -> None:
         raise ValueError
 
 
+def as_integer(value: Any) -> int:
+    """A whole number, Python's or numpy's, as Python's; TypeError for others, and for a bool."""
+    # PyTorch gives its booleans an index too.
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")) == "torch.bool":
+        raise TypeError
+    return operator.index(value)
+
+
 def integer(least: int, most: int | None = None) -> Check:
     """An integer, Python's or numpy's, in least to most; no bool."""
 
     def read(value: Any) -> int:
-        _wanted(not isinstance(value, bool))
-        number = operator.index(value)
+        number = as_integer(value)
         _wanted(number >= least and (most is None or number <= most))
         return number
 

@@ -6,7 +6,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.arguments import check_instance
-from meg_kernels.checks import FLAG, TEXTS, Check, instance_of, integer, number, shown
+from meg_kernels.checks import FLAG, TEXTS, Check, as_integer, instance_of, integer, number, shown
 from meg_kernels.facts import Fact, FactsError
 from meg_kernels.nn import input_device, last_feed_forward_sees
 from meg_kernels.nn.changed import hooked
@@ -195,6 +194,9 @@ OWN_KEYWORDS = {
 }
 
 
+TOKEN = Check(
+    "a token's number, such as tokenizer.convert_tokens_to_ids('</s>')", as_integer, TypeError
+)
 # Of `model.generate`, which takes any value, and fails on some in the midst of its work.
 CHECKED_KEYWORDS = {
     "do_sample": FLAG,
@@ -217,30 +219,29 @@ CHECKED_KEYWORDS = {
 }
 
 
-def check_generation(max_new_tokens: int, keywords: Mapping[str, Any]) -> None:
+def checked_generation(max_new_tokens: int, keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse what contradicts answering prompts.
 
     Args:
         max_new_tokens: the longest answer.
         keywords: of `model.generate`.
 
+    Returns:
+        The keywords, with numpy's numbers as Python's: `model.generate` takes no others.
+
     Raises:
         TypeError: a keyword of the wrong kind, or one that gives other prompts or results.
         ValueError: max_new_tokens is below 1, or another keyword out of its range.
     """
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral):
-        raise TypeError(f"max_new_tokens is {max_new_tokens!r}; it must be an integer from 1")
-    if max_new_tokens < 1:
+    if Check("an integer from 1", as_integer, TypeError)("max_new_tokens", max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be an integer from 1")
-    for name in keywords.keys() & CHECKED_KEYWORDS.keys():
-        CHECKED_KEYWORDS[name].or_none()(name, keywords[name])
+    checked = {
+        name: CHECKED_KEYWORDS[name].or_none()(name, value) if name in CHECKED_KEYWORDS else value
+        for name, value in keywords.items()
+    }
     for name in ("eos_token_id", "pad_token_id"):
-        ids = _as_list(keywords.get(name))
-        if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
-            raise TypeError(
-                f"{name} is {keywords[name]!r}; it must be a token's number, such as "
-                "tokenizer.convert_tokens_to_ids('</s>')"
-            )
+        for token in _as_list(keywords.get(name)):
+            TOKEN(name, token)
     for name in keywords.keys() & OWN_KEYWORDS.keys():
         if keywords[name] is None or keywords[name] is False:
             continue
@@ -248,6 +249,7 @@ def check_generation(max_new_tokens: int, keywords: Mapping[str, Any]) -> None:
             f"{name} cannot be given here ({OWN_KEYWORDS[name]}); for full control, call "
             "model.generate inside `with editor.routed(prompts):`"
         )
+    return checked
 
 
 @dataclass(frozen=True)
@@ -375,7 +377,9 @@ class PromptedModel:
             return None
         return f"has {len(text)} characters, more than the {most} tokens that the model reads"
 
-    def check_prompts(self, prompts: Sequence[str], max_new_tokens: int, **generation: Any) -> None:
+    def check_prompts(
+        self, prompts: Sequence[str], max_new_tokens: int, **generation: Any
+    ) -> dict[str, Any]:
         """Refuse what `answers` could not answer.
 
         Args:
@@ -383,12 +387,15 @@ class PromptedModel:
             max_new_tokens: the longest answer.
             generation: keyword arguments of `model.generate`.
 
+        Returns:
+            The keyword arguments as `checked_generation` gives them.
+
         Raises:
-            TypeError: a keyword that contradicts answers: `check_generation` names them.
+            TypeError: a keyword that contradicts answers: `checked_generation` names them.
             ValueError: a prompt is no valid text, or exceeds the model's positions with its answer;
                 the message names it.
         """
-        check_generation(max_new_tokens, generation)
+        checked = checked_generation(max_new_tokens, generation)
         most = self.positions
         for place, prompt in enumerate(prompts):
             if not is_unicode(prompt):
@@ -408,6 +415,7 @@ class PromptedModel:
                     f"max_new_tokens={max_new_tokens} that is more than the {most} that the model "
                     "reads: shorten it" + (", or lower max_new_tokens" if length < most else "")
                 )
+        return checked
 
     def target(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """Token ids of `prompt` and of its target, as `target_tokens` has them."""
@@ -455,12 +463,12 @@ class PromptedModel:
                 ends answers in place of the model's own; a line break always does.
 
         Raises:
-            TypeError: a keyword that contradicts this: `check_generation` names them.
+            TypeError: a keyword that contradicts this: `checked_generation` names them.
             ValueError: a prompt is longer than the model reads, or no valid text.
         """
         prompts = TEXTS("prompts", prompts)
-        self.check_prompts(prompts, max_new_tokens, **generation)
-        generation = {k: v for k, v in generation.items() if k not in OWN_KEYWORDS}
+        checked = self.check_prompts(prompts, max_new_tokens, **generation)
+        generation = {k: v for k, v in checked.items() if k not in OWN_KEYWORDS}
         batch = tokenized(self.tokenizer, list(prompts), return_tensors="pt", padding=True)
         check_tokens(batch, self.tokenizer, self.model)
         batch = batch.to(input_device(self.model))

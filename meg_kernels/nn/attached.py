@@ -362,7 +362,7 @@ def attach(model: nn.Module, layer: int) -> Attached:
     Raises:
         ValueError: the model or that layer has no feed-forward layer, the layer is out of range,
             or neurons are attached there already.
-        TypeError: model is no transformers model, or layer is no int.
+        TypeError: model is no transformers model, or layer is no integer.
     """
     model = language_model(model)
     ffn = feed_forward(model, layer)
