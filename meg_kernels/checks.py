@@ -19,7 +19,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from meg_kernels.texts import as_texts
+from meg_kernels.texts import as_texts, is_unicode
 
 T = TypeVar("T")
 
@@ -158,7 +158,13 @@ def _flag(value: Any) -> bool:
     return value
 
 
+def _text(value: Any) -> str:
+    _wanted(isinstance(value, str) and is_unicode(value))
+    return value
+
+
 FLAG = Check("True or False", _flag)
+TEXT = Check("text without halves of surrogate pairs, which no file takes", _text)
 SEED = integer(0, LARGEST_SEED)
 
 
