@@ -23,6 +23,7 @@ from meg_kernels.checks import SEED, integer, number
 from meg_kernels.kernels.limits import MAX_CLASSES
 from meg_kernels.ops.softmax_entropy import softmax_entropy
 from meg_kernels.progress import progress_bar
+from meg_kernels.scoped import seeded
 
 
 @dataclass(frozen=True)
@@ -291,8 +292,7 @@ class FamiliarityNetwork(nn.Module):
         labels = torch.randint(classes, (len(conditions),), generator=rng).to(conditions.device)
         optimizer = torch.optim.AdamW(self.parameters(), lr=learning_rate, fused=True)
         self.train()
-        with torch.random.fork_rng([conditions.device] if conditions.device.type == "cuda" else []):
-            torch.manual_seed(seed)  # dropout draws from torch's own generator
+        with seeded(seed, conditions.device):  # for the dropout
             for _ in progress_bar(range(steps), desc="familiarity", shown=progress, leave=False):
                 rows = torch.randint(
                     len(conditions), (min(batch_size, len(conditions)),), generator=rng
