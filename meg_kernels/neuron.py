@@ -270,8 +270,9 @@ class Neurons:
             TypeError: one of them is no `Neurons`.
             ValueError: there are none, or their layouts differ.
         """
-        if isinstance(parts, Neurons):
-            raise TypeError("parts is a Neurons; it must be a list of them: use [parts]")
+        if not isinstance(parts, list | tuple):
+            what = f"parts is a {type(parts).__name__}; it must be a list of Neurons"
+            raise TypeError(f"{what}: use [parts]" if isinstance(parts, Neurons) else what)
         if not parts:
             raise ValueError("there are no neurons to concatenate; give a list of at least one")
         for number, part in enumerate(parts):

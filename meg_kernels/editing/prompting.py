@@ -13,9 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.arguments import check_instance
-from meg_kernels.checks import FLAG, TEXTS, Check, as_integer, instance_of, integer, number, shown
-from meg_kernels.facts import Fact, FactsError
+from meg_kernels.checks import (
+    FLAG,
+    TEXT,
+    TEXTS,
+    Check,
+    as_integer,
+    instance_of,
+    integer,
+    number,
+    shown,
+)
+from meg_kernels.facts import Fact, FactsError, listed_facts
 from meg_kernels.nn import input_device, last_feed_forward_sees
 from meg_kernels.nn.changed import hooked
 from meg_kernels.nn.families import language_model
@@ -26,7 +35,7 @@ from meg_kernels.pretrained import (
     ready_to_pad,
     tokenized,
 )
-from meg_kernels.texts import is_unicode, normalized, normalized_answer
+from meg_kernels.texts import as_texts, is_unicode, normalized, normalized_answer
 
 IGNORED = -100
 
@@ -160,6 +169,21 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({tokenizer.eos_token_id, *line_breaks})
 
 
+def _pairs(tokens: int | None) -> Check:
+    """The check of (prompt, target) token ids, of a model with this number of tokens."""
+    most = None if tokens is None else tokens - 1
+    token = integer(0, most).read
+
+    def read(value: Any) -> list[tuple[list[int], list[int]]]:
+        pairs = [([*map(token, prompt)], [*map(token, target)]) for prompt, target in value]
+        if not pairs or not all(target and len(prompt + target) > 1 for prompt, target in pairs):
+            raise ValueError
+        return pairs
+
+    ids = "token ids" if most is None else f"token ids from 0 to {most}"
+    return Check(f"a list of pairs of a prompt's and its target's {ids}, at least one", read)
+
+
 def _early_stopping(value: Any) -> bool | str:
     return value if value == "never" else FLAG("early_stopping", value)
 
@@ -197,6 +221,7 @@ OWN_KEYWORDS = {
 TOKEN = Check(
     "a token's number, such as tokenizer.convert_tokens_to_ids('</s>')", as_integer, TypeError
 )
+TOKENS = Check("a list of token ids", lambda value: [*map(integer(0).read, value)])
 # Of `model.generate`, which takes any value, and fails on some in the midst of its work.
 CHECKED_KEYWORDS = {
     "do_sample": FLAG,
@@ -322,8 +347,7 @@ class PromptedModel:
                 model has positions. The message names every such fact.
         """
         unfit, found, ends = [], [], {*self.ends}
-        for place, fact in enumerate(facts):
-            check_instance(f"facts[{place}]", fact, Fact, "as_facts(facts) makes them of dicts")
+        for place, fact in enumerate(facts := listed_facts(facts)):
             long = self._surely_too_long(fact.query) or self._surely_too_long(fact.answer)
             reason, pairs = long and f"it {long}", []
             if reason is None:
@@ -397,12 +421,7 @@ class PromptedModel:
         """
         checked = checked_generation(max_new_tokens, generation)
         most = self.positions
-        for place, prompt in enumerate(prompts):
-            if not is_unicode(prompt):
-                raise ValueError(
-                    f"prompts[{place}] is {prompt!r}; it must be text without halves of surrogate "
-                    "pairs, which no tokenizer takes"
-                )
+        for place, prompt in enumerate(as_texts("prompts", prompts)):
             if reason := self._surely_too_long(prompt):
                 raise ValueError(f"prompts[{place}], {_shortened(prompt)}, {reason}: shorten it")
             # Few tokens stand for less than a byte: most prompts need not be tokenized for this.
@@ -419,10 +438,16 @@ class PromptedModel:
 
     def target(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """Token ids of `prompt` and of its target, as `target_tokens` has them."""
+        prompt, answer = TEXT("prompt", prompt), TEXT("answer", answer)
         return target_tokens(self.tokenizer, prompt, answer)
 
     def batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> TargetBatch:
-        """The teacher-forcing batch of (prompt, target) token ids, on the model's device."""
+        """The teacher-forcing batch of (prompt, target) token ids, on the model's device.
+
+        Raises:
+            ValueError: they are no such pairs, at least one, or of tokens that the model has not.
+        """
+        pairs = _pairs(embedded_tokens(self.model))("pairs", pairs)
         rows = [torch.tensor((prompt + target)[:-1]) for prompt, target in pairs]
         labels = [torch.tensor(target) for _, target in pairs]
 
@@ -437,8 +462,12 @@ class PromptedModel:
         return TargetBatch(inputs, pad_left(labels, IGNORED))
 
     def score(self, batch: TargetBatch) -> TargetScores:
-        """How well the model predicts the targets: one forward pass, differentiable."""
-        return score_targets(self.model, batch)
+        """How well the model predicts the targets: one forward pass, differentiable.
+
+        Raises:
+            TypeError: it is no batch that `batch` made.
+        """
+        return score_targets(self.model, instance_of(TargetBatch)("batch", batch))
 
     @property
     def ends(self) -> list[int]:
@@ -497,7 +526,7 @@ class PromptedModel:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The answer that these tokens spell, as `answer_text` has it."""
-        return answer_text(self.tokenizer, tokens)
+        return answer_text(self.tokenizer, TOKENS("tokens", tokens))
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
