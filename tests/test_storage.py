@@ -556,3 +556,7 @@ def test_what_was_made_once_is_read_and_made_again_only_if_damaged(tmp_path, cap
     assert work.once("kept.json", make, write_json, read_json) == ({"number": 3}, False)
     assert str(path) in caplog.text and "it is made again" in caplog.text
     assert read_json(path) == {"number": 3}
+
+
+def test_paths_that_are_no_utf8_have_fingerprints_too():
+    assert len({fingerprint(path) for path in ("a", "a\udcff", "a\udcfe", "aÿ")}) == 4

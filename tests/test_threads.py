@@ -734,7 +734,7 @@ def test_a_layer_is_not_detached_while_a_thread_answers_with_neurons(tiny_model)
         other = attached.neurons(some_neurons(0, 2))
         pool.submit(other.__enter__).result()
         expected = pool.submit(lambda: model(input_ids=ids, use_cache=False).logits).result()
-        with pytest.raises(RuntimeError, match=r"has neurons mounted, in this thread or another"):
+        with pytest.raises(RuntimeError, match=r"neurons mounted in another thread or task; wait"):
             attached.detach()
         found = pool.submit(lambda: model(input_ids=ids, use_cache=False).logits).result()
         assert torch.equal(found, expected)

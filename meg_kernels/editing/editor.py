@@ -339,7 +339,7 @@ class MeGEditor(EditedModel):
         return distillation
 
     def detach(self) -> None:
-        """Give the base model back, module for module; RuntimeError while edits are answering."""
+        """Give the base model back, module for module; RuntimeError while a thread is answered."""
         self.attached.detach()
 
     # Keeping

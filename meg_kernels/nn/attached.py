@@ -339,17 +339,19 @@ class Attached:
     def detach(self) -> None:
         """Leave the model as it was before `attach`. Calling it twice is harmless.
 
+        What this thread or task has mounted itself ends with it.
+
         Raises:
-            RuntimeError: neurons are mounted, in this or another thread or task, whose answers
-                would become the base model's.
+            RuntimeError: another thread or task has neurons mounted, whose answers would become
+                the base model's.
         """
         with _ATTACHING:
             if not self._is_attached:
                 return
-            if self._carried.place.in_use:
+            if self._carried.place.is_used_elsewhere:
                 raise RuntimeError(
-                    f"layer {self.layer} has neurons mounted, in this thread or another one; leave "
-                    "those `with` blocks, and let answers end, before you detach it"
+                    f"layer {self.layer} has neurons mounted in another thread or task; wait until "
+                    "its answers are there, and detach then"
                 )
             self._is_attached = False
             _clear(self.model, self.ffn, self._carried.place)
