@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from numbers import Integral, Real
 
 import torch
@@ -60,17 +61,24 @@ def check_instance(name: str, value: object, kind: type, how: str) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a {kind.__name__}: {how}")
 
 
-def check_size(name: str, value: object, low: int = 1, high: int | None = None) -> None:
-    """ValueError unless `value` is an integer of at least `low`, and of at most `high`."""
+def check_size(name: str, value: object, low: int = 1, high: int | None = None) -> int:
+    """The integer `value`; ValueError unless it is one, of at least `low` and at most `high`.
+
+    For code that `torch.compile` traces, as `checks.integer` is for all other.
+    """
     # A compiler's symbolic numbers are of type int to isinstance, and of no other kind.
     integer = isinstance(value, int | Integral) and not isinstance(value, bool)
     if not integer or value < low or (high is not None and value > high):  # type: ignore[operator]
         upto = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name} is {value!r}; it must be an integer {upto}")
+    return value if isinstance(value, int) else operator.index(value)  # type: ignore[arg-type]
 
 
 def check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
-    """ValueError unless `value` is a finite number from `low` to `high`."""
+    """ValueError unless `value` is a finite number from `low` to `high`.
+
+    For code that `torch.compile` traces, as `checks.number` is for all other.
+    """
     number = isinstance(value, int | float | Real) and not isinstance(value, bool)
     if not number or not low <= value <= high or abs(value) == math.inf:  # type: ignore[operator, arg-type]
         bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"at most {high:g}"] * (

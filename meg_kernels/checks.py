@@ -19,7 +19,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from meg_kernels.texts import as_texts
+from meg_kernels.texts import as_texts, is_unicode
 
 T = TypeVar("T")
 
@@ -108,12 +108,19 @@ def _wanted(fits: bool) -> None:
         raise ValueError
 
 
+def as_integer(value: Any) -> int:
+    """A whole number, Python's or numpy's, as Python's; TypeError for others, and for a bool."""
+    # PyTorch gives its booleans an index too.
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")) == "torch.bool":
+        raise TypeError
+    return operator.index(value)
+
+
 def integer(least: int, most: int | None = None) -> Check:
     """An integer, Python's or numpy's, in least to most; no bool."""
 
     def read(value: Any) -> int:
-        _wanted(not isinstance(value, bool))
-        number = operator.index(value)
+        number = as_integer(value)
         _wanted(number >= least and (most is None or number <= most))
         return number
 
@@ -151,7 +158,13 @@ def _flag(value: Any) -> bool:
     return value
 
 
+def _text(value: Any) -> str:
+    _wanted(isinstance(value, str) and is_unicode(value))
+    return value
+
+
 FLAG = Check("True or False", _flag)
+TEXT = Check("text without halves of surrogate pairs, which no file takes", _text)
 SEED = integer(0, LARGEST_SEED)
 
 

@@ -26,7 +26,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
-from meg_kernels.checks import as_path, integer, one_of, shown
+from meg_kernels.checks import TEXT, as_path, integer, one_of, shown
 from meg_kernels.storage import write_text
 from meg_kernels.texts import is_ordered, is_unicode, normalized_answer, normalized_query
 
@@ -138,6 +138,10 @@ class Fact:
         >>> Fact.from_dict({"query": "Who wrote Emma?", "answer": "Me", "id": 7}).id
         '7'
         """
+        if not isinstance(record, Mapping):
+            raise FactsError(
+                f"the record is {shown(record)}; it must be a dict with query and answer"
+            )
         fields = _present(record)
         _check_names("", fields, cls)
         for name in ("query", "answer"):
@@ -169,7 +173,7 @@ class Fact:
         >>> Fact("Who wrote Emma?", "Me", subject="Emma").is_named_in("the author of EMMA")
         True
         """
-        subject = normalized_query(self.subject or "")
+        query, subject = TEXT("query", query), normalized_query(self.subject or "")
         return subject in normalized_query(query) or subject not in self.normalized_query
 
 
@@ -346,6 +350,20 @@ def _recognised(record: Mapping[str, Any], zsre_target: ZsreTarget = "answers") 
 
 FactsLike = str | os.PathLike[str] | Fact | Mapping[str, Any] | Iterable[Any]
 """What `as_facts` makes facts of."""
+
+
+def listed_facts(facts: Iterable[Fact]) -> list[Fact]:
+    """The facts in a list, a tuple or another ordered iterable of nothing else; else TypeError."""
+    if not is_ordered(facts):
+        raise TypeError(f"facts is {shown(facts)}; it must be a list of Facts: use as_facts(facts)")
+    listed = list(facts)
+    for place, fact in enumerate(listed):
+        if not isinstance(fact, Fact):
+            raise TypeError(
+                f"facts[{place}] is a {type(fact).__name__}; it must be a Fact: as_facts(facts) "
+                "makes them of dicts"
+            )
+    return listed
 
 
 def as_facts(facts: FactsLike) -> list[Fact]:

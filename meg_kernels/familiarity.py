@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meg_kernels.arguments import check_alike, check_floating, check_number, check_size
+from meg_kernels.arguments import check_alike, check_floating
+from meg_kernels.checks import SEED, integer, number
 from meg_kernels.kernels.limits import MAX_CLASSES
 from meg_kernels.ops.softmax_entropy import softmax_entropy
 from meg_kernels.progress import progress_bar
+from meg_kernels.scoped import seeded
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def calibrate(
     0.5
     """
     check_floating(positive=positive, negative=negative)
-    check_size("num_edited", num_edited, low=0)
-    check_number("rejection_weight", rejection_weight, low=0)
+    num_edited = integer(0)("num_edited", num_edited)
+    rejection_weight = number(least=0)("rejection_weight", rejection_weight)
     for name, scores in (("positive", positive), ("negative", negative)):
         if scores.dim() != 1 or not len(scores) or not bool(scores.isfinite().all()):
             raise ValueError(
@@ -167,10 +169,9 @@ class SimilarityGate(nn.Module):
 
     def __init__(self, conditions: Tensor, threshold: float = 0.75):
         _check_rows("conditions", conditions)
-        check_number("threshold", threshold)
         super().__init__()
         self.register_buffer("conditions", conditions)
-        self.threshold = threshold
+        self.threshold = number()("threshold", threshold)
 
     def score(self, z: Tensor) -> Tensor:
         """[B] cosine of each of the conditions z [B, dim] to the nearest edited query's."""
@@ -220,17 +221,15 @@ class FamiliarityNetwork(nn.Module):
         dropout: float = 0.1,
         threshold: float = -0.3,
     ):
-        check_size("dim", dim)
-        check_size("classes", classes, low=2, high=MAX_CLASSES)
-        check_size("depth", depth, low=0)
-        check_number("dropout", dropout, low=0, high=1)
-        check_number("threshold", threshold)
+        classes = integer(2, MAX_CLASSES)("classes", classes)
+        depth = integer(0)("depth", depth)
+        dropout = number(least=0, most=1)("dropout", dropout)
         super().__init__()
-        self.dim = dim
+        self.dim = dim = integer(1)("dim", dim)
         self.blocks = nn.Sequential(*(_ResidualBlock(dim, dropout) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, classes)
-        self.threshold = threshold
+        self.threshold = number()("threshold", threshold)
 
     def forward(self, z: Tensor) -> Tensor:
         """[B, classes] logits of the conditions z [B, dim]."""
@@ -277,11 +276,10 @@ class FamiliarityNetwork(nn.Module):
         _check_rows("conditions", conditions, self.dim)
         if outliers is not None:
             _check_rows("outliers", outliers, self.dim)
-        for name, number in (("steps", steps), ("batch_size", batch_size)):
-            if number is not None:
-                check_size(name, number)
-        check_number("learning_rate", learning_rate, low=0)
-        check_size("seed", seed, low=0)
+        steps = integer(1).or_none()("steps", steps)
+        batch_size = integer(1)("batch_size", batch_size)
+        learning_rate = number(above=0)("learning_rate", learning_rate)
+        seed = SEED("seed", seed)
         for name, rows in (("conditions", conditions), ("outliers", outliers)):
             if rows is not None and not bool(rows.isfinite().all()):
                 raise ValueError(f"{name} holds NaN or infinity; leave such rows out")
@@ -294,8 +292,7 @@ class FamiliarityNetwork(nn.Module):
         labels = torch.randint(classes, (len(conditions),), generator=rng).to(conditions.device)
         optimizer = torch.optim.AdamW(self.parameters(), lr=learning_rate, fused=True)
         self.train()
-        with torch.random.fork_rng([conditions.device] if conditions.device.type == "cuda" else []):
-            torch.manual_seed(seed)  # dropout draws from torch's own generator
+        with seeded(seed, conditions.device):  # for the dropout
             for _ in progress_bar(range(steps), desc="familiarity", shown=progress, leave=False):
                 rows = torch.randint(
                     len(conditions), (min(batch_size, len(conditions)),), generator=rng

@@ -10,6 +10,7 @@ that the weight generators learn, and back.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meg_kernels.arguments import check_floating, check_instance, check_tensors
-from meg_kernels.checks import FLAG, check_fields, integer, shown
+from meg_kernels.checks import FLAG, as_integer, check_fields, integer, shown
 
 SATURATED = 1024.0
 """From here on gelu and silu are what they tend to, in every dtype: x above it, 0 below its minus.
@@ -190,8 +191,11 @@ class Neurons:
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Neurons:
         """The neurons of these rows; an int would drop the row axis: use `[i : i + 1]`."""
-        # A list of bools would pick neurons 0 and 1, where a mask was meant.
-        if isinstance(rows, list | tuple | range) and all(type(row) is int for row in rows):
+        if isinstance(rows, list | tuple | range):
+            # A list of bools would pick neurons 0 and 1, where a mask was meant.
+            with contextlib.suppress(TypeError):
+                rows = [as_integer(row) for row in rows]
+        if isinstance(rows, list) and all(type(row) is int for row in rows):
             beyond = [row for row in rows if not -len(self) <= row < len(self)]
             if beyond:
                 raise IndexError(f"there is no neuron {beyond[0]}; there are {len(self)}")
@@ -266,8 +270,9 @@ class Neurons:
             TypeError: one of them is no `Neurons`.
             ValueError: there are none, or their layouts differ.
         """
-        if isinstance(parts, Neurons):
-            raise TypeError("parts is a Neurons; it must be a list of them: use [parts]")
+        if not isinstance(parts, list | tuple):
+            what = f"parts is a {type(parts).__name__}; it must be a list of Neurons"
+            raise TypeError(f"{what}: use [parts]" if isinstance(parts, Neurons) else what)
         if not parts:
             raise ValueError("there are no neurons to concatenate; give a list of at least one")
         for number, part in enumerate(parts):

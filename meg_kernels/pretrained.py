@@ -40,6 +40,7 @@ from meg_kernels.arguments import check_instance
 from meg_kernels.checkpoints import check_files, check_sizes, check_whole, explained, reaching
 from meg_kernels.gradients import with_gradients
 from meg_kernels.storage import CorruptFileError, cache_folder
+from meg_kernels.texts import is_unicode
 
 log = logging.getLogger(__name__)
 
@@ -355,6 +356,8 @@ def _load(
     """A whole model and its tokenizer, or an OSError or ValueError that says what to do."""
     if not isinstance(source, str | Path):
         raise TypeError(f"{what} cannot be loaded: {may_be}")
+    if not is_unicode(str(source)):
+        raise ValueError(f"{what} cannot be loaded: its path is no UTF-8; rename the folder")
     where = {keyword: kwargs[keyword] for keyword in _WHERE if keyword in kwargs}
     try:
         with reaching(source, kwargs.get("local_files_only", False)):

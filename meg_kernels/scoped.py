@@ -59,6 +59,29 @@ def is_traced() -> bool:
     )
 
 
+_DRAWING = threading.RLock()
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Inside, what draws from PyTorch's own generators, such as dropout, draws from this seed.
+
+    Those generators are one for all threads: who enters waits until others have left. Afterwards
+    they are as they were.
+
+    Args:
+        seed: 0 to 2**63 - 1.
+        device: whose generator is seeded, beside the CPU's.
+    """
+    on_gpu = device is not None and device.type == "cuda"
+    with _DRAWING, torch.random.fork_rng([device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
 class OwnLock:
     """A lock that its thread may take again; a copy of what has one gets a lock of its own."""
 

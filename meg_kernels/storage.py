@@ -39,6 +39,17 @@ _DIGEST = "digest"
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EISDIR}
 
 
+def os_error(number: int | None, message: str) -> OSError:
+    """The error of the system that has this number, with our message alone as its text.
+
+    `OSError(number, message)` would put "[Errno 28]" before it.
+    """
+    kind = type(OSError(number, message))  # such as PermissionError
+    error = kind(message)
+    error.errno = number
+    return error
+
+
 class CorruptFileError(ValueError):
     """A file is truncated, damaged or of another kind than it should be."""
 
@@ -118,7 +129,7 @@ def check_writable(*paths: Path | None) -> None:
             reason = errno.EACCES
         else:
             continue
-        raise OSError(
+        raise os_error(
             reason, f"could not write {path} ({os.strerror(reason)}); choose another file"
         )
 
@@ -142,13 +153,13 @@ def _replacing(path: Path) -> Iterator[Path]:
             os.close(handle)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(
+        raise os_error(
             error.errno, f"could not write {path} ({reason}); what was there is unchanged"
         ) from error
     try:
         sync_folder(path.parent)
     except OSError as error:
-        raise OSError(
+        raise os_error(
             error.errno,
             f"{path} is written, but may be lost if the power fails: its folder could not be "
             f"flushed to the disk ({error.strerror or error}); check the disk, and write it again",
@@ -215,24 +226,33 @@ def write_tensors(
 def as_os_error(error: SafetensorError) -> OSError:
     """The error of the system, such as a full disk, that safetensors reports in its own way."""
     number = re.search(r"os error (\d+)", str(error))
-    return OSError(int(number[1]) if number else errno.EIO, str(error))
+    return os_error(int(number[1]) if number else errno.EIO, str(error))
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata that `write_tensors` wrote; CorruptFileError if damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            noted = dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise CorruptFileError(
-            f"{path} is truncated or no safetensors file ({error}); restore it or make it again"
-        ) from error
+    tensors, noted = checked_tensors(path)
     if noted.pop(_DIGEST, None) != _digest(tensors, noted):
         raise CorruptFileError(
             f"{path} does not hold what was written; restore it or make it again"
         )
     return tensors, noted
+
+
+def checked_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file whose content was checked by the caller.
+
+    Raises:
+        CorruptFileError: it is no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise CorruptFileError(
+            f"{path} is truncated or no safetensors file ({error}); restore it or make it again"
+        ) from error
 
 
 def _digest(tensors: Mapping[str, Tensor], noted: Mapping[str, str]) -> str:
@@ -325,6 +345,7 @@ def fingerprint(*parts: Any) -> str:
             digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
             digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
         else:
-            digest.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
+            text = json.dumps(part, sort_keys=True, ensure_ascii=False)
+            digest.update(text.encode("utf-8", "surrogatepass"))  # paths that are no UTF-8, too
         digest.update(b"\0")  # else 1, 23 would be 12, 3
     return digest.hexdigest()[:16]

@@ -31,6 +31,7 @@ from meg_kernels.pretrained import (
     tokenized,
 )
 from meg_kernels.progress import progress_bar
+from meg_kernels.scoped import seeded
 from meg_kernels.texts import as_texts
 
 MAX_TOKENS = 128  # of a text, at most
@@ -300,11 +301,9 @@ class TextEncoder(nn.Module):
         losses = []
         alike = self.encode([fact.same[0] for fact in facts]) if config.alike_batches else None
         self.requires_grad_(True).train()
-        devices = [self.model.device] if self.model.device.type == "cuda" else []
         bar = progress_bar(shown=progress, total=total, desc="tuning encoder", leave=False)
         try:
-            with torch.random.fork_rng(devices), bar:
-                torch.manual_seed(config.seed)  # dropout draws from torch's own generator
+            with seeded(config.seed, self.model.device), bar:  # for the dropout
                 for _ in range(config.epochs):
                     order = torch.randperm(len(facts), generator=rng)
                     for rows in _batches(order, batches_an_epoch, alike, rng):

@@ -19,6 +19,7 @@ def test_a_bad_input_is_refused_with_its_cause_and_its_mending(case: Case, tmp_p
     assert type(caught.value) is case.raises
     error = caught.value
     message = str(error.args[0] if isinstance(error, KeyError) else error)
+    assert not message.startswith("[Errno")
     for said in case.says:
         assert re.search(said, message, re.IGNORECASE), f"{said!r} is not in {message!r}"
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from meg_kernels import (
@@ -16,8 +17,11 @@ from meg_kernels import (
     DiTConfig,
     EditorConfig,
     EncoderTuningConfig,
+    NeuronLayout,
     NoiseSchedule,
+    PromptedModel,
     SamplerConfig,
+    attach,
 )
 from meg_kernels.checks import (
     FLAG,
@@ -31,6 +35,8 @@ from meg_kernels.checks import (
     shown,
 )
 from meg_kernels.diffusion import Execution
+from meg_kernels.editing.layers import compare_layers
+from meg_kernels.ops.short_attention import short_attention
 from meg_kernels.routing.generators import TrainingConfig
 from meg_kernels.routing.router import RoutingConfig
 
@@ -66,6 +72,8 @@ def test_what_fits_is_kept_as_plain_values(check, given, kept):
     [
         (integer(1), 0, "an integer of at least 1"),
         (integer(1), True, "an integer of at least 1"),
+        (integer(1), np.True_, "an integer of at least 1"),
+        (integer(1), torch.tensor(True), "an integer of at least 1"),
         (integer(1), 1.0, "an integer of at least 1"),
         (integer(1, 9), 10, "an integer in 1 to 9"),
         (SEED, 2**63, "an integer in 0 to 2**63 - 1"),
@@ -136,3 +144,44 @@ def test_numbers_of_numpy_are_kept_as_python_has_them(kind):
     made = kind(**given)
     assert made == kind()
     json.dumps({name: getattr(made, name) for name in given})
+
+
+def _layer(number):
+    model = tiny.make_language_model(tiny.make_tokenizer())
+    attached = attach(model, number(2))
+    attached.detach()
+    return type(attached.layer), attached.layer
+
+
+def _layers(number):
+    tokenizer = tiny.make_tokenizer()
+    prompted = PromptedModel.of(tiny.make_language_model(tokenizer), tokenizer)
+    config = CollectionConfig(max_steps=number(1))
+    compared = compare_layers(prompted, tiny.EDITED[:2], [number(0)], config)
+    return json.dumps([quality.layer for quality in compared.layers])
+
+
+def _answers(number):
+    tokenizer = tiny.make_tokenizer()
+    prompted = PromptedModel.of(tiny.make_language_model(tokenizer), tokenizer)
+    keywords = {"no_repeat_ngram_size": 1, "min_new_tokens": 2, "eos_token_id": 5}
+    given = {name: number(value) for name, value in keywords.items()}
+    return prompted.answers(tiny.QUERIES, number(4), **given)
+
+
+def _neurons(number):
+    layout = NeuronLayout(number(2), number(3), True, "gelu")
+    flat = torch.arange(3.0 * layout.dim).view(3, -1)
+    neurons = layout.unpack(flat)
+    return [layout.pack(neurons[rows([number(0), number(2)])]).tolist() for rows in (list, tuple)]
+
+
+def _attention(number):
+    qkv = torch.ones(1, 3, 96) * torch.arange(96)
+    return short_attention(qkv, num_heads=number(2)).tolist()
+
+
+@pytest.mark.parametrize("use", [_layer, _layers, _answers, _neurons, _attention])
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_numpys_whole_numbers_are_taken_as_pythons(use, kind):
+    assert use(kind) == use(int)

@@ -64,6 +64,7 @@ from meg_kernels.editing import editor as editing
 from meg_kernels.editing import fit as fitting
 from meg_kernels.editing import stages, tuning
 from meg_kernels.editing.evaluate import Evaluation
+from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.routing import saving
 from meg_kernels.routing.manifest import sealed
 from meg_kernels.routing.neuron_cache import Served
@@ -523,7 +524,7 @@ def test_a_repeated_fact_is_edited_once():
 def test_a_network_that_cannot_be_built_is_refused_before_the_work(monkeypatch):
     huge = GeneratorConfig.dit(network=DiTConfig(width=65536, depth=4))
     editor = make_editor(dataclasses.replace(CONFIG, generator=huge))
-    monkeypatch.setattr("meg_kernels.editing.stages.collect", interrupt)
+    monkeypatch.setattr("meg_kernels.editing.stages.fit_neurons", interrupt)
     with pytest.raises(ValueError, match=r"the generator's network takes .* GiB"):
         edit(editor)
 
@@ -794,11 +795,11 @@ def test_facts_that_the_model_knows_are_left_out_and_counted(tmp_path):
 @pytest.mark.parametrize(
     "again, stage",
     [
-        ("edit", "collect"),
+        ("edit", "fit_neurons"),
         ("edit", "calibrated_gate"),
         ("edit", "train_generator"),
         ("edit", "EditReport"),
-        ("add", "collect"),
+        ("add", "fit_neurons"),
         ("add", "regated"),
         ("add", "EditReport"),
     ],
@@ -1431,3 +1432,18 @@ def test_facts_that_the_model_does_not_answer_are_found(editor):
     known = dataclasses.replace(EDITED[1], answer=said[1].split(".")[0])
     assert editor.unknown([EDITED[0], known, *EDITED[2:]]) == [EDITED[0], *EDITED[2:]]
     assert editor.unknown(EDITED) == EDITED  # the base model is asked, not the edited one
+
+
+def test_answers_are_tokenized_and_checked_once(monkeypatch):
+    checked = []
+    targets = PromptedModel.targets
+
+    def noted(prompted, facts, *framings):
+        checked.extend(fact.id for fact in facts)
+        return targets(prompted, facts, *framings)
+
+    monkeypatch.setattr(PromptedModel, "targets", noted)
+    editor = make_editor(BANK)
+    edit(editor)
+    editor.add(FURTHER)
+    assert checked == [fact.id for fact in (*EDITED, *FURTHER)]

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import tiny
 
+from meg_kernels import storage
 from meg_kernels.locking import LockedError, WriterLock
 from meg_kernels.routing import saving
 from meg_kernels.routing.manifest import KINDS, MANIFEST, read_manifest
 from meg_kernels.routing.saving import LOCK, SAVING, WORK, Writer, load_edited, load_edits, writing
-from meg_kernels.storage import CorruptFileError
+from meg_kernels.storage import CorruptFileError, content_digest
 
 LIKE_OURS = {
     "facts-mine.jsonl": "mine",
@@ -296,7 +297,8 @@ def test_a_save_that_fails_at_its_end_leaves_nothing(editor, folder, monkeypatch
     assert names(folder) == before and len(facts_in(folder)) == len(tiny.EDITED)
 
 
-def test_a_state_that_is_there_is_not_said_to_be_unchanged(editor, folder, monkeypatch):
+def fail_to_flush_the_manifest(folder, monkeypatch):
+    """From the moment that it is in its place, the disk fails."""
     fsync, replaced = os.fsync, []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *given: (replaced.append(given[1]), replace(*given)))
@@ -307,10 +309,46 @@ def test_a_state_that_is_there_is_not_said_to_be_unchanged(editor, folder, monke
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", fail)
+
+
+def test_a_state_that_is_there_is_not_said_to_be_unchanged(editor, folder, monkeypatch):
+    fail_to_flush_the_manifest(folder, monkeypatch)
     editor.remove(tiny.EDITED[0])
     with pytest.raises(OSError, match=r"meg.json is written, but may be lost if the power fails"):
         editor.save_pretrained(folder)
     assert facts_in(folder) == editor.facts and names(folder) == ours(folder)
+    monkeypatch.undo()
+    editor.remove(tiny.EDITED[1])
+    editor.save_pretrained(folder)  # nobody else has saved there
+    assert facts_in(folder) == editor.facts
+
+
+def test_a_command_whose_state_may_be_lost_flushes_it_when_it_is_started_again(
+    editor, folder, monkeypatch
+):
+    editor.remove(tiny.EDITED[0])
+    config = editor.config.to_dict()
+    fail_to_flush_the_manifest(folder, monkeypatch)
+    with pytest.raises(OSError, match="but may be lost"), writing(folder, "work") as writer:
+        writer.save(editor.edits, editor.encoder, editor.base, config)
+    flushed = []
+    monkeypatch.undo()
+    monkeypatch.setattr(saving, "sync_folder", flushed.append)
+    with writing(folder, "work") as writer:
+        assert writer.has_saved and flushed == [folder]
+
+
+def test_no_file_is_hashed_twice_when_a_folder_is_loaded(folder, monkeypatch):
+    hashed = []
+
+    def noted(path):
+        hashed.append(path.name)
+        return content_digest(path)
+
+    monkeypatch.setattr(saving, "content_digest", noted)
+    monkeypatch.setattr(storage, "fingerprint", lambda *_: pytest.fail("hashed again"))
+    load_edited(folder, "cpu")
+    assert sorted(hashed) == sorted(read_manifest(folder)["files"].values())
 
 
 def test_work_that_another_state_has_taken_the_place_of_is_not_done(editor, folder, tmp_path):

@@ -18,15 +18,27 @@ import tiny
 import torch
 from tiny import EDITED, FACTS, MIXED, MOST, PARAPHRASES, QUERIES
 
-from meg_kernels import MeGEditor, MeGLinear, Neurons, attach, checkpoints
+from meg_kernels import (
+    DiTConfig,
+    FamiliarityNetwork,
+    GeneratorConfig,
+    MeGEditor,
+    MeGLinear,
+    NeuronLayout,
+    Neurons,
+    attach,
+    checkpoints,
+)
+from meg_kernels.editing.train import train_generator
 from meg_kernels.nn import LowerLayers, last_feed_forward_sees
 from meg_kernels.nn.changed import replaced, uncompiled
 from meg_kernels.nn.mounted import EMPTY, Mounted, Place
 from meg_kernels.ops.dynamic_neuron import dynamic_neuron
 from meg_kernels.pretrained import tokenized
+from meg_kernels.routing.generators import build_generator
 from meg_kernels.routing.neuron_cache import Served
 from meg_kernels.routing.router import Router, RoutingConfig
-from meg_kernels.scoped import held, holding
+from meg_kernels.scoped import held, holding, seeded
 
 THREADS = 8
 LAYER = 1
@@ -712,6 +724,63 @@ def test_continuous_batching_is_refused_while_neurons_are_mounted(tiny_model):
         model.generate_batch(inputs=[[5, 6, 7]])
     attached.detach()
     assert "generate_batch" not in vars(model)
+
+
+def test_a_layer_is_not_detached_while_a_thread_answers_with_neurons(tiny_model):
+    model = tiny_model("llama")
+    attached = attach(model, LAYER)
+    ids = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(1))
+    with ThreadPoolExecutor(1) as pool, torch.no_grad():
+        other = attached.neurons(some_neurons(0, 2))
+        pool.submit(other.__enter__).result()
+        expected = pool.submit(lambda: model(input_ids=ids, use_cache=False).logits).result()
+        with pytest.raises(RuntimeError, match=r"neurons mounted in another thread or task; wait"):
+            attached.detach()
+        found = pool.submit(lambda: model(input_ids=ids, use_cache=False).logits).result()
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, model(input_ids=ids, use_cache=False).logits)
+        pool.submit(other.__exit__, None, None, None).result()
+    with attached.disabled():
+        attached.detach()  # the base model answers as before
+    with pytest.raises(RuntimeError, match="was detached"), attached.neurons(some_neurons(0, 2)):
+        pass
+
+
+# ---- random numbers ------------------------------------------------------------------------------
+
+
+def _fitted(seed: int) -> list[torch.Tensor]:
+    """A gate that is made and trained with dropout: all of it draws."""
+    z = torch.randn(12, 8, generator=torch.Generator().manual_seed(seed))
+    with seeded(seed):
+        gate = FamiliarityNetwork(8, depth=1, dropout=0.5)
+    gate.fit(z, steps=30, seed=seed)
+    return [*gate.state_dict().values()]
+
+
+def _trained(seed: int) -> list[torch.Tensor]:
+    """A generator whose network drops parts of the conditions while it is trained."""
+    network = DiTConfig(width=16, depth=1, num_heads=2, patch_size=8, condition_dropout=0.3)
+    config = GeneratorConfig.dit(network=network, seed=seed, max_steps=20, check_every=5)
+    generator = build_generator(config, NeuronLayout(8, 8, False, "identity"), 8)
+    z = torch.nn.functional.normalize(torch.eye(8)[:6], dim=1)
+    neurons = generator.layout.unpack(
+        torch.randn(6, 16, generator=torch.Generator().manual_seed(3))
+    )
+    never = lambda neurons, rows: torch.zeros(len(rows), dtype=torch.bool)  # noqa: E731
+    train_generator(generator, z, neurons, never)
+    return [*generator.state_dict().values()]
+
+
+@pytest.mark.parametrize("draws", [_fitted, _trained])
+def test_what_draws_random_numbers_draws_those_of_its_own_seed(draws):
+    alone = [draws(seed) for seed in range(4)]
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    beside = at_once(*(lambda seed=seed: draws(seed) for seed in range(4)))
+    assert torch.equal(torch.get_rng_state(), before)
+    for one, other in zip(alone, beside, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
 
 
 # ---- the editor ----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from meg_kernels.checks import SEED, as_path
 from meg_kernels.cli.plots import check_plot, plot_layers
 from meg_kernels.cli.tables import (
     EditedFact,
@@ -102,8 +103,25 @@ class GateKind(str, Enum):
 
 DEFAULT_ENCODER = "all-MiniLM-L6-v2"
 
+
+def path(value: str) -> Path:
+    """A path as it is given on the command line: `Path("")` would be the current folder."""
+    try:
+        return as_path("it", value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def seed_or_none(value: int | None) -> int | None:
+    """A seed as it is given on the command line, also where nothing is drawn from it."""
+    try:
+        return None if value is None else SEED("it", value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 FactsFile = Annotated[
-    Path, typer.Argument(help="Facts as CounterFact or ZsRE JSON, or JSON lines.")
+    Path, typer.Argument(parser=path, help="Facts as CounterFact or ZsRE JSON, or JSON lines.")
 ]
 ConflictOption = Annotated[
     OnConflict,
@@ -130,10 +148,12 @@ Model = Annotated[
     str, typer.Option(help="Language model: smollm2, a folder, or a Hugging Face model id.")
 ]
 Encoder = Annotated[str, typer.Option(help="Text encoder: a folder or a Hugging Face model id.")]
-Folder = Annotated[Path, typer.Argument(help="Folder that `meg edit` saved.")]
+Folder = Annotated[Path, typer.Argument(parser=path, help="Folder that `meg edit` saved.")]
 Out = Annotated[
     Path | None,
-    typer.Option(help="Folder for the result. Default: FOLDER, whose edits it replaces."),
+    typer.Option(
+        parser=path, help="Folder for the result. Default: FOLDER, whose edits it replaces."
+    ),
 ]
 Device = Annotated[
     str | None,
@@ -156,9 +176,10 @@ LoadDtype = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N facts.")]
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="Write the results to this file, as JSON.")
+    Path | None,
+    typer.Option("--json", parser=path, help="Write the results to this file, as JSON."),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Seed = Annotated[int, typer.Option(callback=seed_or_none, help="Seed of every random choice.")]
 Layer = Annotated[
     int | None,
     typer.Option(
@@ -187,14 +208,15 @@ Snap = Annotated[
 def edit(
     context: typer.Context,
     facts: FactsFile,
-    out: Annotated[Path, typer.Option(help="Folder for the edited model.")],
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for the edited model.")],
     model: Model = "smollm2",
     limit: Limit = None,
     tuning: Annotated[
         list[Path] | None,
         typer.Option(
+            parser=path,
             help="Other facts, to tune the encoder and calibrate the gate; may be given more than "
-            "once. Default: those of FACTS beyond the limit, and the package's where they are few."
+            "once. Default: those of FACTS beyond the limit, and the package's where they are few.",
         ),
     ] = None,
     on_conflict: ConflictOption = OnConflict.error,
@@ -361,7 +383,8 @@ def try_layers(
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Draw the comparison to this file, as PNG, PDF or SVG; needs matplotlib."
+            parser=path,
+            help="Draw the comparison to this file, as PNG, PDF or SVG; needs matplotlib.",
         ),
     ] = None,
     device: Device = None,
@@ -402,8 +425,9 @@ def evaluate(
     facts: Annotated[
         Path | None,
         typer.Option(
+            parser=path,
             help="File of the edited facts with other paraphrases or locality queries. Default: "
-            "the facts as they were edited."
+            "the facts as they were edited.",
         ),
     ] = None,
     limit: Limit = None,
@@ -416,7 +440,7 @@ def evaluate(
         ),
     ] = None,
     task_path: Annotated[
-        Path | None, typer.Option(help="Folder with further tasks, as YAML.")
+        Path | None, typer.Option(parser=path, help="Folder with further tasks, as YAML.")
     ] = None,
     task_limit: Annotated[
         int | None, typer.Option(min=1, help="Use only the first N examples of each task.")
@@ -480,7 +504,10 @@ def train(
         ),
     ] = None,
     out: Out = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of a new generator. Default: 0.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(callback=seed_or_none, help="Seed of a new generator. Default: 0."),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Train a generator on the neurons that were collected for all edited facts.
@@ -584,7 +611,8 @@ def distill(
     ] = None,
     out: Out = None,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of the training. Default: the edit's.")
+        int | None,
+        typer.Option(callback=seed_or_none, help="Seed of the training. Default: the edit's."),
     ] = None,
     device: Device = None,
 ) -> None:
@@ -610,7 +638,9 @@ def distill(
 @app.command(epilog="**Example:** `meg demo --json demo.json`")
 def demo(
     context: typer.Context,
-    out: Annotated[Path | None, typer.Option(help="Keep the edited model in this folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=path, help="Keep the edited model in this folder.")
+    ] = None,
     report: JsonFile = None,
     limit: Limit = None,
     generator: Generator = GeneratorKind.dit,

@@ -247,9 +247,13 @@ def initial_neuron(attached: Attached, batch: TargetBatch, response: float) -> N
     return Neurons(key.unsqueeze(0), bias, torch.zeros(1, layout.d_out), layout.activation)
 
 
+Targets = list[tuple[list[int], list[int]]]
+"""Token ids of a fact's prompts and of their targets, one pair for each framing."""
+
+
 def collectable(
     prompted: PromptedModel, attached: Attached, facts: Sequence[Fact], config: CollectionConfig
-) -> list[list[tuple[list[int], list[int]]]]:
+) -> list[Targets]:
     """Token ids of each fact's prompts and targets, if neurons can be fitted for all of them.
 
     Args:
@@ -325,13 +329,39 @@ def collect(
     """
     config = CollectionConfig() if config is None else config
     targets = collectable(prompted, attached, facts, config)
+    return fit_neurons(
+        prompted,
+        attached,
+        targets,
+        config,
+        initial=initial,
+        work_folder=work_folder,
+        progress=progress,
+    )
+
+
+def fit_neurons(
+    prompted: PromptedModel,
+    attached: Attached,
+    targets: Sequence[Targets],
+    config: CollectionConfig,
+    *,
+    initial: Neurons | None = None,
+    work_folder: str | Path | None = None,
+    progress: bool = False,
+) -> Collection:
+    """Fit one neuron for each fact that was found `collectable`; arguments as `collect` has them.
+
+    Args:
+        targets: of the facts, as `collectable` gave them.
+    """
     model = attached.model
     lower = LowerLayers(model, attached.layer)
     upper = [*decoder_layers(model)[attached.layer + 1 :], model.get_output_embeddings()]
     # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
     dtype = fast_dtype(input_device(model), model.dtype)
     # Batches of one length waste no columns on padding.
-    order = sorted(range(len(facts)), key=lambda i: max(len(p) + len(t) for p, t in targets[i]))
+    order = sorted(range(len(targets)), key=lambda i: max(len(p) + len(t) for p, t in targets[i]))
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
 
     def fit(rows: Sequence[int], initial: Neurons) -> dict[str, Tensor]:
@@ -351,13 +381,13 @@ def collect(
             "seconds": seconds,
         }
 
-    flat = torch.empty(len(facts), attached.layout.dim)
-    steps = torch.zeros(len(facts), dtype=torch.int64)
-    learnt = torch.zeros(len(facts), dtype=torch.bool)
+    flat = torch.empty(len(targets), attached.layout.dim)
+    steps = torch.zeros(len(targets), dtype=torch.int64)
+    learnt = torch.zeros(len(targets), dtype=torch.bool)
     seconds_before = 0.0
     with (
         frozen_products([model], dtype) if dtype == model.dtype else nullcontext(),
-        progress_bar(total=len(facts), desc="collecting", unit="fact", shown=progress) as bar,
+        progress_bar(total=len(targets), desc="collecting", unit="fact", shown=progress) as bar,
     ):
         if initial is None:
             middle = batches[len(batches) // 2][:INITIAL_FACTS]

@@ -91,7 +91,8 @@ class EditorConfig:
         >>> [EditorConfig().tuning_facts_for(num_facts) for num_facts in (64, 256, 10_000)]
         [512, 1024, 2048]
         """
-        return self.most_tuning_facts or min(max(4 * num_facts, 512), 2048)
+        wanted = 4 * integer(0)("num_facts", num_facts)
+        return self.most_tuning_facts or min(max(wanted, 512), 2048)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values, for `from_dict`."""

@@ -11,12 +11,12 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.checks import instance_of
 from meg_kernels.editing.evaluate import Evaluation, EvaluationReport, unknown_facts
@@ -25,11 +25,13 @@ from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.facts import Fact, FactsLike, as_facts
 from meg_kernels.gradients import with_gradients
 from meg_kernels.nn import Attached
+from meg_kernels.nn.changed import Shared
 from meg_kernels.nn.identity import compare, identity
 from meg_kernels.nn.packing import frozen_products
+from meg_kernels.pretrained import load_language_model
 from meg_kernels.routing.edits import Edits
 from meg_kernels.routing.router import Router, Routing
-from meg_kernels.routing.saving import BaseModel
+from meg_kernels.routing.saving import BaseModel, Saved
 from meg_kernels.scoped import OwnLock
 from meg_kernels.shipped import shipped_passages
 from meg_kernels.text_encoder import TextEncoder
@@ -39,6 +41,34 @@ log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def load_base(
+    saved: Saved,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    **model_options: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The language model that was edited, loaded again by its name, and its tokenizer.
+
+    Args:
+        saved: what its edited folder holds.
+        dtype: of its weights; default: as it was.
+        device: of the model; default: an accelerator if there is one.
+        model_options: further keyword arguments of transformers' `from_pretrained`.
+
+    Raises:
+        ValueError: it had no name.
+        OSError: no such model can be loaded.
+    """
+    name = saved.base.name
+    if not name:
+        raise ValueError(
+            f"the model that was edited in {saved.folder} had no name to load it by; pass it, and "
+            "its tokenizer: MeGEditor.from_pretrained(folder, model=..., tokenizer=...)"
+        )
+    dtype = dtype or getattr(torch, saved.base.dtype)
+    return load_language_model(name, dtype, device, **model_options)
 
 
 def one_at_a_time(verb: Callable[P, R]) -> Callable[P, R]:
@@ -74,7 +104,8 @@ class EditedModel:
         self.prompted, self.attached, self.router, self.name = prompted, attached, router, name
         self.model, self.tokenizer = prompted.model, prompted.tokenizer
         self.template, self.layer = prompted.template, attached.layer
-        self._packed, self.editing = _Packed(self.model), OwnLock()
+        self._packed = Shared(functools.partial(_packed, self.model))
+        self.editing = OwnLock()
 
     @property
     def encoder(self) -> TextEncoder:
@@ -103,8 +134,10 @@ class EditedModel:
         """Refuse to answer for another language model than the noted one.
 
         Raises:
+            TypeError: it is no `BaseModel`.
             ValueError: its shape or its weights are others; the model is as it was before.
         """
+        instance_of(BaseModel)("noted", noted)
         found = self.base
         compared = compare(noted.identity, noted.dtype, found.identity, found.dtype)
         if compared.different:
@@ -290,30 +323,11 @@ class EditedModel:
             raise RuntimeError("neurons are mounted; leave that `with` block first")
 
 
-class _Packed:
-    """The packed weights of a model, for as long as anybody uses them."""
-
-    def __init__(self, model: PreTrainedModel):
-        self._model, self._lock = model, OwnLock()
-        self._users, self._held = 0, ExitStack()
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        with self._lock:
-            if not self._users and self._model.device.type == "cpu" and _fits_twice(self._model):
-                products = frozen_products([self._model], self._model.dtype, everywhere=True)
-                self._held.enter_context(products)
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if not self._users:
-                    self._held.close()
-
-    def __reduce__(self) -> Any:
-        return _Packed, (self._model,)  # nobody uses a copy's
+def _packed(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Inside, the weights of a model are packed in all threads, where that is faster."""
+    if model.device.type == "cpu" and _fits_twice(model):
+        return frozen_products([model], model.dtype, everywhere=True)
+    return nullcontext()
 
 
 def _fits_twice(model: PreTrainedModel) -> bool:

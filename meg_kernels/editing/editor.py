@@ -19,10 +19,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.checks import FLAG, as_path, instance_of
+from meg_kernels.checks import FLAG, TEXT, instance_of
 from meg_kernels.editing.config import EditorConfig, GateKind
 from meg_kernels.editing.distill import Distillation
-from meg_kernels.editing.edited_model import EditedModel, one_at_a_time
+from meg_kernels.editing.edited_model import EditedModel, load_base, one_at_a_time
 from meg_kernels.editing.evaluate import EvaluationReport
 from meg_kernels.editing.layers import default_layer
 from meg_kernels.editing.prompting import PromptedModel
@@ -80,6 +80,7 @@ class MeGEditor(EditedModel):
     ):
         config = instance_of(EditorConfig).or_none()("config", config) or EditorConfig()
         prompted = PromptedModel.of(language_model(model).eval(), tokenizer, config.template)
+        name = TEXT("name", name or str(prompted.model.name_or_path))
         if not isinstance(encoder, TextEncoder):
             encoder = TextEncoder.from_pretrained(
                 DEFAULT_ENCODER if encoder is None else encoder, device=model.device
@@ -87,9 +88,9 @@ class MeGEditor(EditedModel):
         # Last: an error before it leaves the model as it is.
         attached = attach(model, default_layer(model) if config.layer is None else config.layer)
         router = Router(encoder, None, config.routing, model.device)
-        super().__init__(prompted, attached, router, name or str(model.name_or_path))
+        super().__init__(prompted, attached, router, name)
         self.config = dataclasses.replace(config, layer=self.layer, template=self.template)
-        self._states: dict[Path, str] = {}  # of the folders that these edits are in, or were
+        self._states: dict[Path, str | None] = {}  # of the folders that these edits are in, or were
 
     @classmethod
     def for_model(
@@ -338,7 +339,7 @@ class MeGEditor(EditedModel):
         return distillation
 
     def detach(self) -> None:
-        """Give the base model back as it was, module for module. Harmless if called twice."""
+        """Give the base model back, module for module; RuntimeError while a thread is answered."""
         self.attached.detach()
 
     # Keeping
@@ -351,9 +352,8 @@ class MeGEditor(EditedModel):
             RuntimeError: nothing is edited, or another process writes there, or did since loading.
             OSError: the folder holds something else, or cannot be written.
         """
-        path, config = as_path("folder", folder).resolve(), self.config.to_dict()
-        state = self._states.get(path)
-        self._states[path] = save_edits(folder, self.edits, self.encoder, self.base, config, state)
+        config = self.config.to_dict()
+        save_edits(folder, self.edits, self.encoder, self.base, config, self._states)
 
     @classmethod
     @with_gradients
@@ -371,7 +371,7 @@ class MeGEditor(EditedModel):
 
         Args:
             folder: where `save_pretrained` wrote.
-            model, tokenizer: the base model; default: loaded again by its name.
+            model, tokenizer: the base model; default: loaded again by its name, if it had one.
             dtype: of a model loaded by name; default: as it was.
             device: of a model loaded by name; default: an accelerator if there is one.
             model_options: further keyword arguments of transformers' `from_pretrained`.
@@ -379,7 +379,7 @@ class MeGEditor(EditedModel):
         Raises:
             FileNotFoundError: there are no edits.
             CorruptFileError: a file is damaged, or of a newer version of the format.
-            ValueError: `model` is not the one that was edited.
+            ValueError: `model` is not the one that was edited, or must be given.
         """
         if (model is None) != (tokenizer is None):
             raise ValueError("pass both model and tokenizer, or neither")
@@ -387,8 +387,7 @@ class MeGEditor(EditedModel):
         saved, encoder = load_edited(folder, device)
         base = saved.base
         if model is None or tokenizer is None:
-            dtype = dtype or getattr(torch, base.dtype)
-            model, tokenizer = load_language_model(base.name, dtype, device, **model_options)
+            model, tokenizer = load_base(saved, dtype, device, **model_options)
         editor = cls(model, tokenizer, encoder, saved.parsed(EditorConfig.from_dict), base.name)
         editor.check_base(base)
         editor.router.put(saved.edits)

@@ -7,23 +7,24 @@ averaged (EMA) network are tried now and then. A checkpoint after each trial mak
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from meg_kernels.precision import fast_products
 from meg_kernels.progress import progress_bar
 from meg_kernels.routing.generators import NetworkGenerator
+from meg_kernels.scoped import seeded
 from meg_kernels.storage import CorruptFileError, fingerprint, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,14 @@ def fit(
     checkpoint = _Checkpoint.of(work_folder, generator, task.identity)
     checkpoint.load(run)
 
+    drops = any(isinstance(part, nn.Dropout) and part.p > 0 for part in generator.modules())
+
+    def loss_now() -> Tensor:
+        # Of this step alone, so that a resumed run drops what an uninterrupted one does.
+        dropout = seeded((config.seed + run.step) % 2**63, device) if drops else nullcontext()
+        with dropout:
+            return task.loss(run.step, run.rng)
+
     generator.train()
     before = run.seconds[-1] if run.seconds else 0.0
     started = time.perf_counter() - before
@@ -103,7 +112,7 @@ def fit(
         total=task.max_steps, initial=run.step, desc=task.name, shown=progress
     ) as bar:
         while run.step < task.max_steps and not (run.history and task.done(run.history)):
-            loss = descend(run.optimizer, functools.partial(task.loss, run.step, run.rng), device)
+            loss = descend(run.optimizer, loss_now, device)
             run.schedule.step()
             run.step += 1
             total_loss += loss.item() if device.type == "cpu" else 0.0

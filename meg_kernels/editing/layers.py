@@ -24,7 +24,7 @@ from meg_kernels.editing.evaluate import Evaluation
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.facts import Fact
 from meg_kernels.nn import attach
-from meg_kernels.nn.families import decoder_layer, decoder_layers, feed_forward
+from meg_kernels.nn.families import LAYER, decoder_layer, decoder_layers, feed_forward
 from meg_kernels.progress import progress_bar
 from meg_kernels.storage import WorkFolder, fingerprint, read_kept_json, write_kept_json
 from meg_kernels.texts import is_ordered
@@ -125,7 +125,7 @@ def compare_layers(
         raise TypeError(f"layers is {shown(layers)}; it must be a list of layers, such as [4, 8]")
     if layers is None:
         layers = range(0, len(decoder_layers(model)), 2)
-    chosen = sorted({*layers, default_layer(model)})
+    chosen = sorted({*(LAYER("layer", layer) for layer in layers), default_layer(model)})
     for layer in chosen:
         decoder_layer(model, layer)
     config = config or CollectionConfig()

@@ -6,7 +6,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,9 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from meg_kernels.arguments import check_instance
-from meg_kernels.checks import FLAG, TEXTS, Check, instance_of, integer, number, shown
-from meg_kernels.facts import Fact, FactsError
+from meg_kernels.checks import (
+    FLAG,
+    TEXT,
+    TEXTS,
+    Check,
+    as_integer,
+    instance_of,
+    integer,
+    number,
+    shown,
+)
+from meg_kernels.facts import Fact, FactsError, listed_facts
 from meg_kernels.nn import input_device, last_feed_forward_sees
 from meg_kernels.nn.changed import hooked
 from meg_kernels.nn.families import language_model
@@ -27,7 +35,7 @@ from meg_kernels.pretrained import (
     ready_to_pad,
     tokenized,
 )
-from meg_kernels.texts import is_unicode, normalized, normalized_answer
+from meg_kernels.texts import as_texts, is_unicode, normalized, normalized_answer
 
 IGNORED = -100
 
@@ -161,6 +169,21 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({tokenizer.eos_token_id, *line_breaks})
 
 
+def _pairs(tokens: int | None) -> Check:
+    """The check of (prompt, target) token ids, of a model with this number of tokens."""
+    most = None if tokens is None else tokens - 1
+    token = integer(0, most).read
+
+    def read(value: Any) -> list[tuple[list[int], list[int]]]:
+        pairs = [([*map(token, prompt)], [*map(token, target)]) for prompt, target in value]
+        if not pairs or not all(target and len(prompt + target) > 1 for prompt, target in pairs):
+            raise ValueError
+        return pairs
+
+    ids = "token ids" if most is None else f"token ids from 0 to {most}"
+    return Check(f"a list of pairs of a prompt's and its target's {ids}, at least one", read)
+
+
 def _early_stopping(value: Any) -> bool | str:
     return value if value == "never" else FLAG("early_stopping", value)
 
@@ -195,6 +218,10 @@ OWN_KEYWORDS = {
 }
 
 
+TOKEN = Check(
+    "a token's number, such as tokenizer.convert_tokens_to_ids('</s>')", as_integer, TypeError
+)
+TOKENS = Check("a list of token ids", lambda value: [*map(integer(0).read, value)])
 # Of `model.generate`, which takes any value, and fails on some in the midst of its work.
 CHECKED_KEYWORDS = {
     "do_sample": FLAG,
@@ -217,30 +244,29 @@ CHECKED_KEYWORDS = {
 }
 
 
-def check_generation(max_new_tokens: int, keywords: Mapping[str, Any]) -> None:
+def checked_generation(max_new_tokens: int, keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse what contradicts answering prompts.
 
     Args:
         max_new_tokens: the longest answer.
         keywords: of `model.generate`.
 
+    Returns:
+        The keywords, with numpy's numbers as Python's: `model.generate` takes no others.
+
     Raises:
         TypeError: a keyword of the wrong kind, or one that gives other prompts or results.
         ValueError: max_new_tokens is below 1, or another keyword out of its range.
     """
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral):
-        raise TypeError(f"max_new_tokens is {max_new_tokens!r}; it must be an integer from 1")
-    if max_new_tokens < 1:
+    if Check("an integer from 1", as_integer, TypeError)("max_new_tokens", max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be an integer from 1")
-    for name in keywords.keys() & CHECKED_KEYWORDS.keys():
-        CHECKED_KEYWORDS[name].or_none()(name, keywords[name])
+    checked = {
+        name: CHECKED_KEYWORDS[name].or_none()(name, value) if name in CHECKED_KEYWORDS else value
+        for name, value in keywords.items()
+    }
     for name in ("eos_token_id", "pad_token_id"):
-        ids = _as_list(keywords.get(name))
-        if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
-            raise TypeError(
-                f"{name} is {keywords[name]!r}; it must be a token's number, such as "
-                "tokenizer.convert_tokens_to_ids('</s>')"
-            )
+        for token in _as_list(keywords.get(name)):
+            TOKEN(name, token)
     for name in keywords.keys() & OWN_KEYWORDS.keys():
         if keywords[name] is None or keywords[name] is False:
             continue
@@ -248,6 +274,7 @@ def check_generation(max_new_tokens: int, keywords: Mapping[str, Any]) -> None:
             f"{name} cannot be given here ({OWN_KEYWORDS[name]}); for full control, call "
             "model.generate inside `with editor.routed(prompts):`"
         )
+    return checked
 
 
 @dataclass(frozen=True)
@@ -320,8 +347,7 @@ class PromptedModel:
                 model has positions. The message names every such fact.
         """
         unfit, found, ends = [], [], {*self.ends}
-        for place, fact in enumerate(facts):
-            check_instance(f"facts[{place}]", fact, Fact, "as_facts(facts) makes them of dicts")
+        for place, fact in enumerate(facts := listed_facts(facts)):
             long = self._surely_too_long(fact.query) or self._surely_too_long(fact.answer)
             reason, pairs = long and f"it {long}", []
             if reason is None:
@@ -375,7 +401,9 @@ class PromptedModel:
             return None
         return f"has {len(text)} characters, more than the {most} tokens that the model reads"
 
-    def check_prompts(self, prompts: Sequence[str], max_new_tokens: int, **generation: Any) -> None:
+    def check_prompts(
+        self, prompts: Sequence[str], max_new_tokens: int, **generation: Any
+    ) -> dict[str, Any]:
         """Refuse what `answers` could not answer.
 
         Args:
@@ -383,19 +411,17 @@ class PromptedModel:
             max_new_tokens: the longest answer.
             generation: keyword arguments of `model.generate`.
 
+        Returns:
+            The keyword arguments as `checked_generation` gives them.
+
         Raises:
-            TypeError: a keyword that contradicts answers: `check_generation` names them.
+            TypeError: a keyword that contradicts answers: `checked_generation` names them.
             ValueError: a prompt is no valid text, or exceeds the model's positions with its answer;
                 the message names it.
         """
-        check_generation(max_new_tokens, generation)
+        checked = checked_generation(max_new_tokens, generation)
         most = self.positions
-        for place, prompt in enumerate(prompts):
-            if not is_unicode(prompt):
-                raise ValueError(
-                    f"prompts[{place}] is {prompt!r}; it must be text without halves of surrogate "
-                    "pairs, which no tokenizer takes"
-                )
+        for place, prompt in enumerate(as_texts("prompts", prompts)):
             if reason := self._surely_too_long(prompt):
                 raise ValueError(f"prompts[{place}], {_shortened(prompt)}, {reason}: shorten it")
             # Few tokens stand for less than a byte: most prompts need not be tokenized for this.
@@ -408,13 +434,20 @@ class PromptedModel:
                     f"max_new_tokens={max_new_tokens} that is more than the {most} that the model "
                     "reads: shorten it" + (", or lower max_new_tokens" if length < most else "")
                 )
+        return checked
 
     def target(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """Token ids of `prompt` and of its target, as `target_tokens` has them."""
+        prompt, answer = TEXT("prompt", prompt), TEXT("answer", answer)
         return target_tokens(self.tokenizer, prompt, answer)
 
     def batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> TargetBatch:
-        """The teacher-forcing batch of (prompt, target) token ids, on the model's device."""
+        """The teacher-forcing batch of (prompt, target) token ids, on the model's device.
+
+        Raises:
+            ValueError: they are no such pairs, at least one, or of tokens that the model has not.
+        """
+        pairs = _pairs(embedded_tokens(self.model))("pairs", pairs)
         rows = [torch.tensor((prompt + target)[:-1]) for prompt, target in pairs]
         labels = [torch.tensor(target) for _, target in pairs]
 
@@ -429,8 +462,12 @@ class PromptedModel:
         return TargetBatch(inputs, pad_left(labels, IGNORED))
 
     def score(self, batch: TargetBatch) -> TargetScores:
-        """How well the model predicts the targets: one forward pass, differentiable."""
-        return score_targets(self.model, batch)
+        """How well the model predicts the targets: one forward pass, differentiable.
+
+        Raises:
+            TypeError: it is no batch that `batch` made.
+        """
+        return score_targets(self.model, instance_of(TargetBatch)("batch", batch))
 
     @property
     def ends(self) -> list[int]:
@@ -455,12 +492,12 @@ class PromptedModel:
                 ends answers in place of the model's own; a line break always does.
 
         Raises:
-            TypeError: a keyword that contradicts this: `check_generation` names them.
+            TypeError: a keyword that contradicts this: `checked_generation` names them.
             ValueError: a prompt is longer than the model reads, or no valid text.
         """
         prompts = TEXTS("prompts", prompts)
-        self.check_prompts(prompts, max_new_tokens, **generation)
-        generation = {k: v for k, v in generation.items() if k not in OWN_KEYWORDS}
+        checked = self.check_prompts(prompts, max_new_tokens, **generation)
+        generation = {k: v for k, v in checked.items() if k not in OWN_KEYWORDS}
         batch = tokenized(self.tokenizer, list(prompts), return_tensors="pt", padding=True)
         check_tokens(batch, self.tokenizer, self.model)
         batch = batch.to(input_device(self.model))
@@ -489,7 +526,7 @@ class PromptedModel:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The answer that these tokens spell, as `answer_text` has it."""
-        return answer_text(self.tokenizer, tokens)
+        return answer_text(self.tokenizer, TOKENS("tokens", tokens))
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:

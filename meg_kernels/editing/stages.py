@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from meg_kernels.checks import instance_of
 from meg_kernels.editing.answered import answers_with
-from meg_kernels.editing.collect import Collection, collect, collectable
+from meg_kernels.editing.collect import Collection, Targets, collectable, fit_neurons
 from meg_kernels.editing.config import EditorConfig
 from meg_kernels.editing.distill import Distillation, distill
 from meg_kernels.editing.prompting import PromptedModel
@@ -59,6 +59,7 @@ class Stages:
         config: how to edit.
         work_folder: keeps finished work, so that an interrupted stage resumes; None: nothing.
         progress: show progress bars.
+        targets: what neurons are collected for, by the id of the fact; `checked` finds it.
     """
 
     prompted: PromptedModel
@@ -67,16 +68,17 @@ class Stages:
     config: EditorConfig
     work_folder: str | Path | None = None
     progress: bool = False
+    targets: Mapping[str, Targets] = field(default_factory=dict)
 
     def checked(self, facts: Sequence[Fact]) -> Stages:
-        """These stages, if collection and the encoder can take these facts, before any work.
+        """These stages for facts that collection and the encoder can take, before any work.
 
         Raises:
             FactsError: facts that the model cannot be taught, or that the encoder cannot tell from
                 others with the same beginning; the message names all of either.
             ValueError: a model that no neuron can be fitted for.
         """
-        collectable(self.prompted, self.attached, facts, self.config.collection)
+        targets = collectable(self.prompted, self.attached, facts, self.config.collection)
         encoder = self.router.encoder
         if long := encoder.too_long([fact.query for fact in facts]):
             named = "\n".join(f"facts[{row}], {facts[row].query[:60]!r}..." for row in long)
@@ -85,7 +87,8 @@ class Stages:
                 f"{encoder.max_tokens} tokens that the encoder reads; shorten them or leave them "
                 f"out:\n{named}"
             )
-        return self
+        by_id = {fact.id: target for fact, target in zip(facts, targets, strict=True)}
+        return dataclasses.replace(self, targets=by_id)
 
     def first(
         self,
@@ -97,7 +100,7 @@ class Stages:
         """Edits of these facts alone, and the tuned encoder.
 
         Args:
-            facts: with the new answers.
+            facts: with the new answers; they were `checked`, and so are those of `added`.
             wordings: of other facts, which tune the encoder and calibrate the gate.
             unrelated: queries about anything.
             num_left_out: how many facts the model answered already.
@@ -210,10 +213,10 @@ class Stages:
         self, facts: Sequence[Fact], initial: Neurons | None, stopwatch: Stopwatch
     ) -> Collection:
         with stopwatch.stage("collect"):
-            collection = collect(
+            collection = fit_neurons(
                 self.prompted,
                 self.attached,
-                facts,
+                [self.targets[fact.id] for fact in facts],
                 self.config.collection,
                 initial=initial,
                 work_folder=self.work_folder,

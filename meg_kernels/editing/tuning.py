@@ -28,6 +28,7 @@ from meg_kernels.familiarity import (
 )
 from meg_kernels.routing.edits import Edits, HeldOut
 from meg_kernels.routing.router import Router
+from meg_kernels.scoped import seeded
 from meg_kernels.storage import (
     CorruptFileError,
     WorkFolder,
@@ -183,13 +184,12 @@ def calibrated_gate(
     if config.gate == SimilarityGate.kind:
         gate = SimilarityGate(conditions)
     else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with seeded(config.seed):
             gate = FamiliarityNetwork(conditions.shape[1]).to(conditions.device)
-            # Half of the other queries teach uncertainty, the other half calibrate.
-            order = torch.randperm(len(negative), generator=rng)
-            taught, negative = negative[order].chunk(2)
-            gate.fit(conditions, taught, seed=config.seed, progress=progress)
+        # Half of the other queries teach uncertainty, the other half calibrate.
+        order = torch.randperm(len(negative), generator=rng)
+        taught, negative = negative[order].chunk(2)
+        gate.fit(conditions, taught, seed=config.seed, progress=progress)
     calibration = calibrate(
         gate.score(positive), gate.score(negative), len(conditions), config.rejection_weight
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -313,8 +313,6 @@ class Attached:
                 forward call's batch does not have as many rows as there are indices.
             RuntimeError: detached, or neurons are mounted already.
         """
-        if not self._is_attached:
-            raise RuntimeError("this attachment was detached; call attach(model, layer) again")
         if self.has_neurons:
             raise RuntimeError("neurons are mounted already; leave that `with` block first")
         check_instance("neurons", neurons, Neurons, "collect(...).neurons are some")
@@ -323,7 +321,13 @@ class Attached:
                 f"neurons have {neurons.layout}, but layer {self.layer} needs {self.layout}"
             )
         mounted = Mounted.at(*self._device_and_dtype(), neurons, index)
-        with self._carried.place.holding(mounted):
+        with ExitStack() as block:
+            with _ATTACHING:  # so that nobody detaches in between
+                if not self._is_attached:
+                    raise RuntimeError(
+                        "this attachment was detached; call attach(model, layer) again"
+                    )
+                block.enter_context(self._carried.place.holding(mounted))
             yield
 
     @contextmanager
@@ -333,10 +337,22 @@ class Attached:
             yield
 
     def detach(self) -> None:
-        """Leave the model as it was before `attach`. Calling it twice is harmless."""
+        """Leave the model as it was before `attach`. Calling it twice is harmless.
+
+        What this thread or task has mounted itself ends with it.
+
+        Raises:
+            RuntimeError: another thread or task has neurons mounted, whose answers would become
+                the base model's.
+        """
         with _ATTACHING:
             if not self._is_attached:
                 return
+            if self._carried.place.is_used_elsewhere:
+                raise RuntimeError(
+                    f"layer {self.layer} has neurons mounted in another thread or task; wait until "
+                    "its answers are there, and detach then"
+                )
             self._is_attached = False
             _clear(self.model, self.ffn, self._carried.place)
 
@@ -362,7 +378,7 @@ def attach(model: nn.Module, layer: int) -> Attached:
     Raises:
         ValueError: the model or that layer has no feed-forward layer, the layer is out of range,
             or neurons are attached there already.
-        TypeError: model is no transformers model, or layer is no int.
+        TypeError: model is no transformers model, or layer is no integer.
     """
     model = language_model(model)
     ffn = feed_forward(model, layer)

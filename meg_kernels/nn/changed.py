@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from meg_kernels.scoped import held, holding, is_traced
+from meg_kernels.scoped import OwnLock, held, holding, is_traced
 
 
 @contextmanager
@@ -117,38 +117,43 @@ def _given_back(module: nn.Module, name: str, standing: _Method) -> None:
             del vars(module)[name]
 
 
-class _Uncompiled:
-    """PyTorch's stance on compiled code, which is one for all threads."""
+class Shared:
+    """A context that is one for all threads: the first that enters it makes it, the last ends it.
 
-    def __init__(self) -> None:
-        self.users = 0
-        self.stance: Any = None
+    Args:
+        make: the context; it is called anew each time that nobody was inside. A copy of this has
+            its copy, and nobody inside.
+    """
 
-    def enter(self) -> None:
-        with _CHANGING:
-            if not self.users:
-                self.stance = torch.compiler.set_stance("force_eager")
-                self.stance.__enter__()
-            self.users += 1
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]):
+        self._make, self._lock = make, OwnLock()
+        self._users, self._held = 0, ExitStack()
 
-    def leave(self) -> None:
-        with _CHANGING:
-            self.users -= 1
-            if not self.users:
-                self.stance.__exit__(None, None, None)
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, it is entered; in other threads too, until the last one has left."""
+        with self._lock:
+            if not self._users:
+                self._held.enter_context(self._make())
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._held.close()
+
+    def __reduce__(self) -> Any:
+        return Shared, (self._make,)
 
 
-_UNCOMPILED = _Uncompiled()
+_UNCOMPILED = Shared(lambda: torch.compiler.set_stance("force_eager"))
 
 
-@contextmanager
-def uncompiled() -> Iterator[None]:
+def uncompiled() -> AbstractContextManager[None]:
     """Inside, models run as they are written: compiled code does not see hooks added later.
 
     In other threads too, until the last one has left.
     """
-    _UNCOMPILED.enter()
-    try:
-        yield
-    finally:
-        _UNCOMPILED.leave()
+    return _UNCOMPILED.in_use()

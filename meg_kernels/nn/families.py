@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from meg_kernels.checks import Check, as_integer
 from meg_kernels.neuron import ACTIVATIONS, NeuronLayout
 
 # The FFN's usual names in a decoder layer. Where a mixture of experts has a shared expert beside
@@ -164,16 +165,17 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     )
 
 
+LAYER = Check("the number of a decoder layer, an integer", as_integer, TypeError)
+
+
 def decoder_layer(model: nn.Module, layer: int) -> nn.Module:
     """Decoder layer `layer` (0-based).
 
     Raises:
-        TypeError: layer is no int.
+        TypeError: layer is no integer.
         ValueError: the model has no such layer.
     """
-    if not isinstance(layer, int) or isinstance(layer, bool):
-        raise TypeError(f"layer is {layer!r}; it must be the number of a decoder layer, an int")
-    layers = decoder_layers(model)
+    layer, layers = LAYER("layer", layer), decoder_layers(model)
     if not 0 <= layer < len(layers):
         raise ValueError(f"layer is {layer}; the model has layers 0 to {len(layers) - 1}")
     return layers[layer]
@@ -183,10 +185,10 @@ def feed_forward(model: nn.Module, layer: int) -> FeedForward:
     """Feed-forward layer `layer` (0-based) of `model`, with the layout of its neurons.
 
     Raises:
-        TypeError: layer is no int, or model is no transformers model.
+        TypeError: layer is no integer, or model is no transformers model.
         ValueError: the model has no such layer, or that layer has no FFN.
     """
-    model = language_model(model)
+    model, layer = language_model(model), LAYER("layer", layer)
     config, part = text_config(model), decoder_layer(model, layer)
     place = _place(part, config)
     if place is None:

@@ -166,6 +166,11 @@ class Place:
         return None if found is EMPTY else found
 
     @property
+    def is_used_elsewhere(self) -> bool:
+        """Whether others than this thread or task have neurons mounted here."""
+        return self._users > (self.mounted is not None)
+
+    @property
     def is_emptied(self) -> bool:
         """Whether this thread or task runs inside `holding(EMPTY)`."""
         return held(self) is EMPTY

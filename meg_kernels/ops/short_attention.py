@@ -100,18 +100,18 @@ def short_attention(qkv: Tensor, num_heads: int) -> Tensor:
     >>> short_attention(torch.randn(2, 52, 3 * 12 * 64), num_heads=12).shape
     torch.Size([2, 52, 768])
     """
-    _check(qkv, num_heads)
+    num_heads = _checked(qkv, num_heads)
     refuse_gradient("short_attention", qkv=qkv)
     return torch.ops.meg_kernels.short_attention(qkv, num_heads)
 
 
-def _check(qkv: Tensor, num_heads: int) -> None:
+def _checked(qkv: Tensor, num_heads: int) -> int:
     check_floating(qkv=qkv)
     if qkv.dim() != 3:
         raise ValueError(
             f"qkv is {qkv.dtype} {tuple(qkv.shape)}; it must be [B, T, 3 * heads * head_dim]"
         )
-    check_size("num_heads", num_heads)
+    num_heads = check_size("num_heads", num_heads)
     _, tokens, packed = qkv.shape
     if packed % (3 * num_heads):
         raise ValueError(
@@ -129,3 +129,4 @@ def _check(qkv: Tensor, num_heads: int) -> None:
             f"qkv holds {num_heads} heads of {head_dim}; a head must have {MIN_HEAD_DIM} to "
             f"{MAX_HEAD_DIM} dimensions"
         )
+    return num_heads

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meg_kernels.arguments import check_tensors
+from meg_kernels.arguments import check_size, check_tensors
 from meg_kernels.kernels.launching import has_adjacent_rows
 from meg_kernels.kernels.limits import DTYPES
 from meg_kernels.ops.backend import choose, refuse_gradient
@@ -158,13 +158,13 @@ def solver_step(
     >>> x0.tolist(), x_next.tolist()
     ([[2.0, 5.0]], [[1.5, 3.5]])
     """
-    _check(x_t, prediction, previous_x0, table, step, noise, variance)
+    step = _checked_step(x_t, prediction, previous_x0, table, step, noise, variance)
     return torch.ops.meg_kernels.solver_step(
         x_t, prediction, previous_x0, table, step, noise, variance
     )
 
 
-def _check(
+def _checked_step(
     x_t: Tensor,
     prediction: Tensor,
     previous_x0: Tensor,
@@ -172,7 +172,7 @@ def _check(
     step: int,
     noise: Tensor | None,
     variance: Tensor | None,
-) -> None:
+) -> int:
     tensors = {"x_t": x_t, "prediction": prediction, "previous_x0": previous_x0, "table": table}
     optional = {"noise": noise, "variance": variance}
     check_tensors(**tensors, **{name: part for name, part in optional.items() if part is not None})
@@ -209,7 +209,4 @@ def _check(
                 f"be adjacent: call {name}.contiguous()"
             )
     refuse_gradient("solver_step", **{name: tensor for name, (tensor, *_) in expected.items()})
-    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < steps:
-        raise ValueError(
-            f"step is {step!r}; the table has rows 0 to {steps - 1}, and step must be one of them"
-        )
+    return check_size("step", step, low=0, high=steps - 1)

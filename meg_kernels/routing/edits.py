@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from meg_kernels.checks import shown
-from meg_kernels.facts import Fact, FactsError, check_facts
+from meg_kernels.facts import Fact, FactsError, check_facts, listed_facts
 from meg_kernels.familiarity import Calibration, Gate, Rewording, transplant
 from meg_kernels.neuron import NeuronLayout, Neurons
 from meg_kernels.routing.generators import Generator, NeuronBank
@@ -200,7 +200,7 @@ class Edits:
     def rows_of(self, facts: Iterable[Fact]) -> list[int]:
         """Where facts with the same queries stand in these edits; -1 for those that do not."""
         rows = {fact.normalized_query: row for row, fact in enumerate(self.facts)}
-        return [rows.get(fact.normalized_query, -1) for fact in facts]
+        return [rows.get(fact.normalized_query, -1) for fact in listed_facts(facts)]
 
     def rows_to_remove(self, names: str | Fact | Iterable[str | Fact]) -> set[int]:
         """Where the facts stand that are named by an id, by a query, or by themselves.
@@ -261,7 +261,7 @@ class Edits:
             FactsError: one of them has the query or the id of an edited fact; the message names
                 both.
         """
-        left = self
+        facts, left = listed_facts(facts), self
         if replace:
             ids, queries = {fact.id for fact in facts}, {fact.normalized_query for fact in facts}
             taken = {f for f in self.facts if f.id in ids or f.normalized_query in queries}

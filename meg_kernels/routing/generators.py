@@ -49,6 +49,7 @@ from meg_kernels.diffusion import (
 )
 from meg_kernels.diffusion.dit import LARGEST_WIDTH
 from meg_kernels.neuron import NeuronLayout, Neurons
+from meg_kernels.scoped import seeded
 
 PAPER_WEIGHT_STD = 0.01
 FEWEST_STEPS, PASSES = 3000, 100  # a training may take, if nothing else is asked for
@@ -125,7 +126,7 @@ class TrainingConfig:
         >>> TrainingConfig().steps_for(64), TrainingConfig().steps_for(10_000)
         (3000, 7813)
         """
-        passes = math.ceil(PASSES * facts / self.batch_size)
+        passes = math.ceil(PASSES * integer(0)("facts", facts) / self.batch_size)
         return self.max_steps or max(FEWEST_STEPS, passes)
 
     def with_fields(self, **changes: Any) -> TrainingConfig:
@@ -627,7 +628,8 @@ class NeuronBank(Generator):
         self.register_buffer("weights", torch.empty(0, layout.dim))
 
     def resize(self, n: int) -> None:
-        """Make room for n neurons, before their state_dict is loaded."""
+        """Make room for n neurons, 0 or more, before their state_dict is loaded."""
+        n = integer(0)("n", n)
         self.conditions = self.conditions.new_empty(n, self.condition_dim)
         self.weights = self.weights.new_empty(n, self.layout.dim)
 
@@ -684,6 +686,5 @@ def build_generator(config: GeneratorConfig, layout: NeuronLayout, condition_dim
             f"the generator's network takes {size / 2**30:,.0f} GiB, and this machine has "
             f"{memory / 2**30:,.0f}; choose a smaller width, depth or mlp_ratio"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
+    with seeded(config.training.seed):
         return generator(config, layout, condition_dim).eval()

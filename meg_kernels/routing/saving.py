@@ -51,10 +51,11 @@ from meg_kernels.storage import (
     TEMPORARY,
     CorruptFileError,
     as_os_error,
+    checked_tensors,
     content_digest,
     make_folder,
+    os_error,
     read_json,
-    read_tensors,
     remove_empty,
     sync_files,
     sync_folder,
@@ -168,7 +169,7 @@ def writing(folder: str | Path, work: str | None = None) -> Iterator[Writer]:
             writer = Writer(folder, lock, work)
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
-            raise OSError(
+            raise os_error(
                 error.errno, f"{folder} cannot be written ({reason}); choose another folder"
             ) from error
         yield writer
@@ -207,6 +208,8 @@ class Writer:
         made_by = None if self.state is None else read_manifest(folder)["made_by"]
         began_with = [self.state] if lock.before is None else lock.before
         self.has_saved = work is not None and made_by == work and began_with != [self.state]
+        if self.has_saved:
+            sync_folder(folder)  # which may be what failed
         if work is not None:
             lock.note(began_with)
 
@@ -218,7 +221,7 @@ class Writer:
         config: Mapping[str, Any],
         *,
         loaded: str | None = None,
-    ) -> str:
+    ) -> None:
         """Write an edited model; an interruption at any point leaves what was saved before.
 
         Args:
@@ -229,9 +232,6 @@ class Writer:
                 `require_subject` in it say how to answer.
             loaded: the folder's state that these edits were made from; None: from no edits that
                 were there.
-
-        Returns:
-            The folder's state from now on.
 
         Raises:
             RuntimeError: the folder holds another state by now.
@@ -251,14 +251,15 @@ class Writer:
             if _state(self.folder) != now:  # it is saved, but not flushed to the disk
                 raise
             reason = os.strerror(error.errno) if error.errno else str(error)
-            raise OSError(
+            raise os_error(
                 error.errno,
                 f"could not save to {self.folder} ({reason}); what was saved there is unchanged",
             ) from error
         finally:
+            if (state := _state(self.folder)) != now:  # also where it was not flushed
+                self.state, self.has_saved = state, True
             self._tidy()
         self.state, self.has_saved = manifest["digest"], True
-        return manifest["digest"]
 
     def _written(
         self,
@@ -347,11 +348,23 @@ def save_edits(
     encoder: TextEncoder,
     base: BaseModel,
     config: Mapping[str, Any],
-    loaded: str | None = None,
-) -> str:
-    """Write an edited model to a folder, as its one writer for the time: see `Writer.save`."""
+    states: dict[Path, str | None],
+) -> None:
+    """Write an edited model to a folder, as its one writer for the time: see `Writer.save`.
+
+    Args:
+        folder: where to.
+        edits, encoder, base, config: as `Writer.save` takes them.
+        states: of the folders that these edits were loaded from or saved to; this folder's is put
+            there as soon as they are in it, even if the disk fails then.
+    """
+    path = as_path("folder", folder).resolve()
     with writing(folder) as writer:
-        return writer.save(edits, encoder, base, config, loaded=loaded)
+        try:
+            writer.save(edits, encoder, base, config, loaded=states.get(path))
+        finally:
+            if writer.has_saved:
+                states[path] = writer.state
 
 
 def _state(folder: Path) -> str | None:
@@ -501,7 +514,7 @@ def _check_content(path: Path) -> None:
 
 
 def _finite(path: Path) -> dict[str, Tensor]:
-    tensors, _ = read_tensors(path)
+    tensors, _ = checked_tensors(path)  # by its name
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise CorruptFileError(f"{path}: {name} holds NaN or infinity; {MENDING}")

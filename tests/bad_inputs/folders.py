@@ -62,6 +62,10 @@ def _load(folder: Path) -> None:
     load_edited(folder, "cpu")
 
 
+def _load_without_its_model(folder: Path) -> None:
+    MeGEditor.from_pretrained(_saved())
+
+
 def _edit(folder: Path) -> MeGEditor:
     editor = tiny.load(folder)
     editor.detach()
@@ -555,6 +559,12 @@ OUT += [
         _saved_elsewhere_in_between,
         RuntimeError,
         ("was saved by another process since it was loaded", "Save to another folder"),
+    ),
+    Case(
+        "edits of a model without a name, loaded without it",
+        _load_without_its_model,
+        ValueError,
+        ("edited in .*edited had no name", r"pass it, .*model=\.\.\., tokenizer="),
     ),
     Case(
         "a report that is a folder",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from meg_kernels import (
     Attached,
     CollectionConfig,
     EditorConfig,
+    Fact,
+    FactsError,
     GeneratorConfig,
     MeGEditor,
     NeuronLayout,
@@ -169,6 +172,20 @@ PATHS = [
         ("encoder ''", "must be 'all-MiniLM-L6-v2'"),
     ),
     Case(
+        "an encoder whose path is no UTF-8",
+        lambda _: load_encoder("a\udcff"),
+        ValueError,
+        ("encoder 'a.udcff'.* no UTF-8", "rename the folder"),
+    ),
+    Case(
+        "a model's name that is no UTF-8",
+        lambda _: MeGEditor(
+            tiny.make_language_model(tiny.make_tokenizer()), tiny.make_tokenizer(), name="a\udcff"
+        ),
+        ValueError,
+        ("name is 'a.udcff'", "without halves of surrogate pairs"),
+    ),
+    Case(
         "an encoder by a number",
         lambda _: load_encoder(3),  # type: ignore[arg-type]
         TypeError,
@@ -238,6 +255,58 @@ PROMPTS = [
         lambda _: _prompted().targets([{"query": "a", "answer": "b"}]),  # type: ignore[list-item]
         TypeError,
         (r"facts\[0\] is a dict", "as_facts"),
+    ),
+    *(
+        Case(
+            f"targets of {name}",
+            functools.partial(lambda _, value: _prompted().targets(value), value=value),
+            TypeError,
+            (f"facts is {shown}", "must be a list of Facts"),
+        )
+        for name, value, shown in (("a number", 3, "3"), ("a text", "x", "'x'"), ("None", None, ""))
+    ),
+    Case(
+        "the target of a number",
+        lambda _: _prompted().target("Q", 3),  # type: ignore[arg-type]
+        ValueError,
+        ("answer is 3", "must be text"),
+    ),
+    *(
+        Case(
+            f"a batch of {name}",
+            functools.partial(lambda _, pairs: _prompted().batch(pairs), pairs=pairs),
+            ValueError,
+            ("pairs is ", r"must be a list of pairs .* token ids from 0 to \d+"),
+        )
+        for name, pairs in {
+            "texts": [("a", "b")],
+            "a text": "ab",
+            "a number": 3,
+            "nothing": [],
+            "tokens without their targets": [[1, 2], [3, 4]],
+            "empty targets": [([1, 2], [])],
+            "floats": [([1.5], [2.0])],
+            "tokens below 0": [([1, -2], [3])],
+            "tokens that the model has not": [([1, 2], [10**6])],
+        }.items()
+    ),
+    Case(
+        "the score of tokens",
+        lambda _: _prompted().score([([1], [2])]),  # type: ignore[arg-type]
+        TypeError,
+        ("batch is ", "instance of TargetBatch"),
+    ),
+    Case(
+        "the text of a text",
+        lambda _: _prompted().text("abc"),  # type: ignore[arg-type]
+        ValueError,
+        ("tokens is 'abc'", "must be a list of token ids"),
+    ),
+    Case(
+        "prompts in one text",
+        lambda _: _prompted().check_prompts("abc", 3),
+        TypeError,
+        ("prompts is the text 'abc'", "must be a list of texts"),
     ),
     Case(
         "a template as text",
@@ -359,6 +428,64 @@ NEURONS_GIVEN = [
         lambda _: build_generator({"kind": "mlp"}, LAYOUT, 8),  # type: ignore[arg-type]
         TypeError,
         ("config is", "GeneratorConfig"),
+    ),
+    *(
+        Case(
+            f"a bank of {n!r} neurons",
+            functools.partial(
+                lambda _, n: build_generator(GeneratorConfig.bank(), LAYOUT, 8).resize(n), n=n
+            ),
+            ValueError,
+            (re.escape(f"n is {n!r}"), "an integer of at least 0"),
+        )
+        for n in (-1, "x", 2.0, None)
+    ),
+    *(
+        Case(
+            f"the steps for {facts!r} facts",
+            functools.partial(
+                lambda _, facts: GeneratorConfig.mlp().training.steps_for(facts), facts=facts
+            ),
+            ValueError,
+            (re.escape(f"facts is {facts!r}"), "an integer of at least 0"),
+        )
+        for facts in ("x", -1, None)
+    ),
+    Case(
+        "the tuning facts for a text",
+        lambda _: EditorConfig().tuning_facts_for("x"),  # type: ignore[arg-type]
+        ValueError,
+        ("num_facts is 'x'", "an integer of at least 0"),
+    ),
+    Case(
+        "parts that are a number",
+        lambda _: Neurons.cat(3),  # type: ignore[arg-type]
+        TypeError,
+        ("parts is a int", "must be a list of Neurons"),
+    ),
+    Case(
+        "the rows of a fact's id",
+        lambda _: _editor().edits.rows_of(["color-Abo"]),  # type: ignore[list-item]
+        TypeError,
+        (r"facts\[0\] is a str", "must be a Fact"),
+    ),
+    Case(
+        "a base model by its name",
+        lambda _: _editor().check_base("smollm2"),  # type: ignore[arg-type]
+        TypeError,
+        ("noted is 'smollm2'", "instance of BaseModel"),
+    ),
+    Case(
+        "a fact from a text",
+        lambda _: Fact.from_dict("x"),  # type: ignore[arg-type]
+        FactsError,
+        ("record is 'x'", "must be a dict"),
+    ),
+    Case(
+        "a subject in a number",
+        lambda _: tiny.EDITED[0].is_named_in(3),  # type: ignore[arg-type]
+        ValueError,
+        ("query is 3", "must be text"),
     ),
     Case(
         "a layout as a tuple",

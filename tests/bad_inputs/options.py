@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
 import json
 import math
 import re
 import sys
+import typing
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from tiny import BANK, EDITED, FURTHER, edit, make_editor
 
 from bad_inputs import Case
@@ -372,13 +377,13 @@ COMMANDS = [
         "edit from a seed below 0",
         _meg(*EDIT, "--seed", "-1", facts=CAPITAL),
         MegFailed,
-        ("seed is -1", r"0 to 2\*\*63 - 1"),
+        ("'--seed': it is -1", r"0 to 2\*\*63 - 1"),
     ),
     Case(
         "edit from a seed too large",
         _meg(*EDIT, "--seed", str(LARGEST_SEED + 1), facts=CAPITAL),
         MegFailed,
-        ("seed is 9223372036854775808", r"0 to 2\*\*63 - 1"),
+        ("'--seed': it is 9223372036854775808", r"0 to 2\*\*63 - 1"),
     ),
     Case("add of no file", _meg("add", "{out}", "{facts}"), MegFailed, ("no file", "facts.jsonl")),
     Case(
@@ -441,4 +446,46 @@ COMMANDS = [
     ),
 ]
 
-CASES = CONFIGURATIONS + METHODS + COMMANDS
+
+def _given(value: str, is_meant: Callable[[str, Any], bool]) -> list[tuple[str, tuple[str, ...]]]:
+    """Every option and argument that is meant with this value: what to call it, and the command."""
+    found = []
+    for name, command in typer.main.get_command(cli.app).commands.items():  # type: ignore[attr-defined]
+        function = inspect.unwrap(command.callback)
+        types = typing.get_type_hints(function)
+        positional = [p for p in command.params if p.param_type_name == "argument"]
+        for parameter in command.params:
+            if parameter.name not in types or not is_meant(parameter.name, types[parameter.name]):
+                continue
+            if parameter in positional:
+                before = ["x"] * positional.index(parameter)
+                found.append((f"{name} {parameter.name.upper()}", (name, *before, value)))
+            else:
+                found.append((f"{name} {parameter.opts[0]}", (name, parameter.opts[0], value)))
+    return found
+
+
+def _is_path(name: str, kind: Any) -> bool:
+    return Path in (kind, *typing.get_args(kind)) or list[Path] in typing.get_args(kind)
+
+
+EVERYWHERE = [
+    Case(f"an empty {where}", _meg(*given), MegFailed, ("it is '', which names nothing", "a path"))
+    for where, given in _given("", _is_path)
+] + [
+    Case(f"a negative {where}", _meg(*given), MegFailed, ("it is -3", r"0 to 2\*\*63 - 1"))
+    for where, given in _given("-3", lambda name, _: name == "seed")
+]
+assert len(EVERYWHERE) >= 30  # as many as there are, unless the commands were not understood
+
+BYTES = [
+    Case(
+        f"{command} of a model whose path is no UTF-8",
+        _meg(command, "{facts}", *more, "--model", "a\udcff", facts=CAPITAL),
+        MegFailed,
+        ("'a.udcff'.* cannot be loaded: its path is no UTF-8", "rename the folder"),
+    )
+    for command, *more in (EDIT[:1] + EDIT[2:], ("layers",))
+]
+
+CASES = CONFIGURATIONS + METHODS + COMMANDS + EVERYWHERE + BYTES

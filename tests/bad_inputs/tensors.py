@@ -336,9 +336,9 @@ OTHER_OPS = [
         ValueError,
         ("3, 7", "3, 8"),
     ),
-    ("no such step", _step(step=lambda: 3), ValueError, ("step is 3", "rows 0 to 2")),
-    ("a step as a float", _step(step=lambda: 1.0), ValueError, (r"step is 1\.0", "one of them")),
-    ("a step as a bool", _step(step=lambda: True), ValueError, ("step is True", "one of them")),
+    ("no such step", _step(step=lambda: 3), ValueError, ("step is 3", "from 0 to 2")),
+    ("a step as a float", _step(step=lambda: 1.0), ValueError, (r"step is 1\.0", "an integer")),
+    ("a step as a bool", _step(step=lambda: True), ValueError, ("step is True", "an integer")),
     (
         "noise of each row",
         _step(noise=lambda: torch.ones(2, 4)),
@@ -670,7 +670,7 @@ GATES = [
         "one class of familiarity",
         lambda _: FamiliarityNetwork(4, classes=1),
         ValueError,
-        ("classes is 1", "from 2"),
+        ("classes is 1", "integer in 2 to"),
     ),
     (
         "a network of no width",
@@ -705,7 +705,7 @@ GATES = [
     ),
     ("no steps", _fit(steps=lambda: 0), ValueError, ("steps is 0", "at least 1")),
     ("no batch", _fit(batch_size=lambda: 0), ValueError, ("batch_size is 0", "at least 1")),
-    ("a negative rate", _fit(learning_rate=lambda: -1e-3), ValueError, (r"-0\.001", "at least 0")),
+    ("a negative rate", _fit(learning_rate=lambda: -1e-3), ValueError, (r"-0\.001", "positive")),
 ]
 
 ROOMS = {
