@@ -109,6 +109,14 @@ def test_sums_may_leave_the_range_on_the_way(order, dtype, on):
     assert out.isfinite().all() and out.abs().max() <= bound
 
 
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 2.0**100), (torch.float64, 2.0**900)])
+def test_products_in_the_reference_may_leave_the_range_of_their_sum(dtype, size):
+    x, key = torch.tensor([[size, -size]], dtype=dtype), torch.full((1, 2), size, dtype=dtype)
+    y = torch.full((1, 1), 3.0, dtype=dtype)
+    neurons = Neurons(key, None, torch.ones_like(y))
+    assert dynamic_neuron_reference(y, x, neurons, torch.tensor([0])).item() == 3.0
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_reference_has_gradients_at_any_size(activation):
     x = torch.tensor([[2.0**100], [-(2.0**100)], [0.5]], requires_grad=True)

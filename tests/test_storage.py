@@ -186,13 +186,14 @@ def test_new_folders_are_noted_on_the_disk_in_those_above(tmp_path, monkeypatch)
     assert make_folder(tmp_path / "a" / "b") == []
 
 
-def test_folders_that_cannot_be_made_to_the_end_are_gone_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+def test_folders_that_cannot_be_made_to_the_end_are_gone_again(tmp_path, monkeypatch, error):
     def fail(folder):
         if folder.name == "a":
-            raise OSError(errno.EIO, "Input/output error")
+            raise error
 
     monkeypatch.setattr(storage, "sync_folder", fail)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(type(error)):
         make_folder(tmp_path / "a" / "b" / "c")
     assert not list(tmp_path.iterdir())
 
@@ -373,6 +374,15 @@ def test_the_digest_of_a_folder_covers_names_and_content_of_its_files_but_not_hi
     others += [digest(**{"a": "1", "b/b": "2"}), digest(), digest(a="1", b="2", c="")]
     others += [digest(a="1b\0002")]  # what would be read one after the other
     assert len({kept, *others}) == 9
+
+
+def test_in_which_order_a_file_system_lists_files_does_not_count(tmp_path, monkeypatch):
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+    digest, listed = content_digest(tmp_path), sorted(tmp_path.iterdir())
+    for order in (listed, listed[::-1]):
+        monkeypatch.setattr(Path, "rglob", lambda *_, order=order: iter(order))
+        assert content_digest(tmp_path) == digest
 
 
 # Locks
