@@ -143,7 +143,7 @@ def described(folder, numbers, subfolder="", **config):
     config = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 512, **config}
     parts = {"num_hidden_layers": 1, "num_attention_heads": 4, "tie_word_embeddings": True}
     transformers.LlamaConfig(**parts, **config).save_pretrained(path)
-    save_file({"x": torch.zeros(numbers, 1, dtype=torch.int8)}, path / "model.safetensors")
+    save_file({"x": torch.zeros(numbers // 8, 8, dtype=torch.int8)}, path / "model.safetensors")
     return path
 
 

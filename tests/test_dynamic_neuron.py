@@ -331,6 +331,18 @@ def test_in_place_changes_and_returns_y_and_out_of_place_leaves_it():
     assert torch.equal(call.y, result) and not torch.equal(result, before)
 
 
+def test_in_place_with_gradients_changes_y_too_unless_it_is_a_leaf_that_wants_one():
+    call = random_call(3, 2, 4, 5, [0, -1, 2])
+    expected, y = call.of(dynamic_neuron), call.y.clone()
+    call.x.requires_grad_()
+    assert dynamic_neuron_(y, call.x, call.neurons, call.index) is y
+    assert torch.equal(y, expected) and y.requires_grad
+    leaf = call.y.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"y is a leaf that requires a gradient"):
+        dynamic_neuron_(leaf, call.x, call.neurons, call.index)
+    assert torch.equal(leaf, call.y)
+
+
 @pytest.mark.parametrize("op", [dynamic_neuron, lambda y, *rest: dynamic_neuron_(y.clone(), *rest)])
 @pytest.mark.parametrize("tokens", [None, 2])
 @pytest.mark.parametrize("has_bias", [True, False])

@@ -128,7 +128,7 @@ def test_the_reference_has_gradients_at_any_size(activation):
 
 
 @pytest.mark.parametrize("dtype", EDITED)
-@pytest.mark.parametrize("size", [2.0**60, 2.0**100, 2.0**125])
+@pytest.mark.parametrize("size", [2.0**60, 2.0**64, 2.0**100, 2.0**125])
 @pytest.mark.parametrize("on", ["reference", "cpu", "triton"])
 def test_a_norm_does_not_see_how_large_a_row_is(on, size, dtype):
     generator = torch.Generator().manual_seed(0)
@@ -151,6 +151,28 @@ def test_a_huge_row_does_not_change_its_neighbours(on):
         beside = modulated_layer_norm(other, zeros, zeros)
     alone[0, 1] = beside[0, 1]
     assert_same_bits(alone, beside)
+
+
+@pytest.mark.parametrize("on", ["reference", "cpu", "triton"])
+def test_a_huge_row_is_normalised_beside_one_of_nan(on):
+    x = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(1))
+    zeros = torch.zeros(1, 64)
+    expected = torch.nn.functional.layer_norm(x[0, 0].double(), [64], eps=0).float()
+    x[0, 0] *= 2.0**90
+    x[0, 1] = NAN
+    with backend(on):
+        out = modulated_layer_norm(x, zeros, zeros)
+    torch.testing.assert_close(out[0, 0], expected)
+    assert out[0, 1].isnan().all()
+
+
+@pytest.mark.parametrize("on", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("eps", [1e-30, 1e-6, 1e30])
+def test_a_row_of_one_huge_number_is_its_shift(on, eps):
+    x, shift = torch.full((1, 2, 64), 2.0**90), torch.randn(1, 64)
+    with backend(on):
+        out = modulated_layer_norm(x, shift, torch.ones(1, 64), eps)
+    assert torch.equal(out, shift[:, None].expand_as(out))
 
 
 def test_the_references_norm_is_differentiable_at_any_size():

@@ -64,12 +64,15 @@ def tokenizer():
 
 @pytest.fixture
 def merging_tokenizer():
-    """One that joins a prompt's colon with the space behind it."""
+    """One that joins a prompt's colon with the space behind it, and begins a text with a token."""
     words = [*SPECIAL, "A", ":", " ", "x", ": ", " x"]
     plain = Tokenizer(
         models.BPE({word: i for i, word in enumerate(words)}, [(":", " "), (" ", "x")])
     )
     plain.decoder = decoders.Fuse()
+    plain.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS)]
+    )
     return finished(plain)
 
 
@@ -147,7 +150,7 @@ def test_a_target_is_the_answer_a_full_stop_and_the_end_of_text(tokenizer):
 def test_a_target_stays_whole_where_its_space_would_join_the_prompt(merging_tokenizer):
     prompt, target = target_tokens(merging_tokenizer, "A:", "x")
     assert merging_tokenizer("A: x.").input_ids[: len(prompt)] != prompt  # the case at hand
-    assert merging_tokenizer.convert_ids_to_tokens(prompt) == ["A", ":"]
+    assert merging_tokenizer.convert_ids_to_tokens(prompt) == ["<s>", "A", ":"]
     assert merging_tokenizer.convert_ids_to_tokens(target) == [" x", ".", "</s>"]
 
 
@@ -456,8 +459,9 @@ def test_answers_match_if_they_have_the_same_words(text, answer, same):
     assert answers_match(text, answer) is same
 
 
-def test_losses_are_in_nats(tiny_model, tokenizer):
-    model = tiny_model("llama")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_are_in_nats_and_float32_whatever_the_models_dtype(tiny_model, tokenizer, dtype):
+    model = tiny_model("llama").to(dtype)
     with torch.no_grad():
         model.lm_head.weight.zero_()
     scores = score_targets(model, PromptedModel.of(model, tokenizer).batch(random_pairs()))
