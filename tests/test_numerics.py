@@ -140,6 +140,26 @@ def test_a_norm_does_not_see_how_large_a_row_is(on, size, dtype):
     torch.testing.assert_close(large, small)
 
 
+@pytest.mark.parametrize("size", [2.0**440, 2.0**512, 2.0**1000])
+@pytest.mark.parametrize("on", ["reference", "cpu"])
+def test_a_norm_in_float64_does_not_see_it_either(on, size):
+    x = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shift, scale = torch.zeros(1, 64).double(), torch.ones(1, 64).double()
+    with backend(on):
+        small = modulated_layer_norm(x * 2.0**60, shift, scale)
+        large = modulated_layer_norm(x * size, shift, scale)
+    torch.testing.assert_close(large, small)
+
+
+@pytest.mark.parametrize("on", ["reference", "cpu"])
+def test_in_float64_eps_has_all_its_digits(on):
+    x = torch.tensor([[[1e-3, -1e-3]]], dtype=torch.float64)
+    zeros = torch.zeros(1, 2).double()
+    with backend(on):
+        out = modulated_layer_norm(x, zeros, zeros, eps=1e-6)
+    torch.testing.assert_close(out[0, 0, 0].item(), 0.5**0.5, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("on", ["reference", "cpu", "triton"])
 def test_a_huge_row_does_not_change_its_neighbours(on):
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))

@@ -39,6 +39,13 @@ def test_edits_that_were_replaced_meanwhile_make_another_command_of_it(tmp_path,
     assert identity(tmp_path, out, tmp_path) != before
 
 
+def test_a_command_knows_itself_once_it_has_changed_its_own_folder(tmp_path, digests):
+    digests[tmp_path] = "a"
+    before = identity(tmp_path, None, tmp_path)
+    digests[tmp_path] = "b"
+    assert identity(tmp_path, None, tmp_path) == before
+
+
 def test_what_a_file_holds_tells_commands_apart_and_where_it_lies_does_not(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     here.write_text("1")
