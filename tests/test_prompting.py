@@ -254,6 +254,13 @@ def test_a_fact_that_just_fits_is_taught_and_one_token_more_is_refused(
         prompted.targets([Fact("w1", " ".join(["w1"] * 61))])
 
 
+@pytest.mark.parametrize("most", [0, -1])
+def test_no_or_fewer_positions_mean_any_number(tiny_model, tokenizer, most):
+    model = tiny_model("llama")
+    model.config.max_position_embeddings = most
+    assert PromptedModel.of(model, tokenizer).positions is None
+
+
 def test_a_model_without_positions_takes_prompts_of_any_length(tiny_model, tokenizer):
     model = tiny_model("llama")
     del model.config.max_position_embeddings

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
+import typer
 
 from meg_kernels.cli import work
 from meg_kernels.cli.work import check_results, resumable
-from meg_kernels.routing import manifest
+from meg_kernels.routing import manifest, saving
 
 
 @pytest.fixture
@@ -55,6 +57,20 @@ def test_what_a_file_holds_tells_commands_apart_and_where_it_lies_does_not(tmp_p
     there.write_text("2")
     assert identity(tmp_path, None, files=[there]) != before
     assert identity(tmp_path, None, files=[here, here]) != before
+
+
+def test_a_command_that_had_saved_when_it_was_interrupted_does_nothing_more(
+    tmp_path, monkeypatch, capsys
+):
+    saved = contextlib.nullcontext(SimpleNamespace(has_saved=True))
+    monkeypatch.setattr(saving, "writing", lambda *_: saved)
+    context = SimpleNamespace(command=SimpleNamespace(name="edit"), params={})
+    kept = tmp_path / saving.WORK / "edit"
+    kept.mkdir(parents=True)
+    with pytest.raises(typer.Exit), work.changing(context, tmp_path):
+        pytest.fail("it works again")
+    assert "done already" in capsys.readouterr().out
+    assert not kept.parent.exists()
 
 
 def test_reading_commands_resume_one_at_a_time_until_they_are_done(tmp_path, monkeypatch, capsys):
