@@ -144,8 +144,7 @@ def check_sizes(source: str | Path, auto: Any, **loading: Any) -> None:
     if not shapes or not path.is_file():
         return
     config = read_json(path)
-    parts = (config, *(value for value in config.values() if isinstance(value, dict)))
-    numbers = [(key, n) for part in parts for key, n in part.items() if type(n) is int]
+    numbers = [*_numbers(config)]
     most = max(len(shapes), _MANY_PARTS)  # below that, what is missing is told by name
     for name, number in numbers:
         if name in _PARTS and number > most:

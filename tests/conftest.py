@@ -259,6 +259,45 @@ def poisoned_memory():
 
 
 @pytest.fixture(scope="module")
+def within_memory():
+    """What Triton's interpreter reads and writes lies in the memory of the kernel's arguments.
+
+    It follows any address, and what is read beyond the end often changes no result.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
+    prepare, memories = executor._init_args_hst, []
+
+    def noting(self, *arguments):
+        prepared = prepare(self, *arguments)
+        tensors = [part for part in prepared[0] if isinstance(part, torch.Tensor)]
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        memories[:] = [(part.data_ptr(), part.data_ptr() + part.nbytes()) for part in storages]
+        return prepared
+
+    def checked(access, where):
+        def run(self, pointers, *rest):
+            addresses = pointers.data[rest[where].data.astype(bool)]
+            size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+            outside = addresses.astype(bool)
+            for first, end in memories:
+                outside &= (addresses < first) | (addresses > end - size)
+            assert not outside.any(), "a kernel reads or writes beyond its arguments"
+            return access(self, pointers, *rest)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "_init_args_hst", noting)
+        for name, where in (("create_masked_load", 0), ("create_masked_store", 1)):
+            patch.setattr(builder, name, checked(getattr(builder, name), where))
+        yield
+
+
+@pytest.fixture(scope="module")
 def bfloat16_products():
     """Triton's interpreter multiplies bfloat16, not their bits as integers, as it would."""
     if torch.cuda.is_available():

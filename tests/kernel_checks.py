@@ -43,7 +43,9 @@ def triton_marks(*fixtures: str) -> list[pytest.MarkDecorator]:
     marks = [
         pytest.mark.skipif(REASON is not None, reason=str(REASON)),
         pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's remarks on infinities
-        pytest.mark.usefixtures("faster_interpreter", "poisoned_memory", *fixtures),
+        pytest.mark.usefixtures(
+            "faster_interpreter", "poisoned_memory", "within_memory", *fixtures
+        ),
     ]
     return [*marks, pytest.mark.gpu] if DEVICE.type == "cuda" else marks
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import threading
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_encoder, make_language_model, make_tokenizer
 
 from meg_kernels import CorruptFileError, TextEncoder, pretrained
+from meg_kernels.checkpoints import check_files, check_sizes
 from meg_kernels.pretrained import load_encoder, load_language_model
 
 
@@ -130,6 +132,65 @@ def test_every_cut_of_a_checkpoint_is_refused_as_damaged(folder):
         path.write_bytes(whole[:length])
         with pytest.raises(CorruptFileError, match=r"model\.safetensors is truncated"):
             load_language_model(folder, device="cpu")
+
+
+# Sizes
+
+
+def described(folder, numbers, subfolder="", **config):
+    """A folder whose config.json describes a model of 2.6 million numbers, beside `numbers`."""
+    path = folder / subfolder
+    config = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 512, **config}
+    parts = {"num_hidden_layers": 1, "num_attention_heads": 4, "tie_word_embeddings": True}
+    transformers.LlamaConfig(**parts, **config).save_pretrained(path)
+    save_file({"x": torch.zeros(numbers // 8, 8, dtype=torch.int8)}, path / "model.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("share", [1, 16])
+def test_a_checkpoint_may_be_packed_and_its_model_read_more_positions_than_it_has_rows(
+    tmp_path, share
+):
+    described(tmp_path, 2_600_000 // share, max_position_embeddings=2**24)
+    check_sizes(tmp_path, transformers.AutoModelForCausalLM)
+
+
+def test_what_a_small_checkpoint_lacks_is_left_to_be_told_by_name(tmp_path):
+    described(tmp_path, 8, vocab_size=64)
+    check_sizes(tmp_path, transformers.AutoModelForCausalLM)
+
+
+@pytest.mark.parametrize("subfolder", ["", "part"])
+def test_a_model_of_far_more_numbers_than_its_checkpoint_is_refused(tmp_path, subfolder):
+    described(tmp_path, 64, subfolder)
+    with pytest.raises(CorruptFileError, match=r"a model of 2,\d+,\d+ numbers, .* holds 64;"):
+        check_sizes(tmp_path, transformers.AutoModelForCausalLM, subfolder=subfolder)
+
+
+def test_layers_of_a_part_of_the_model_are_counted_too(tmp_path):
+    path = described(tmp_path, 64) / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({"text_config": {**content, "num_hidden_layers": 10**9}}))
+    with pytest.raises(CorruptFileError, match=r"num_hidden_layers 1000000000.* has 1 tensors"):
+        check_sizes(tmp_path, transformers.AutoModelForCausalLM)
+
+
+@pytest.mark.parametrize(
+    "tokens, highest, is_refused",
+    [(2, 900_000, False), (2, 1_100_000, True), (80_000, 2_200_000, False)],
+)
+@pytest.mark.parametrize("added", [True, False])
+def test_tokens_may_leave_numbers_out_but_not_nearly_all(
+    tmp_path, tokens, highest, is_refused, added
+):
+    vocabulary = {f"t{i}": i for i in range(tokens)} | {"no number": "7"}
+    last = [{"id": highest, "content": "last"}, "no token"] if added else []
+    vocabulary |= {} if added else {"last": highest}
+    content = {"model": {"vocab": vocabulary}, "added_tokens": last}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    refused = pytest.raises(CorruptFileError, match=f"one of them number {highest:,}; restore")
+    with refused if is_refused else contextlib.nullcontext():
+        check_files(tmp_path)
 
 
 # The hub

@@ -209,6 +209,15 @@ def test_without_a_gpu_the_reason_is_said(extension):
         native.softmax_entropy(rows)
 
 
+@pytest.mark.parametrize("device, asked", [(None, 3), ("cuda", 3), ("cuda:0", 0), ("cuda:2", 2)])
+def test_a_device_without_a_number_is_the_current_one(device, asked, monkeypatch):
+    monkeypatch.setattr(native, "_reason_anywhere", lambda: None)
+    monkeypatch.setattr(native, "_reason_on", lambda number: f"chip {number}")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    device = None if device is None else torch.device(device)
+    assert native.unavailable_reason(device) == f"chip {asked}"
+
+
 @pytest.mark.parametrize(
     ("architecture", "capability", "serves"),
     [

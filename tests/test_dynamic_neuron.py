@@ -14,7 +14,7 @@ from torch import Tensor
 
 from meg_kernels.neuron import Neurons
 from meg_kernels.ops.backend import VARIABLE
-from meg_kernels.ops.dynamic_neuron import dynamic_neuron, dynamic_neuron_
+from meg_kernels.ops.dynamic_neuron import dynamic_neuron, dynamic_neuron_, dynamic_neuron_reference
 
 ACTIVATIONS = {
     "identity": lambda a: a,
@@ -169,6 +169,14 @@ def test_float64_y_keeps_its_precision_beside_float32_neurons():
     assert result.tolist() == [[4 + 2.0**-40], [1 + 2.0**-40]]
 
 
+def test_gradients_of_float64_y_are_added_up_in_float64():
+    x, neurons = torch.ones(3, 1), Neurons(torch.ones(1, 1), None, torch.ones(1, 1))
+    neurons.value.requires_grad_()
+    result = dynamic_neuron(x.double(), x, neurons, torch.zeros(3, dtype=torch.int64))
+    result.backward(torch.tensor([[2.0**30], [1.0], [-(2.0**30)]], dtype=torch.float64))
+    assert neurons.value.grad.item() == 1  # in float32 2^30 + 1 is 2^30
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_autocast_does_not_lower_the_precision_of_the_sums(dtype):
     call = random_call(4, 3, 64, 7, [1, -1, 0, 1], dtype=dtype)
@@ -198,12 +206,21 @@ def test_rows_without_a_neuron_keep_their_very_bits(tokens, dtype, op):
 @pytest.mark.parametrize("rows, count", [(0, 0), (0, 2), (3, 0)])
 def test_no_rows_or_no_neurons_change_nothing(rows, count, tokens):
     call = random_call(rows, tokens, 4, 5, [-1] * rows, count=count)
-    for op in OPS.values():
-        assert torch.equal(call.of(op), call.y)
+    for op in (*OPS.values(), dynamic_neuron_reference):
+        result = call.of(op)
+        assert torch.equal(result, call.y) and result is not call.y
 
 
 def test_no_tokens_are_fine():
     assert random_call(2, 0, 4, 5, [0, 1]).of(dynamic_neuron).shape == (2, 0, 5)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("rows, tokens", [(2, 4200), (5, 1500)])
+def test_samples_may_be_larger_than_a_cpus_caches_or_fill_them_a_few_times(rows, tokens, op):
+    call = random_call(rows, tokens, 64, 1, [1, -1, 0, 2, 1][:rows])
+    assert tokens * 64 > 2**18 or rows * tokens * 64 > 1.5 * 2**18  # numbers that are cached
+    assert_follows_the_oracle(call.of(OPS[op]), call)
 
 
 def test_without_index_row_m_has_neuron_m():
@@ -227,9 +244,10 @@ def test_a_poisoned_neuron_harms_only_the_rows_that_have_it(bad, has_bias):
     assert torch.equal(poisoned[others], clean[others])
 
 
+@pytest.mark.parametrize("op", [dynamic_neuron, dynamic_neuron_reference])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_rows_without_a_neuron_send_nothing_but_ys_own_gradient(has_bias, activation):
+def test_rows_without_a_neuron_send_nothing_but_ys_own_gradient(has_bias, activation, op):
     call = random_call(3, 2, 4, 5, [-1, 1, -1], has_bias=has_bias, activation=activation)
     call.x[0], call.x[2] = float("nan"), float("inf")
     for part in (call.neurons.key, call.neurons.bias, call.neurons.value):
@@ -237,7 +255,7 @@ def test_rows_without_a_neuron_send_nothing_but_ys_own_gradient(has_bias, activa
             part[0] = float("nan")  # nobody's neuron
             part.requires_grad_()
     y, x = call.y.requires_grad_(), call.x.requires_grad_()
-    call.of(dynamic_neuron).sum().backward()
+    call.of(op).sum().backward()
     assert torch.equal(y.grad, torch.ones_like(y))
     assert not x.grad[[0, 2]].any() and x.grad.isfinite().all()
     for part in (call.neurons.key, call.neurons.bias, call.neurons.value):
@@ -311,6 +329,18 @@ def test_in_place_changes_and_returns_y_and_out_of_place_leaves_it():
     assert torch.equal(call.y, before) and result.data_ptr() != call.y.data_ptr()
     assert call.of(dynamic_neuron_) is call.y
     assert torch.equal(call.y, result) and not torch.equal(result, before)
+
+
+def test_in_place_with_gradients_changes_y_too_unless_it_is_a_leaf_that_wants_one():
+    call = random_call(3, 2, 4, 5, [0, -1, 2])
+    expected, y = call.of(dynamic_neuron), call.y.clone()
+    call.x.requires_grad_()
+    assert dynamic_neuron_(y, call.x, call.neurons, call.index) is y
+    assert torch.equal(y, expected) and y.requires_grad
+    leaf = call.y.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"y is a leaf that requires a gradient"):
+        dynamic_neuron_(leaf, call.x, call.neurons, call.index)
+    assert torch.equal(leaf, call.y)
 
 
 @pytest.mark.parametrize("op", [dynamic_neuron, lambda y, *rest: dynamic_neuron_(y.clone(), *rest)])

@@ -185,6 +185,10 @@ def test_finite_weights_pass(tiny_model, dtype):
     check_finite(tiny_model("gpt2").to(dtype), LAYER)
 
 
+def test_weights_that_are_not_there_are_not_called_infinite(tiny_model):
+    check_finite(tiny_model("llama").to("meta"), LAYER)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_weight_that_is_not_finite_is_named_by_its_part(tiny_model, value):
     model = tiny_model("gpt2")

@@ -109,6 +109,14 @@ def test_sums_may_leave_the_range_on_the_way(order, dtype, on):
     assert out.isfinite().all() and out.abs().max() <= bound
 
 
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 2.0**100), (torch.float64, 2.0**900)])
+def test_products_in_the_reference_may_leave_the_range_of_their_sum(dtype, size):
+    x, key = torch.tensor([[size, -size]], dtype=dtype), torch.full((1, 2), size, dtype=dtype)
+    y = torch.full((1, 1), 3.0, dtype=dtype)
+    neurons = Neurons(key, None, torch.ones_like(y))
+    assert dynamic_neuron_reference(y, x, neurons, torch.tensor([0])).item() == 3.0
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_reference_has_gradients_at_any_size(activation):
     x = torch.tensor([[2.0**100], [-(2.0**100)], [0.5]], requires_grad=True)
@@ -120,7 +128,7 @@ def test_the_reference_has_gradients_at_any_size(activation):
 
 
 @pytest.mark.parametrize("dtype", EDITED)
-@pytest.mark.parametrize("size", [2.0**60, 2.0**100, 2.0**125])
+@pytest.mark.parametrize("size", [2.0**60, 2.0**64, 2.0**100, 2.0**125])
 @pytest.mark.parametrize("on", ["reference", "cpu", "triton"])
 def test_a_norm_does_not_see_how_large_a_row_is(on, size, dtype):
     generator = torch.Generator().manual_seed(0)
@@ -130,6 +138,26 @@ def test_a_norm_does_not_see_how_large_a_row_is(on, size, dtype):
         small = modulated_layer_norm(x * 2.0**20, shift, scale)
         large = modulated_layer_norm(x * size, shift, scale)
     torch.testing.assert_close(large, small)
+
+
+@pytest.mark.parametrize("size", [2.0**440, 2.0**512, 2.0**1000])
+@pytest.mark.parametrize("on", ["reference", "cpu"])
+def test_a_norm_in_float64_does_not_see_it_either(on, size):
+    x = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shift, scale = torch.zeros(1, 64).double(), torch.ones(1, 64).double()
+    with backend(on):
+        small = modulated_layer_norm(x * 2.0**60, shift, scale)
+        large = modulated_layer_norm(x * size, shift, scale)
+    torch.testing.assert_close(large, small)
+
+
+@pytest.mark.parametrize("on", ["reference", "cpu"])
+def test_in_float64_eps_has_all_its_digits(on):
+    x = torch.tensor([[[1e-3, -1e-3]]], dtype=torch.float64)
+    zeros = torch.zeros(1, 2).double()
+    with backend(on):
+        out = modulated_layer_norm(x, zeros, zeros, eps=1e-6)
+    torch.testing.assert_close(out[0, 0, 0].item(), 0.5**0.5, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("on", ["reference", "cpu", "triton"])
@@ -143,6 +171,28 @@ def test_a_huge_row_does_not_change_its_neighbours(on):
         beside = modulated_layer_norm(other, zeros, zeros)
     alone[0, 1] = beside[0, 1]
     assert_same_bits(alone, beside)
+
+
+@pytest.mark.parametrize("on", ["reference", "cpu", "triton"])
+def test_a_huge_row_is_normalised_beside_one_of_nan(on):
+    x = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(1))
+    zeros = torch.zeros(1, 64)
+    expected = torch.nn.functional.layer_norm(x[0, 0].double(), [64], eps=0).float()
+    x[0, 0] *= 2.0**90
+    x[0, 1] = NAN
+    with backend(on):
+        out = modulated_layer_norm(x, zeros, zeros)
+    torch.testing.assert_close(out[0, 0], expected)
+    assert out[0, 1].isnan().all()
+
+
+@pytest.mark.parametrize("on", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("eps", [1e-30, 1e-6, 1e30])
+def test_a_row_of_one_huge_number_is_its_shift(on, eps):
+    x, shift = torch.full((1, 2, 64), 2.0**90), torch.randn(1, 64)
+    with backend(on):
+        out = modulated_layer_norm(x, shift, torch.ones(1, 64), eps)
+    assert torch.equal(out, shift[:, None].expand_as(out))
 
 
 def test_the_references_norm_is_differentiable_at_any_size():

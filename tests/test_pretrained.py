@@ -19,6 +19,7 @@ from meg_kernels.pretrained import (
     load_encoder,
     load_language_model,
     ready_to_pad,
+    save_tokenizer,
 )
 
 
@@ -246,3 +247,16 @@ def test_a_tokenizer_that_has_nothing_to_pad_with_is_refused():
     message = "the tokenizer has neither a padding token nor an end-of-text token; set tokenizer.p"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         ready_to_pad(make_tokenizer())
+
+
+def test_a_tokenizer_is_saved_the_same_however_it_was_loaded_and_used(tmp_path):
+    def saved(tokenizer, name) -> str:
+        save_tokenizer(tokenizer, tmp_path / name)
+        return (tmp_path / name / "tokenizer_config.json").read_text()
+
+    first = saved(make_tokenizer(pad_token="<pad>"), "first")
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "first", local_files_only=True)
+    loaded("a b", padding="max_length", truncation=True, max_length=7, stride=1)
+    assert saved(loaded, "second") == first
+    left = transformers.AutoTokenizer.from_pretrained(tmp_path / "first", padding_side="left")
+    assert json.loads(saved(left, "left"))["padding_side"] == "left"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 
@@ -64,12 +65,15 @@ def tokenizer():
 
 @pytest.fixture
 def merging_tokenizer():
-    """One that joins a prompt's colon with the space behind it."""
+    """One that joins a prompt's colon with the space behind it, and begins a text with a token."""
     words = [*SPECIAL, "A", ":", " ", "x", ": ", " x"]
     plain = Tokenizer(
         models.BPE({word: i for i, word in enumerate(words)}, [(":", " "), (" ", "x")])
     )
     plain.decoder = decoders.Fuse()
+    plain.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS)]
+    )
     return finished(plain)
 
 
@@ -147,7 +151,7 @@ def test_a_target_is_the_answer_a_full_stop_and_the_end_of_text(tokenizer):
 def test_a_target_stays_whole_where_its_space_would_join_the_prompt(merging_tokenizer):
     prompt, target = target_tokens(merging_tokenizer, "A:", "x")
     assert merging_tokenizer("A: x.").input_ids[: len(prompt)] != prompt  # the case at hand
-    assert merging_tokenizer.convert_ids_to_tokens(prompt) == ["A", ":"]
+    assert merging_tokenizer.convert_ids_to_tokens(prompt) == ["<s>", "A", ":"]
     assert merging_tokenizer.convert_ids_to_tokens(target) == [" x", ".", "</s>"]
 
 
@@ -225,6 +229,20 @@ def test_a_prompt_that_just_fits_is_answered_and_one_token_more_is_refused(
         prompted.answers([prompt], 9)
 
 
+@pytest.mark.parametrize("most, fits", [(22, True), (21, False)])
+def test_characters_of_several_bytes_and_tokens_count_as_many(tiny_model, most, fits):
+    alphabet = {
+        letter: i for i, letter in enumerate([*SPECIAL[:3], *pre_tokenizers.ByteLevel.alphabet()])
+    }
+    plain = Tokenizer(models.BPE(alphabet, []))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model = tiny_model("llama", vocab_size=len(alphabet), max_position_embeddings=most)
+    prompted = PromptedModel.of(model, finished(plain))
+    refused = pytest.raises(ValueError, match=r"has 18 tokens; with max_new_tokens=4 .* the 21")
+    with contextlib.nullcontext() if fits else refused:
+        prompted.check_prompts(["語" * 6], 4)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_a_fact_that_just_fits_is_taught_and_one_token_more_is_refused(
     tiny_model, tokenizer, family
@@ -234,6 +252,13 @@ def test_a_fact_that_just_fits_is_taught_and_one_token_more_is_refused(
     prompted.score(prompted.batch(*prompted.targets([Fact("w1", " ".join(["w1"] * 60))])))
     with pytest.raises(FactsError, match="have 65 tokens, more than the 64"):
         prompted.targets([Fact("w1", " ".join(["w1"] * 61))])
+
+
+@pytest.mark.parametrize("most", [0, -1])
+def test_no_or_fewer_positions_mean_any_number(tiny_model, tokenizer, most):
+    model = tiny_model("llama")
+    model.config.max_position_embeddings = most
+    assert PromptedModel.of(model, tokenizer).positions is None
 
 
 def test_a_model_without_positions_takes_prompts_of_any_length(tiny_model, tokenizer):
@@ -360,6 +385,16 @@ def test_line_breaks_and_the_end_of_text_end_an_answer(tokenizer):
     assert stop_tokens(tokenizer) == [EOS, LINE, BLANK_LINE]
 
 
+def test_what_a_model_ends_with_itself_ends_an_answer_too(tiny_model, tokenizer):
+    model = tiny_model("llama")
+    prompted = PromptedModel.of(model, tokenizer)
+    (said,) = prompted.answers(["w1 w2"], 8)
+    assert len(said) > 1 and said[0] not in prompted.ends
+    model.generation_config.eos_token_id = [EOS, said[0]]
+    assert prompted.ends == [EOS, LINE, BLANK_LINE, said[0]]
+    assert prompted.answers(["w1 w2"], 8) == [said[:1]]
+
+
 def test_a_real_tokenizers_stop_tokens_are_those_with_a_line_break(smollm2_tokenizer):
     # Byte-level tokenizers write the line break as Ċ.
     breaks = {i for token, i in smollm2_tokenizer.get_vocab().items() if "Ċ" in token}
@@ -396,6 +431,29 @@ def test_greedy_answers_equal_an_argmax_loop_over_one_prompt_at_a_time(
     assert any(
         len(answer) == 6 and answer[-1] not in (EOS, LINE) for answer in answers
     )  # the third
+
+
+def test_padding_is_as_asked_and_no_part_of_an_answer(tiny_model, tokenizer, monkeypatch):
+    model, asked = tiny_model("llama"), []
+
+    def generate(input_ids, pad_token_id, **_):
+        asked.append(pad_token_id)
+        rows = [[9, 8], [9, pad_token_id], [pad_token_id] * 2]  # the last: nothing but padding
+        return torch.cat([input_ids, torch.tensor(rows)], 1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    ask = PromptedModel.of(model, tokenizer).answers
+    assert ask(["w1"] * 3, 2, stop_strings=["w"]) == [[9, 8], [9], []]
+    assert ask(["w1"] * 3, 2, stop_strings=["w"], pad_token_id=8) == [[9], [9], []]
+    assert asked == [PAD, 8]
+
+
+def test_a_tokenizer_may_name_types_of_tokens_which_the_model_does_not_take(tiny_model, tokenizer):
+    model = tiny_model("llama")
+    expected = PromptedModel.of(model, tokenizer).answers(["w1 w2", "w3"], 3)
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert "token_type_ids" in tokenizer("w1")
+    assert PromptedModel.of(model, tokenizer).answers(["w1 w2", "w3"], 3) == expected
 
 
 def test_generation_options_reach_the_model(tiny_model, tokenizer):
@@ -456,8 +514,9 @@ def test_answers_match_if_they_have_the_same_words(text, answer, same):
     assert answers_match(text, answer) is same
 
 
-def test_losses_are_in_nats(tiny_model, tokenizer):
-    model = tiny_model("llama")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_are_in_nats_and_float32_whatever_the_models_dtype(tiny_model, tokenizer, dtype):
+    model = tiny_model("llama").to(dtype)
     with torch.no_grad():
         model.lm_head.weight.zero_()
     scores = score_targets(model, PromptedModel.of(model, tokenizer).batch(random_pairs()))

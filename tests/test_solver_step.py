@@ -483,6 +483,7 @@ def wrong(**changes) -> Call:
         (wrong(variance=torch.zeros(3, 24).half()), "variance is torch.float16 .* torch.float32"),
         (wrong(x_t=torch.zeros(24, 3).t()), r"x_t has stride 3 .* call x_t.contiguous\(\)"),
         (wrong(prediction=torch.zeros(3, 48)[:, ::2]), "prediction has stride 2"),
+        (wrong(table=torch.zeros(8, 4).t()), "table has stride 4"),
         (wrong(noise=torch.zeros(3, 24, device="meta")[0]), "noise is on meta and x_t on"),
         (wrong(step=3), "step is 3; it must be an integer from 0 to 2"),
         (wrong(step=-1), "step is -1; it must be an integer from 0 to 2"),

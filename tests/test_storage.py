@@ -186,13 +186,14 @@ def test_new_folders_are_noted_on_the_disk_in_those_above(tmp_path, monkeypatch)
     assert make_folder(tmp_path / "a" / "b") == []
 
 
-def test_folders_that_cannot_be_made_to_the_end_are_gone_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+def test_folders_that_cannot_be_made_to_the_end_are_gone_again(tmp_path, monkeypatch, error):
     def fail(folder):
         if folder.name == "a":
-            raise OSError(errno.EIO, "Input/output error")
+            raise error
 
     monkeypatch.setattr(storage, "sync_folder", fail)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(type(error)):
         make_folder(tmp_path / "a" / "b" / "c")
     assert not list(tmp_path.iterdir())
 
@@ -224,7 +225,8 @@ def test_a_link_in_the_place_of_what_is_written_is_not_followed(tmp_path, write)
     assert precious.read_bytes() == OLD
 
 
-def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, monkeypatch):
+@pytest.mark.parametrize("lacking", [os.W_OK, os.X_OK])
+def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, monkeypatch, lacking):
     (tmp_path / "file").write_text("")
     check_writable(None, tmp_path / "file", tmp_path / "new" / "newer" / "file")
     assert not (tmp_path / "new").exists()
@@ -232,7 +234,12 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, monk
         check_writable(tmp_path)
     with pytest.raises(NotADirectoryError, match=r"could not write .*; choose another file"):
         check_writable(tmp_path / "file" / "report.json")
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may all
+    root_may_all = os.access
+
+    def access(path, mode):
+        return root_may_all(path, mode) and not (path == tmp_path and mode & lacking)
+
+    monkeypatch.setattr(os, "access", access)
     with pytest.raises(PermissionError, match=r"could not write .*; choose another file"):
         check_writable(tmp_path / "new" / "report.json")
 
@@ -375,6 +382,15 @@ def test_the_digest_of_a_folder_covers_names_and_content_of_its_files_but_not_hi
     assert len({kept, *others}) == 9
 
 
+def test_in_which_order_a_file_system_lists_files_does_not_count(tmp_path, monkeypatch):
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+    digest, listed = content_digest(tmp_path), sorted(tmp_path.iterdir())
+    for order in (listed, listed[::-1]):
+        monkeypatch.setattr(Path, "rglob", lambda *_, order=order: iter(order))
+        assert content_digest(tmp_path) == digest
+
+
 # Locks
 
 
@@ -468,6 +484,25 @@ def test_what_was_noted_is_for_the_same_work_alone(tmp_path):
     assert other.before is None
     assert json.loads(other.path.read_text())["work"] == "work"  # and no rest of a longer line
     other.release()
+    nameless = WriterLock(tmp_path, "lock")
+    nameless.note(["before"])
+    nameless.abandon()
+    another = WriterLock(tmp_path, "lock")
+    assert another.before is None
+    another.release()
+
+
+def test_a_lock_that_cannot_be_written_is_not_held(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = open_files()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", fail)
+        with pytest.raises(OSError, match="No space left"):
+            WriterLock(tmp_path, "lock")
+    assert open_files() == before and not list(tmp_path.iterdir())
+    WriterLock(tmp_path, "lock").release()
 
 
 def test_a_lock_whose_folder_was_made_anew_is_taken_again(tmp_path):
@@ -546,10 +581,9 @@ def test_what_was_made_once_is_read_and_made_again_only_if_damaged(tmp_path, cap
         made.append(1)
         return {"number": len(made)}
 
-    assert WorkFolder.of(None).once("kept.json", make, write_json, read_json) == (
-        {"number": 1},
-        False,
-    )
+    nowhere = WorkFolder.of(None) / "inner"
+    assert nowhere.file("kept.json") is None
+    assert nowhere.once("kept.json", make, write_json, read_json) == ({"number": 1}, False)
     assert work.once("kept.json", make, write_json, read_json) == ({"number": 2}, False)
     assert work.once("kept.json", make, write_json, read_json) == ({"number": 2}, True)
     path.write_text('{"number"')

@@ -111,6 +111,15 @@ def test_what_a_block_held_ends_with_it_also_for_what_was_started_inside():
     assert context.run(held, owner) is None
 
 
+def test_the_mapping_that_values_came_in_stays_as_it_is():
+    owner = object()
+    values = {owner: 1}
+    with holding(values):
+        values[owner] = 2
+        assert held(owner) == 1
+    assert values == {owner: 2}
+
+
 def test_an_inner_value_hides_the_outer_one():
     owner = object()
     with holding({owner: 1}):

@@ -47,10 +47,11 @@ def _normalised(r: Tensor, eps: float) -> Tensor:
     # Rows whose squares would overflow are scaled by a power of two: exactly, and eps with them.
     large, down = (2.0**56, 2.0**-72) if r.dtype == torch.float32 else (2.0**448, 2.0**-576)
     is_large = r.abs().amax(-1, keepdim=True) > large
-    r = r * torch.where(is_large, down, 1.0)
+    one = r.new_ones(())  # beside two plain numbers where() would make float32 of them
+    r = r * torch.where(is_large, down, one)
     centred = r - r.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
-    least = torch.where(is_large, max(eps * down * down, torch.finfo(r.dtype).tiny), eps)
+    least = torch.where(is_large, max(eps * down * down, torch.finfo(r.dtype).tiny), eps * one)
     return centred * torch.rsqrt(variance + least)
 
 

@@ -18,7 +18,6 @@ from meg_kernels.checks import FLAG, as_path
 from meg_kernels.pretrained import SMOLLM2
 from meg_kernels.routing.manifest import KINDS, MANIFEST
 
-CARD = "README.md"
 _SMOLLM2_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Uploading never overwrites these: what an earlier upload left has another name.
 _NAMED_AFTER_CONTENT = [
