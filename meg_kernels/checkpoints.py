@@ -185,7 +185,8 @@ def _check_tokens(path: Path) -> None:
     model, added = content.get("model"), content.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     tokens = vocabulary if isinstance(vocabulary, dict) else {}
-    numbers = [*tokens.values(), *(t.get("id") for t in added or () if isinstance(t, dict))]
+    added = added if isinstance(added, list) else []
+    numbers = [*tokens.values(), *(token.get("id") for token in added if isinstance(token, dict))]
     highest = max((number for number in numbers if isinstance(number, int)), default=0)
     if highest > _PACKED * len(numbers) + _FEW:
         raise CorruptFileError(
