@@ -1,6 +1,6 @@
 """Collection: seconds a fact, all facts of a batch at once against one fact at a time.
 
-All ways fit by the same SGD, from the same initial neuron, in the same framings, and in the same
+All ways fit by the same SGD, from the same initial neuron, in the same contexts, and in the same
 dtype, but for "as users get it": for a float32 model `collect` computes gradients in bfloat16 where
 the machine multiplies it, and checks in float32 what was learnt.
 "As released" is the loop that the paper's released code is described to run: the FFN is widened,
@@ -49,14 +49,14 @@ class Alone:
     """One fact and all that the loops over its prompts need.
 
     Args:
-        prompts: of each framing: input ids [1, T] and target ids [K], the last K of the outputs.
+        prompts: of each context: input ids [1, T] and target ids [K], the last K of the outputs.
     """
 
     prompts: list[tuple[Tensor, Tensor]]
     start: Neurons
 
     def loss(self, model: PreTrainedModel, turn: int) -> tuple[Tensor, bool]:
-        """Mean cross-entropy of one framing's target, and whether greedy decoding gives it."""
+        """Mean cross-entropy of one context's target, and whether greedy decoding gives it."""
         inputs, target = self.prompts[turn % len(self.prompts)]
         logits = model(input_ids=inputs, use_cache=False).logits[0, -len(target) :].float()
         return F.cross_entropy(logits, target), bool((logits.argmax(-1) == target).all())
@@ -75,8 +75,8 @@ class OneFactAtATime:
         attached = attach(self.model, LAYER)
         for fact in facts:
             pairs = [
-                prompted.target(prompted.prompt(framing), fact.answer)
-                for framing in CONFIG.framings(fact.query)
+                prompted.target(prompted.prompt(fact.query, context), fact.answer)
+                for context in CONFIG.contexts_of(prompted.tokenizer)
             ]
             batch = prompted.batch(pairs)
             start = initial_neuron(attached, batch, CONFIG.initial_response)

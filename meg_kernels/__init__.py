@@ -19,8 +19,10 @@ if TYPE_CHECKING:
         load_released_checkpoint,
         sample,
     )
+    from meg_kernels.editing.by_context import ContextReport, InContext
     from meg_kernels.editing.collect import Collection, CollectionConfig, collect
     from meg_kernels.editing.config import EditorConfig
+    from meg_kernels.editing.contexts import Context
     from meg_kernels.editing.distill import Distillation
     from meg_kernels.editing.editor import MeGEditor
     from meg_kernels.editing.evaluate import EvaluationReport, Metrics
@@ -56,8 +58,10 @@ _MODULES = {
         "load_released_checkpoint",
         "sample",
     ),
+    "editing.by_context": ("ContextReport", "InContext"),
     "editing.collect": ("Collection", "CollectionConfig", "collect"),
     "editing.config": ("EditorConfig",),
+    "editing.contexts": ("Context",),
     "editing.distill": ("Distillation",),
     "editing.editor": ("MeGEditor",),
     "editing.evaluate": ("EvaluationReport", "Metrics"),

@@ -65,6 +65,15 @@ def normalized(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", _JOINER.sub("", text)).split())
 
 
+def is_question(text: str) -> bool:
+    """Whether the text ends with a question mark of any script; else it begins a sentence.
+
+    >>> [is_question(text) for text in ("Who wrote Emma? ", "谁写了《红楼梦》？", "Emma is by")]
+    [True, True, False]
+    """
+    return normalized(text).endswith("?")
+
+
 def normalized_query(text: str) -> str:
     """What a query asks: two with the same one ask the same.
 

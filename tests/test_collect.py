@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import FACTS, LAYER, make_model, make_tokenizer, widened
+from tiny import CONTEXTS, FACTS, LAYER, make_model, make_tokenizer, widened
 
 from meg_kernels.editing import collect as collecting
 from meg_kernels.editing.collect import CollectionConfig, collect, initial_neuron
@@ -18,7 +18,7 @@ from meg_kernels.nn import attach
 from meg_kernels.nn.families import decoder_layers
 from meg_kernels.storage import read_tensors
 
-CONFIG = CollectionConfig(learning_rate=0.1, max_steps=40, batch_size=4)
+CONFIG = CollectionConfig(learning_rate=0.1, max_steps=40, batch_size=4, contexts=CONTEXTS)
 BRIEF = dataclasses.replace(CONFIG, max_steps=8)  # where only sameness counts
 
 
@@ -36,10 +36,11 @@ def build(tiny_model, tokenizer):
 
 
 def is_answered(model, tokenizer, fact, neuron, template=None) -> bool:
-    """Whether each framing's target tokens are all the argmax of a physically wider model."""
+    """Whether each context's target tokens are all the argmax of a physically wider model."""
     wide = widened(model, LAYER, neuron)
-    for framing in CONFIG.framings(fact.query):
-        prompt = tokenizer((template or PromptTemplate()).format(framing)).input_ids
+    for context in CONFIG.contexts:
+        wording = context.wording(fact.query)
+        prompt = tokenizer((template or PromptTemplate()).format(wording)).input_ids
         target = [*tokenizer(f" {fact.answer}.").input_ids, tokenizer.eos_token_id]
         logits = wide(torch.tensor([prompt + target]), use_cache=False).logits[0]
         if logits[len(prompt) - 1 : -1].argmax(-1).tolist() != target:
@@ -77,7 +78,7 @@ def assert_same(first, second):
         ("gpt2", True, {"max_steps": 80, "target_loss": 1.0}),
     ],
 )
-def test_learnt_are_the_facts_that_the_physically_wider_model_answers_in_every_framing(
+def test_learnt_are_the_facts_that_the_physically_wider_model_answers_in_every_context(
     build, tokenizer, monkeypatch, family, bfloat16, options
 ):
     if bfloat16:
@@ -105,12 +106,6 @@ def test_prompts_follow_the_template(build, tokenizer):
     assert collection.learnt.tolist() == right
     assert any(right)
     assert not torch.equal(flat(collection), flat(collected(model, tokenizer, FACTS[:4])))
-
-
-def test_a_question_and_a_sentence_are_framed_in_their_own_ways():
-    config = CollectionConfig(question_framings=("{}", "say: {}"), cloze_framings=("so {} ...",))
-    assert config.framings(" Who is {Bo}? ") == ["Who is {Bo}?", "say: Who is {Bo}?"]
-    assert config.framings("The name of {Bo} is") == ["so The name of {Bo} is ..."]
 
 
 def test_paraphrases_are_never_fitted(build, tokenizer):
@@ -323,22 +318,13 @@ def test_a_configuration_out_of_range_is_refused(name, value):
         CollectionConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["question_framings", "cloze_framings"])
-def test_framings_are_checked(name):
-    with pytest.raises(ValueError, match=r"is \(\); it must be a list of texts, at least one"):
-        CollectionConfig(**{name: ()})
-    for framing in ("no place", "{} and {}"):
-        with pytest.raises(ValueError, match=r"the framing '.*' must hold one \{\}"):
-            CollectionConfig(**{name: ("{}", framing)})
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_initial_neuron_responds_as_asked_on_average_and_adds_nothing(build, tokenizer, family):
     model = build(family)
     prompts = [
-        PromptTemplate().format(framing)
+        PromptTemplate().format(context.wording(fact.query))
         for fact in FACTS
-        for framing in CONFIG.framings(fact.query)
+        for context in CONFIG.contexts
     ]
     pairs = [
         target_tokens(tokenizer, prompt, fact.answer)

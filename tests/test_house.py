@@ -14,7 +14,7 @@ PACKAGE = Path(meg_kernels.__path__[0])
 FLOORS = (
     ("texts", "arguments", "checks", "scoped", "locking", "storage", "facts"),
     ("neuron", "progress", "machine", "precision", "gradients", "checkpoints", "pretrained"),
-    ("shipped", "kernels", "ops"),
+    ("shipped", "conversation", "kernels", "ops"),
     ("nn", "diffusion"),
     ("text_encoder", "familiarity"),
     ("routing",),

@@ -68,8 +68,8 @@ def request_for(model, tokenizer):
     return lambda facts: Request(model, tokenizer, facts, TEMPLATE, LAYER)
 
 
-def is_answered(model, tokenizer, fact, query=None) -> bool:
-    prompt, target = target_tokens(tokenizer, f"Q: {query or fact.query}", fact.answer)
+def is_answered(model, tokenizer, fact, prompt=None) -> bool:
+    prompt, target = target_tokens(tokenizer, prompt or f"Q: {fact.query}", fact.answer)
     logits = model(torch.tensor([prompt + target]), use_cache=False).logits[0]
     return logits[len(prompt) - 1 : -1].argmax(-1).tolist() == target
 
@@ -166,13 +166,14 @@ def test_an_edit_is_the_same_every_time_whatever_the_global_seed(request_for, na
 
 
 @pytest.mark.parametrize("name", ["fine_tuning", "lora"])
-def test_training_stops_when_every_fact_is_learnt_in_every_framing(request_for, name):
+def test_training_stops_when_every_fact_is_learnt_in_every_context(request_for, name):
     edit, config, facts = EDITS[name]
     request = request_for(facts)
     with edit(request, config) as edited:
         for fact in request.facts:
-            for framing in CollectionConfig().framings(fact.query):
-                assert is_answered(request.model, request.tokenizer, fact, framing)
+            for context in CollectionConfig().contexts_of(request.prompted.tokenizer):
+                prompt = request.prompted.prompt(fact.query, context)
+                assert is_answered(request.model, request.tokenizer, fact, prompt)
     prompts = edited.notes["prompts"]
     assert prompts == edited.notes["prompts_learnt"] == 9
     assert 0 < edited.notes["steps"] < config.max_epochs

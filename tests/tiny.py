@@ -34,6 +34,7 @@ from meg_kernels import (
     TextEncoder,
     cli,
 )
+from meg_kernels.editing.contexts import Context
 from meg_kernels.nn.families import decoder_layers
 
 FIRST = ("A", "Be", "Co", "Di", "E", "Fi")
@@ -65,6 +66,11 @@ UNRELATED = ["Good day to you", "Seven and eight are", "Sing a song", "How tall 
 EDITED, FURTHER = FACTS[:5], FACTS[5:7]
 MOST = 5
 TRAINING = {"learning_rate": 5e-3, "max_steps": 300, "check_every": 20}
+CONTEXTS = (
+    Context("plain"),
+    Context("reworded", question="The answer to '{}' is", beginning="{} whom or what?"),
+    Context("wondered", question="Many people wonder. {}", beginning="Can you tell me: {} ...?"),
+)
 GENERATORS = {
     "dit": GeneratorConfig.dit(
         network=DiTConfig(width=32, depth=2, num_heads=2, patch_size=16),
@@ -76,7 +82,7 @@ GENERATORS = {
 }
 CONFIG = EditorConfig(
     layer=LAYER,
-    collection=CollectionConfig(learning_rate=0.1, max_steps=60),
+    collection=CollectionConfig(learning_rate=0.1, max_steps=60, contexts=CONTEXTS),
     encoder_tuning=EncoderTuningConfig(
         epochs=20, learning_rate=1e-3, batch_size=8, alike_batches=False
     ),
@@ -97,10 +103,10 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Words with the space before them, and single signs."""
     split = pre_tokenizers.Split(Regex(r" ?[\w:']+|\n|[^\w]"), "isolated")
     texts = [
-        f"Q: {framing}\nA: {fact.answer}."
+        f"Q: {context.wording(query)}\nA: {fact.answer}."
         for fact in FACTS + OTHER_FACTS
         for query in (fact.query, *fact.paraphrases, fact.locality[0].query, *UNRELATED)
-        for framing in CollectionConfig().framings(query)
+        for context in CONTEXTS
     ]
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}

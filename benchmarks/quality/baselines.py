@@ -8,7 +8,7 @@
                   question, locality queries too, gets the fact that it belongs to
     memit         closed-form updates of several layers' FFNs: see benchmarks/quality/memit.py
 
-Fine-tuning and LoRA are shown each fact in the framings in which our neurons are fitted; MEMIT has
+Fine-tuning and LoRA are shown each fact in the contexts in which our neurons are fitted; MEMIT has
 its own random prefixes. Paraphrases are shown to nobody.
 
     python -m benchmarks.quality.baselines others.json --limit 64 --name search --search
@@ -141,13 +141,13 @@ class LoraConfig(TrainingConfig):
 
 
 def train(request: Request, parameters: Sequence[nn.Parameter], config: TrainingConfig) -> Edited:
-    """Train `parameters`, of the edited layer, until every fact is answered in every framing."""
+    """Train `parameters`, of the edited layer, until every fact is answered in every context."""
     model, prompted = request.model, request.prompted
-    framings = CollectionConfig().framings
+    contexts = CollectionConfig().contexts_of(prompted.tokenizer)
     pairs = [
-        prompted.target(prompted.prompt(framing), fact.answer)
+        prompted.target(prompted.prompt(fact.query, context), fact.answer)
         for fact in request.facts
-        for framing in framings(fact.query)
+        for context in contexts
     ]
     pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))  # less padding
     lower = LowerLayers(model, request.layer)

@@ -6,7 +6,7 @@ still work for other wordings, and when a generator misses their weights a littl
 
 - all start from one neuron that fires alike on every prompt and adds nothing yet, so that the
   solutions stay close together, and plain SGD ends in flat minima near it;
-- each fact is fitted in several framings of its query (never in its paraphrases, which Generality
+- each fact is fitted in several contexts of its query (never in its paraphrases, which Generality
   is measured on);
 - the fitted value is lengthened a little, for a margin, where the fact survives it.
 """
@@ -20,12 +20,16 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from meg_kernels.checkpoints import not_finite
-from meg_kernels.checks import TEXTS, check_fields, instance_of, integer, number
+from meg_kernels.checks import Check, check_fields, instance_of, integer, number
+from meg_kernels.conversation import has_chat
+from meg_kernels.editing.contexts import FITTED, Context, usable
 from meg_kernels.editing.prompting import IGNORED, PromptedModel, TargetBatch
 from meg_kernels.facts import Fact
 from meg_kernels.gradients import check_trainable, with_gradients
@@ -53,8 +57,8 @@ class CollectionConfig:
         target_loss: a fact is fitted until in every framing its target tokens are the model's
             argmax and their mean cross-entropy is below this, in nats.
         overshoot: the fitted value is multiplied by this, unless the fact is lost by it.
-        question_framings, cloze_framings: the wordings in which a query is fitted, by whether it
-            ends with '?'.
+        contexts: in which a query is fitted; those of a chat are left out where the model has no
+            chat template.
         initial_response: x . key of the initial neuron at the end of a prompt, positive.
         batch_size: facts fitted at once.
 
@@ -66,8 +70,7 @@ class CollectionConfig:
     max_steps: int = 60
     target_loss: float = 0.1
     overshoot: float = 1.25
-    question_framings: tuple[str, ...] = ("{}", "The answer to '{}' is", "Many people wonder. {}")
-    cloze_framings: tuple[str, ...] = ("{}", "{} whom or what?", "Can you tell me: {} ...?")
+    contexts: tuple[Context, ...] = FITTED
     initial_response: float = 3.0
     batch_size: int = 64
 
@@ -78,24 +81,30 @@ class CollectionConfig:
             max_steps=integer(1),
             target_loss=number(above=0),
             overshoot=number(above=0),
-            question_framings=TEXTS,
-            cloze_framings=TEXTS,
+            contexts=Check("contexts, at least one", _contexts, TypeError),
             initial_response=number(above=0),
             batch_size=integer(1),
         )
-        framings = (*self.question_framings, *self.cloze_framings)
-        if bad := [framing for framing in framings if framing.count("{}") != 1]:
-            raise ValueError(f"the framing {bad[0]!r} must hold one {{}}")
 
-    def framings(self, query: str) -> list[str]:
-        """The wordings in which `query` is fitted.
+    def contexts_of(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Context, ...]:
+        """Those in which a model with this tokenizer is fitted.
 
-        >>> CollectionConfig().framings("The author of Emma is")[:2]
-        ['The author of Emma is', 'The author of Emma is whom or what?']
+        Raises:
+            ValueError: none, since it has no chat template and all of them are chats.
         """
-        query = query.strip()
-        framings = self.question_framings if query.endswith("?") else self.cloze_framings
-        return [framing.replace("{}", query) for framing in framings]
+        if not (found := usable(self.contexts, has_chat(tokenizer))):
+            raise ValueError(
+                "all contexts to fit in are chats, and the tokenizer has no chat template; add one "
+                "of form 'template' or 'raw'"
+            )
+        return found
+
+
+def _contexts(value: Any) -> tuple[Context, ...]:
+    contexts = tuple(value)
+    if not contexts or not all(isinstance(context, Context) for context in contexts):
+        raise TypeError
+    return contexts
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ class Collection:
 class _Fit:
     """Neurons of one batch of facts, being fitted by SGD.
 
-    Each step looks at one framing of every fact, in turn; a fact is fitted when all its framings,
+    Each step looks at one context of every fact, in turn; a fact is fitted when all its contexts,
     one after the other, needed no update, and learnt when its final neuron answers them all.
 
     Args:
@@ -155,16 +164,16 @@ class _Fit:
                 shape = *batch.inputs["input_ids"].shape, part.shape[-1]
                 whole = self.known.setdefault(name, part.new_zeros(shape))
                 whole[rows, -part.shape[1] :] = part
-        self.framings = owner.bincount()  # [F] how many each fact has
-        self.first_row = self.framings.cumsum(0) - self.framings  # [F]
-        facts = len(self.framings)
+        self.contexts = owner.bincount()  # [F] how many each fact has
+        self.first_row = self.contexts.cumsum(0) - self.contexts  # [F]
+        facts = len(self.contexts)
         self.flat = initial.layout.pack(initial.to(owner.device)).repeat(facts, 1)
         self.steps = torch.zeros(facts, dtype=torch.int64, device=owner.device)
         self.learnt = torch.zeros(facts, dtype=torch.bool, device=owner.device)
 
     def run(self, config: CollectionConfig) -> None:
         active = torch.arange(len(self.flat), device=self.flat.device)
-        passed = torch.zeros_like(self.framings)  # framings in a row that needed no update
+        passed = torch.zeros_like(self.contexts)  # contexts in a row that needed no update
         for step in range(config.max_steps):
             looked = self._look(active, self.flat[active], step, with_gradient=True)
             good = looked.right & (looked.losses < config.target_loss)
@@ -172,7 +181,7 @@ class _Fit:
             self.flat[active] -= update
             self.steps[active] += ~good
             passed[active] = torch.where(good, passed[active] + 1, 0)
-            active = active[passed[active] < self.framings[active]]
+            active = active[passed[active] < self.contexts[active]]
             if not len(active):
                 break
 
@@ -191,15 +200,15 @@ class _Fit:
         self.flat = flat
 
     def _answered(self, facts: Tensor, flat: Tensor) -> Tensor:
-        """[F] bool: which of these facts the model answers in all their framings."""
+        """[F] bool: which of these facts the model answers in all their contexts."""
         right = torch.ones_like(facts, dtype=torch.bool)
-        for turn in range(int(self.framings[facts].max())):
+        for turn in range(int(self.contexts[facts].max())):
             right &= self._look(facts, flat, turn, with_gradient=False).right
         return right
 
     def _look(self, facts: Tensor, flat: Tensor, turn: int, with_gradient: bool) -> _Look:
-        """One framing of each of these facts, with the neurons `flat`."""
-        rows = self.first_row[facts] + turn % self.framings[facts]
+        """One context of each of these facts, with the neurons `flat`."""
+        rows = self.first_row[facts] + turn % self.contexts[facts]
         losses = torch.empty(len(facts), device=flat.device)
         right = torch.empty_like(facts, dtype=torch.bool)
         gradient = torch.zeros_like(flat)
@@ -279,7 +288,7 @@ def collectable(
         )
     check_trainable(model, "the model")
     check_finite(model, attached.layer)
-    targets = prompted.targets(facts, config.framings)
+    targets = prompted.targets(facts, config.contexts_of(prompted.tokenizer))
     with torch.no_grad():
         losses = prompted.score(prompted.batch(targets[0][:1])).losses
     if not bool(losses.isfinite().all()):

@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from meg_kernels.checks import SEED, check_fields, from_fields, instance_of, integer, number, one_of
 from meg_kernels.editing.collect import CollectionConfig
+from meg_kernels.editing.contexts import Context
 from meg_kernels.editing.prompting import PromptTemplate
 from meg_kernels.routing.generators import GeneratorConfig
 from meg_kernels.routing.router import RoutingConfig
 from meg_kernels.text_encoder import EncoderTuningConfig
 
 GateKind = Literal["similarity", "familiarity"]
+
+
+def _collection(values: Any, name: str) -> CollectionConfig:
+    """The collection's configuration from its fields, also as versions up to 0.1 wrote them."""
+    if isinstance(values, Mapping) and isinstance(values.get("question_framings"), list):
+        values = {**values}
+        questions, beginnings = values.pop("question_framings"), values.pop("cloze_framings", [])
+        pairs = itertools.zip_longest(questions, beginnings, fillvalue="{}")
+        values["contexts"] = [
+            {"name": f"framing {number}", "question": question, "beginning": beginning}
+            for number, (question, beginning) in enumerate(pairs, 1)
+        ]
+    return from_fields(CollectionConfig, values, name, contexts=_contexts)
+
+
+def _contexts(values: Any, name: str) -> Any:
+    if not isinstance(values, list):
+        return values  # which the configuration refuses
+    return [from_fields(Context, value, f"{name}[{i}]") for i, value in enumerate(values)]
 
 
 @dataclass(frozen=True)
@@ -110,7 +131,7 @@ class EditorConfig:
             values,
             "the editor's configuration",
             template=functools.partial(from_fields, PromptTemplate),
-            collection=functools.partial(from_fields, CollectionConfig),
+            collection=_collection,
             encoder_tuning=functools.partial(from_fields, EncoderTuningConfig),
             generator=lambda given, _: GeneratorConfig.from_dict(given),
         )

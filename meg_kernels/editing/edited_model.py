@@ -19,6 +19,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.checks import instance_of
+from meg_kernels.conversation import ChatPrompt, Message, Prompts, as_messages, as_prompts
+from meg_kernels.editing.by_context import MAX_NEW_TOKENS, ByContext, ContextReport
+from meg_kernels.editing.contexts import MEASURED, Context
 from meg_kernels.editing.evaluate import Evaluation, EvaluationReport, unknown_facts
 from meg_kernels.editing.general_ability import Perplexity, perplexity
 from meg_kernels.editing.prompting import PromptedModel
@@ -155,27 +158,32 @@ class EditedModel:
                 stacklevel=3,
             )
 
-    def route(self, queries: Iterable[str]) -> Routing:
-        """Which queries are edited ones in some wording, and the edited fact nearest to each."""
-        return self.router.route(as_texts("queries", queries))
+    def route(self, prompts: Prompts) -> Routing:
+        """Which prompts ask an edited query in some wording, and the edited fact nearest to each.
+
+        Args:
+            prompts: queries, texts with a query in them, and conversations; one conversation alone
+                is a batch of one.
+        """
+        return self.router.route(prompts)
 
     @contextmanager
-    def routed(self, queries: Iterable[str], routing: Routing | None = None) -> Iterator[Routing]:
+    def routed(self, prompts: Prompts, routing: Routing | None = None) -> Iterator[Routing]:
         """Inside, this thread's or task's calls of the model answer this batch as edited.
 
         Args:
-            queries: row b of the model's batch is queries[b].
-            routing: of these queries; default: what `route` says.
+            prompts: row b of the model's batch is prompts[b], as `route` takes them.
+            routing: of these prompts; default: what `route` says.
 
         Raises:
-            TypeError: queries that are no texts, or a routing that is none.
-            ValueError: the routing is of another number of queries.
+            TypeError: prompts that are neither texts nor conversations, or a routing that is none.
+            ValueError: the routing is of another number of prompts.
         """
-        queries = as_texts("queries", queries)
-        routing = self.router.route(queries) if routing is None else routing
-        if len(instance_of(Routing)("routing", routing)) != len(queries):
+        prompts = as_prompts("prompts", prompts)
+        routing = self.router.route(prompts) if routing is None else routing
+        if len(instance_of(Routing)("routing", routing)) != len(prompts):
             raise ValueError(
-                f"routing is of {len(routing)} queries, and {len(queries)} are given; give those "
+                f"routing is of {len(routing)} queries, and {len(prompts)} are given; give those "
                 "that it was made of, route(queries)"
             )
         disabled = self.attached.is_disabled
@@ -205,34 +213,70 @@ class EditedModel:
             yield
 
     def generate(
-        self, prompts: Iterable[str], max_new_tokens: int = 32, **generation: Any
+        self, prompts: Prompts, max_new_tokens: int | None = None, **generation: Any
     ) -> list[str]:
         """Answers to prompts, edited and unrelated ones in one batch.
 
         Args:
-            prompts: queries, without the template.
-            max_new_tokens: the longest answer; it ends at a line break.
+            prompts: queries, without the template, and conversations, which get the tokenizer's
+                chat template: lists of messages, dicts with role and content.
+            max_new_tokens: the longest answer; default: 32, and 256 in a conversation.
             generation: keyword arguments of `model.generate`; greedy without. Those that contradict
                 answers in texts raise a TypeError that names them.
 
         Returns:
-            One line for each prompt, or num_return_sequences lines.
+            For each prompt, or num_return_sequences times for each: to a query one line, without
+            the full stop that ends it; in a conversation what the model says.
 
         Raises:
-            TypeError: prompts that are no texts, or a keyword that contradicts answering them.
-            ValueError: a prompt is longer than the model reads, or no valid text.
+            TypeError: a prompt that is neither, or a keyword that contradicts answering them.
+            ValueError: a prompt is longer than the model reads, or no valid text; or it is a
+                conversation, and the tokenizer has no chat template.
         """
-        queries = as_texts("prompts", prompts)
-        if not queries:
-            return []
-        texts = [self.prompted.prompt(query) for query in queries]
-        self.prompted.check_prompts(texts, max_new_tokens, **generation)
-        with self.routed(queries):
-            answers = self.prompted.answers(texts, max_new_tokens, **generation)
-        return [self.prompted.text(answer) for answer in answers]
+        asked = as_prompts("prompts", prompts)
+        texts = [self.prompted.prompt_of(prompt) for prompt in asked]
+        kinds = [
+            (
+                [row for row, text in enumerate(texts) if isinstance(text, ChatPrompt) is in_chat],
+                (256 if in_chat else 32) if max_new_tokens is None else max_new_tokens,
+            )
+            for in_chat in (False, True)
+        ]
+        for rows, most in kinds:
+            self.prompted.check_prompts([texts[row] for row in rows], most, **generation)
+        found: list[list[str]] = [[] for _ in asked]
+        for rows, most in kinds:
+            if not rows:
+                continue
+            with self.routed([asked[row] for row in rows]):
+                said = self.prompted.answers([texts[row] for row in rows], most, **generation)
+            each = len(said) // len(rows)
+            for place, row in enumerate(rows):
+                several = said[place * each : (place + 1) * each]
+                found[row] = [self.prompted.text(one, texts[row]) for one in several]
+        return [text for several in found for text in several]
+
+    def chat(
+        self, messages: Sequence[Message], max_new_tokens: int = 256, **generation: Any
+    ) -> str:
+        """What the model says next in a conversation.
+
+        Args:
+            messages: dicts with role and content, of which the last one is the user's.
+            max_new_tokens: the most tokens that it says.
+            generation: keyword arguments of `model.generate`, such as a `streamer`.
+
+        Raises:
+            TypeError: messages that are none, or a keyword that contradicts answering them.
+            ValueError: the tokenizer has no chat template, or the conversation is longer than the
+                model reads.
+        """
+        messages = as_messages("messages", messages)
+        (said, *_) = self.generate([messages], max_new_tokens, **generation)
+        return said
 
     def generate_base(
-        self, prompts: Iterable[str], max_new_tokens: int = 32, **generation: Any
+        self, prompts: Prompts, max_new_tokens: int | None = None, **generation: Any
     ) -> list[str]:
         """The base model's answers to prompts; arguments as `generate` takes them."""
         with self.disabled():
@@ -292,6 +336,50 @@ class EditedModel:
                 progress=progress,
             )
         return dataclasses.replace(report, served=self.router.served.since(before))
+
+    def evaluate_by_context(
+        self,
+        facts: FactsLike | None = None,
+        contexts: Sequence[Context] = MEASURED,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        work_folder: str | Path | None = None,
+        progress: bool = False,
+    ) -> ContextReport:
+        """Reliability, Generality and Locality in conversations and elsewhere, by generation.
+
+        What changes the edits waits until they are measured.
+
+        Args:
+            facts: edited facts with the paraphrases and locality queries to ask; default: those
+                that were edited, as they were read.
+            contexts: in which they are asked; default: nine, none of which but the bare ones are
+                among those that neurons are fitted in.
+            max_new_tokens: after which an answer is cut.
+            work_folder: keeps what was answered, so that an interrupted evaluation resumes.
+            progress: show a progress bar.
+
+        Raises:
+            RuntimeError: nothing is edited.
+        """
+        self._check_nothing_mounted()
+        given = None if facts is None else as_facts(facts)
+        with self.editing:
+            edits = self.edits
+            neurons = [dataclasses.asdict(self.router.config), self.layer, *edits.identity()]
+            evaluation = ByContext(
+                self.prompted,
+                self.facts if given is None else given,
+                contexts,
+                max_new_tokens,
+                work_folder=work_folder,
+                identity=neurons,
+            )
+            about = {"model": self.name, "layer": self.layer} | self.router.protocol()
+            with self.serving():
+                return evaluation.report(
+                    lambda asked, _: self.routed(asked), protocol=about, progress=progress
+                )
 
     def perplexity(
         self, texts: Iterable[str] | None = None, *, progress: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,15 @@ from meg_kernels.checks import (
     number,
     shown,
 )
+from meg_kernels.conversation import (
+    ChatFormat,
+    ChatPrompt,
+    Prompt,
+    chat_format,
+    chat_prompt,
+    prompt_tokens,
+)
+from meg_kernels.editing.contexts import Context
 from meg_kernels.facts import Fact, FactsError, listed_facts
 from meg_kernels.nn import input_device, last_feed_forward_sees
 from meg_kernels.nn.changed import hooked
@@ -110,14 +119,21 @@ class TargetBatch:
 def target_tokens(
     tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str
 ) -> tuple[list[int], list[int]]:
-    """Token ids of `prompt` and of its target: a space, the answer, a full stop, end of text."""
-    prompt_ids = tokenized(tokenizer, prompt).input_ids
-    whole = tokenized(tokenizer, f"{prompt} {answer}.").input_ids
+    """Token ids of `prompt` and of its target.
+
+    The target is a space, the answer, a full stop and the end of the text; in a conversation,
+    what its chat template writes in place of the space and of the end.
+    """
+    in_chat = isinstance(prompt, ChatPrompt)
+    form = chat_format(tokenizer) if in_chat else ChatFormat(" ", tokenizer.eos_token_id)
+    prompt_ids = prompt_tokens(tokenizer, prompt)
+    said = f"{form.lead}{answer}."
+    whole = prompt_tokens(tokenizer, ChatPrompt(prompt + said) if in_chat else prompt + said)
     if whole[: len(prompt_ids)] == prompt_ids:
         target = whole[len(prompt_ids) :]
     else:
-        target = tokenized(tokenizer, f" {answer}.", add_special_tokens=False).input_ids
-    return prompt_ids, [*target, tokenizer.eos_token_id]
+        target = tokenized(tokenizer, said, add_special_tokens=False).input_ids
+    return prompt_ids, [*target, form.end]
 
 
 @dataclass(frozen=True)
@@ -323,9 +339,20 @@ class PromptedModel:
         template = PromptTemplate.for_model(model) if template is None else template
         return cls(model, ready_to_pad(tokenizer), template)
 
-    def prompt(self, query: str) -> str:
-        """The query in the template."""
-        return self.template.format(query)
+    def prompt(self, query: str, context: Context | None = None) -> str:
+        """The query as the model gets it: in the template, or in another context."""
+        if context is None:
+            return self.template.format(query)
+        if context.form == "chat":
+            return chat_prompt(self.tokenizer, context.messages(query))
+        wording = context.wording(query)
+        return wording if context.form == "raw" else self.template.format(wording)
+
+    def prompt_of(self, asked: Prompt) -> str:
+        """A query in the template, or a conversation in the tokenizer's chat template."""
+        if isinstance(asked, str):
+            return self.prompt(asked)
+        return chat_prompt(self.tokenizer, asked)
 
     @property
     def positions(self) -> int | None:
@@ -333,13 +360,13 @@ class PromptedModel:
         return positions(self.model)
 
     def targets(
-        self, facts: Sequence[Fact], framings: Callable[[str], list[str]] = lambda query: [query]
+        self, facts: Sequence[Fact], contexts: Sequence[Context | None] = (None,)
     ) -> list[list[tuple[list[int], list[int]]]]:
         """Token ids of each fact's prompts and of their targets, as `target_tokens` has them.
 
         Args:
             facts: with the new answers.
-            framings: the wordings of a query that prompts are made of.
+            contexts: in which each query is asked; None: in the template.
 
         Raises:
             FactsError: the model cannot be taught them: an answer that it can never give, since
@@ -351,7 +378,7 @@ class PromptedModel:
             long = self._surely_too_long(fact.query) or self._surely_too_long(fact.answer)
             reason, pairs = long and f"it {long}", []
             if reason is None:
-                prompts = [self.prompt(framing) for framing in framings(fact.query)]
+                prompts = [self.prompt(fact.query, context) for context in contexts]
                 pairs = [self.target(prompt, fact.answer) for prompt in prompts]
                 reason = self._unteachable(fact.answer, pairs, ends)
             if reason is not None:
@@ -427,7 +454,7 @@ class PromptedModel:
             # Few tokens stand for less than a byte: most prompts need not be tokenized for this.
             if most is None or 2 * len(prompt.encode()) + max_new_tokens <= most:
                 continue
-            length = len(tokenized(self.tokenizer, prompt).input_ids)
+            length = len(prompt_tokens(self.tokenizer, prompt))
             if length + max_new_tokens > most:
                 raise ValueError(
                     f"prompts[{place}], {_shortened(prompt)}, has {length} tokens; with "
@@ -475,6 +502,11 @@ class PromptedModel:
         return sorted({*stop_tokens(self.tokenizer), *self._own_ends})
 
     @property
+    def turn_ends(self) -> list[int]:
+        """Token ids that end what the model says in a conversation; a line break does not."""
+        return sorted({chat_format(self.tokenizer).end, *self._own_ends})
+
+    @property
     def _own_ends(self) -> set[int]:
         own = self.model.generation_config.eos_token_id  # chat models end with one of several
         return {self.tokenizer.eos_token_id, *_as_list(own)}
@@ -489,20 +521,31 @@ class PromptedModel:
             prompts: texts as the model gets them, at least one; they make one batch.
             max_new_tokens: the longest answer.
             generation: keyword arguments of `model.generate`; greedy without any. `eos_token_id`
-                ends answers in place of the model's own; a line break always does.
+                ends answers in place of the model's own; a line break always does, but for
+                conversations.
 
         Raises:
             TypeError: a keyword that contradicts this: `checked_generation` names them.
             ValueError: a prompt is longer than the model reads, or no valid text.
         """
         prompts = TEXTS("prompts", prompts)
+        in_chat = [isinstance(prompt, ChatPrompt) for prompt in prompts]
+        if any(in_chat) and not all(in_chat):
+            raise ValueError("prompts of conversations and others make two batches, not one")
         checked = self.check_prompts(prompts, max_new_tokens, **generation)
         generation = {k: v for k, v in checked.items() if k not in OWN_KEYWORDS}
-        batch = tokenized(self.tokenizer, list(prompts), return_tensors="pt", padding=True)
+        special = not in_chat[0]
+        batch = tokenized(
+            self.tokenizer,
+            list(prompts),
+            return_tensors="pt",
+            padding=True,
+            add_special_tokens=special,
+        )
         check_tokens(batch, self.tokenizer, self.model)
         batch = batch.to(input_device(self.model))
         batch.pop("token_type_ids", None)
-        ends = self.ends
+        ends = self.turn_ends if in_chat[0] else self.ends
         if (chosen := generation.pop("eos_token_id", None)) is not None:
             ends = sorted({*ends} - self._own_ends | {*_as_list(chosen)})
         pad = generation.pop("pad_token_id", None)
@@ -524,9 +567,12 @@ class PromptedModel:
             answers.append(row[:end])
         return answers
 
-    def text(self, tokens: Sequence[int]) -> str:
-        """The answer that these tokens spell, as `answer_text` has it."""
-        return answer_text(self.tokenizer, TOKENS("tokens", tokens))
+    def text(self, tokens: Sequence[int], prompt: str = "") -> str:
+        """The answer that these tokens spell, as `answer_text` has it; to a conversation, all."""
+        tokens = TOKENS("tokens", tokens)
+        if isinstance(prompt, ChatPrompt):
+            return str(self.tokenizer.decode([*tokens], skip_special_tokens=True)).strip()
+        return answer_text(self.tokenizer, tokens)
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from meg_kernels.checks import FLAG, check_fields, instance_of
+from meg_kernels.conversation import Prompts, as_prompts
 from meg_kernels.familiarity import nearest
 from meg_kernels.neuron import Neurons
 from meg_kernels.routing.edits import Edits, condition_keys
 from meg_kernels.routing.neuron_cache import NeuronCache, Served
 from meg_kernels.routing.saving import load_edited
+from meg_kernels.routing.spans import Span, spans
 from meg_kernels.scoped import OwnLock
 from meg_kernels.text_encoder import TextEncoder
 
@@ -69,6 +71,9 @@ class RoutingConfig:
 class Routing:
     """Where the queries of a batch go. All but `z` is on the CPU.
 
+    A prompt that holds more than a query goes where the best of its spans goes: one that is
+    accepted, before others; among several, the one with the highest score.
+
     Args:
         accepted: [B] bool: whether the query is taken for an edited one, and has its neuron.
         fact: [B] int64: the row of the edited fact nearest to it; -1 if nothing is edited.
@@ -79,6 +84,7 @@ class Routing:
         left_to_base: [B] bool: whether the query is taken for an edited one whose fact was not
             learnt, so that the base model answers it.
         snap: whether neurons are those of the facts' own queries, as `RoutingConfig` has it.
+        spans: [B] the span of each prompt that decided.
     """
 
     accepted: Tensor
@@ -89,6 +95,7 @@ class Routing:
     edits: Edits | None
     left_to_base: Tensor
     snap: bool
+    spans: tuple[Span, ...]
 
     def __len__(self) -> int:
         return len(self.accepted)
@@ -225,14 +232,25 @@ class Router:
         """[B, dim] the texts' conditions, on the router's device."""
         return self.encoder.encode(texts).to(self.device)
 
-    def route(self, queries: Sequence[str]) -> Routing:
-        """Which of the queries are edited ones in some wording, and the fact nearest to each."""
-        by = self._by
-        z, edits = by.encoder.encode(queries).to(self.device), by.edits
+    def route(self, prompts: Prompts) -> Routing:
+        """Which of the prompts ask an edited query in some wording, and the fact nearest to each.
+
+        Args:
+            prompts: queries, texts with a query in them, and conversations; one conversation alone
+                is a batch of one.
+        """
+        by, prompts = self._by, as_prompts("prompts", prompts)
+        parts = [spans(prompt) for prompt in prompts]
+        owner = torch.tensor([row for row, found in enumerate(parts) for _ in found]).long()
+        looked = [span for found in parts for span in found]
+        z, edits = by.encoder.encode([span.text for span in looked]).to(self.device), by.edits
         if edits is None:
-            nowhere = torch.full((len(z),), -1)
+            first = _first_of(owner, len(parts))
+            nowhere = torch.full((len(parts),), -1)
             score, none, named = nowhere.float(), nowhere > 0, nowhere < 0
-            return Routing(none, nowhere, score, named, z, None, none, by.config.snap)
+            decided = tuple(looked[place] for place in first.tolist())
+            z = z[first.to(z.device)]
+            return Routing(none, nowhere, score, named, z, None, none, by.config.snap, decided)
         score = edits.gate.score(z)
         _, fact = nearest(z, edits.conditions)
         # float64 holds both exactly.
@@ -240,12 +258,18 @@ class Router:
         score, fact = scores.float(), rows.long()
         named = torch.ones(len(z), dtype=torch.bool)
         if by.config.requires_subject(len(edits)):
-            named = subject_named(edits, queries, fact)
+            named = subject_named(edits, [span.text for span in looked], fact)
         accepted = (score > edits.gate.threshold) & named
+        if len(looked) > len(parts):
+            best = _best_of(owner, accepted, score, len(parts))
+            z = z[best.to(z.device)]
+            accepted, fact, score, named = accepted[best], fact[best], score[best], named[best]
+            looked = [looked[place] for place in best.tolist()]
         left = torch.zeros_like(accepted)
         if not by.config.serve_unlearnt:
             left = accepted & ~edits.learnt[fact]
-        return Routing(accepted & ~left, fact, score, named, z, edits, left, by.config.snap)
+        accepted = accepted & ~left
+        return Routing(accepted, fact, score, named, z, edits, left, by.config.snap, tuple(looked))
 
     def neurons(self, routing: Routing) -> tuple[Neurons | None, Tensor]:
         """The neurons of the queries that were accepted.
@@ -291,6 +315,19 @@ class Router:
     def _count(self, more: Served) -> None:
         with self._changing:
             self.served += more
+
+
+def _first_of(owner: Tensor, count: int) -> Tensor:
+    """[count] the first place of each prompt among the spans of all; owner [S] is in order."""
+    return torch.searchsorted(owner, torch.arange(count))
+
+
+def _best_of(owner: Tensor, accepted: Tensor, score: Tensor, count: int) -> Tensor:
+    """[count] the place of each prompt's best span: an accepted one, then the highest score."""
+    order = score.argsort(stable=True, descending=True)  # ties: the first span wins
+    order = order[accepted[order].long().argsort(stable=True, descending=True)]
+    order = order[owner[order].argsort(stable=True)]
+    return order[_first_of(owner[order], count)]
 
 
 def subject_named(edits: Edits, queries: Sequence[str], fact: Tensor) -> Tensor:

@@ -1092,7 +1092,7 @@ CASES = [
         "half a character in a query that is routed",
         lambda _: _edited().route(["a", "\ud83d"]),
         ValueError,
-        ("queries\\[1\\] is ", "without halves of surrogate pairs"),
+        ("prompts\\[1\\] is ", "without halves of surrogate pairs"),
     ),
     Case(
         "half a character in a text that is encoded",
@@ -1167,12 +1167,6 @@ CASES = [
         _asks(QUERIES, 2.5),
         TypeError,
         ("max_new_tokens is 2.5", "must be an integer from 1"),
-    ),
-    Case(
-        "no max_new_tokens",
-        _asks(QUERIES, None),
-        TypeError,
-        ("max_new_tokens is None", "must be an integer from 1"),
     ),
     Case(
         "a token's text where its number is meant",

@@ -35,6 +35,7 @@ from meg_kernels import (
 )
 from meg_kernels.checks import LARGEST_SEED
 from meg_kernels.diffusion import Execution
+from meg_kernels.editing.contexts import FITTED, Context
 from meg_kernels.editing.layers import compare_layers
 from meg_kernels.neuron import NeuronLayout
 from meg_kernels.routing.generators import TrainingConfig, build_generator
@@ -72,7 +73,13 @@ CONFIGURATIONS = [
     *_config(CollectionConfig, NUMBER, 0, INF, target_loss=1),
     *_config(CollectionConfig, NUMBER, -1.25, overshoot=1),
     *_config(CollectionConfig, NUMBER, NAN, None, initial_response=1),
-    *_config(CollectionConfig, "list of texts", "{}", (), [3], None, question_framings=()),
+    *_config(
+        CollectionConfig,
+        "contexts, at least one",
+        *("{}", (), [3], None),
+        error=TypeError,
+        contexts=FITTED,
+    ),
     *_config(TrainingConfig, INTEGER, 0, 1.0, "3", max_steps=1),
     *_config(TrainingConfig, NUMBER, 1.01, NAN, ema_decay=1),
     *_config(TrainingConfig, NUMBER, 0, 2, enough=1),
@@ -113,10 +120,10 @@ CONFIGURATIONS = [
         ("width is 30", "multiple of num_heads, 7"),
     ),
     Case(
-        "a framing without a place",
-        lambda _: CollectionConfig(cloze_framings=("{}", "hm")),
-        ValueError,
-        ("framing 'hm'", "must hold one {}"),
+        "a context without a place for the query",
+        lambda _: Context("hm", question="hm"),
+        TypeError,
+        ("question is 'hm'", "must be text that holds one {}"),
     ),
     Case(
         "more steps than timesteps",

@@ -1,0 +1,79 @@
+"""Where in a prompt a question may stand: the sentences of what was said last, and all of it.
+
+An encoder makes one condition of a text, and what stands around a question moves it away from the
+question's own. A prompt is therefore looked at in spans, and the best one decides.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from meg_kernels.conversation import Prompt
+
+MOST_SPANS = 256  # of one prompt; of a longer one, those at its end and at its beginning
+MOST_CHARACTERS = 2000  # of a span: an encoder reads no more
+FOLLOW_UP = 12  # words of a question, at most, that may be about what was said before
+
+# A sentence ends behind its mark and the quotes that close with it, or at a line break. A full stop
+# within a number, an address or an abbreviation has no space behind it, or a small letter.
+_END = re.compile(
+    r"""(?<=[.!?…])["'”’»)\]]*(?=\s+["'“‘«(\[¿¡]*[^\sa-z])|(?<=[。！？])["'”’»」』）]*|\s*[\r\n]+\s*"""
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of what was said in which a question may stand.
+
+    Args:
+        text: as the encoder gets it.
+        start: its first character in what was said last; where what was said before comes first,
+            that of the part that was said last.
+    """
+
+    text: str
+    start: int
+
+
+def sentences(text: str) -> list[Span]:
+    """The sentences of a text, none of them empty.
+
+    >>> [span.text for span in sentences("Hello. Who wrote Emma? I ask for a friend.")]
+    ['Hello.', 'Who wrote Emma?', 'I ask for a friend.']
+    """
+    found, begin = [], 0
+    for end in (*(match.end() for match in _END.finditer(text)), len(text)):
+        part = text[begin:end]
+        if stripped := part.strip():
+            found.append(Span(stripped, begin + len(part) - len(part.lstrip())))
+        begin = end
+    return found
+
+
+def spans(prompt: Prompt) -> list[Span]:
+    """Where a question may stand, at least one span: the whole of what was said last comes first.
+
+    Args:
+        prompt: a text, or a conversation whose last message is looked at. A short last message is
+            also looked at together with the user's message before it, which it may be about.
+    """
+    said = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    whole = Span(said.strip(), len(said) - len(said.lstrip()))
+    parts = sentences(said)
+    found = [whole] if len(whole.text) <= MOST_CHARACTERS or len(parts) < 2 else []
+    if len(parts) > 1:
+        found += _bounded(parts)
+    if not isinstance(prompt, str) and len(parts) and len(parts[-1].text.split()) <= FOLLOW_UP:
+        before = [message["content"] for message in prompt[:-1] if message["role"] == "user"]
+        if before and (asked := sentences(before[-1])):
+            found.append(Span(f"{asked[-1].text} {parts[-1].text}", parts[-1].start))
+    return found
+
+
+def _bounded(parts: list[Span]) -> list[Span]:
+    """Of too many, those at the end, where questions mostly stand, and at the beginning."""
+    if len(parts) <= MOST_SPANS:
+        return parts
+    early = MOST_SPANS // 4
+    return parts[:early] + parts[early - MOST_SPANS :]

@@ -1,0 +1,323 @@
+"""Conversations: messages and the prompts they make, contexts, and spans of what was said."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tiny
+import torch
+from tiny import EDITED, FACTS, OTHER_FACTS, QUERIES, UNRELATED
+
+from meg_kernels import CollectionConfig, EditorConfig, MeGEditor
+from meg_kernels.conversation import (
+    ChatPrompt,
+    as_messages,
+    as_prompts,
+    chat_format,
+    chat_prompt,
+    prompt_tokens,
+)
+from meg_kernels.editing.by_context import ByContext, contains
+from meg_kernels.editing.contexts import FITTED, MEASURED, Context, usable
+from meg_kernels.editing.prompting import PromptedModel, target_tokens
+from meg_kernels.routing.spans import MOST_SPANS, sentences, spans
+
+TEMPLATES = {
+    # as SmolLM2's and Qwen's
+    "chatml": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    # as Llama 2's and Mistral's: a space before what the model says, the end of text behind it
+    "inst": "<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} "
+    "[/INST]{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}",
+}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+def chatty(name="chatml"):
+    """The tiny tokenizer with a chat template and the special tokens that it writes."""
+    tokenizer = tiny.make_tokenizer()
+    special = ["<|im_start|>", "<|im_end|>"] if name == "chatml" else ["<s>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.chat_template = TEMPLATES[name]
+    return tokenizer
+
+
+def chat_model(tokenizer):
+    return tiny.make_language_model(tokenizer)
+
+
+# ---- messages ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "messages, error, text",
+    [
+        ("Who?", TypeError, "must be a list of messages"),
+        ({"role": "user", "content": "Who?"}, TypeError, "must be a list of messages"),
+        (["Who?"], TypeError, r"messages\[0\] is 'Who\?'; it must be a dict with role and content"),
+        ([{"role": "user"}], TypeError, "role and content"),
+        ([{"role": "user", "content": ["Who?"]}], TypeError, "both texts"),
+        ([{"role": "User", "content": "Who?"}], ValueError, "has role 'User'; it must be one of"),
+        ([], ValueError, "must end with what the user says"),
+        ([user("Who?"), said("Me")], ValueError, "must end with what the user says"),
+        ([user("  ")], ValueError, "must end with what the user says"),
+        ([user("\ud800")], ValueError, "halves of surrogate pairs"),
+    ],
+)
+def test_bad_messages_are_refused(messages, error, text):
+    with pytest.raises(error, match=text):
+        as_messages("messages", messages)
+
+
+def test_texts_and_conversations_make_a_batch_in_their_order():
+    talk = [user("Who?"), said("Me"), user("And who?")]
+    assert as_prompts("prompts", talk) == [talk]
+    assert as_prompts("prompts", ["A", talk, "B"]) == ["A", talk, "B"]
+    assert as_prompts("prompts", iter(["A"])) == ["A"]
+    with pytest.raises(TypeError, match="is the text 'A'"):
+        as_prompts("prompts", "A")
+    with pytest.raises(TypeError, match="must be a list of texts"):
+        as_prompts("prompts", {"A", "B"})
+    with pytest.raises(ValueError, match=r"prompts\[1\] must end with"):
+        as_prompts("prompts", ["A", [said("B")]])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_target_is_what_the_template_itself_writes_behind_the_prompt(name):
+    tokenizer = chatty(name)
+    prompt = chat_prompt(tokenizer, [user("The color of Abo is")])
+    ids, target = target_tokens(tokenizer, prompt, "red")
+    whole = tokenizer.apply_chat_template(
+        [user("The color of Abo is"), said("red.")], tokenize=False
+    )
+    expected = tokenizer(whole, add_special_tokens=False).input_ids
+    assert [*ids, *target] == expected[: len(ids) + len(target)]
+    assert target[-1] == chat_format(tokenizer).end
+    end = "<|im_end|>" if name == "chatml" else "</s>"
+    assert tokenizer.convert_ids_to_tokens(target[-1]) == end
+
+
+def test_special_tokens_of_a_template_are_not_added_twice():
+    tokenizer = chatty("inst")
+    processor = pytest.importorskip("tokenizers.processors")
+    begin = tokenizer.convert_tokens_to_ids("<s>")
+    tokenizer.backend_tokenizer.post_processor = processor.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", begin)]
+    )
+    prompt = chat_prompt(tokenizer, [user("Which color has Abo?")])
+    assert prompt_tokens(tokenizer, prompt).count(begin) == 1
+    assert prompt_tokens(tokenizer, "Which color has Abo?").count(begin) == 1
+    assert target_tokens(tokenizer, prompt, "red")[0] == prompt_tokens(tokenizer, prompt)
+
+
+def test_a_model_without_a_chat_template_has_no_conversations():
+    tokenizer = tiny.make_tokenizer()
+    with pytest.raises(ValueError, match="no chat template"):
+        chat_prompt(tokenizer, [user("Who?")])
+    assert all(context.form != "chat" for context in usable(FITTED, False))
+    chats = CollectionConfig(contexts=(Context("c", "chat"),))
+    with pytest.raises(ValueError, match="all contexts to fit in are chats"):
+        chats.contexts_of(tokenizer)
+
+
+def test_a_template_that_refuses_is_said_so():
+    tokenizer = chatty()
+    tokenizer.chat_template = "{{ raise_exception('no system message here') }}"
+    with pytest.raises(ValueError, match="refuses these messages: no system message here"):
+        chat_prompt(tokenizer, [user("Who?")])
+
+
+# ---- contexts ------------------------------------------------------------------------------------
+
+
+def test_contexts_that_are_measured_are_not_those_that_are_fitted():
+    def around(context):
+        return (context.form, context.question, context.system, context.before)
+
+    alike = {around(c) for c in FITTED} & {around(c) for c in MEASURED}
+    bare = {("template", "{}", None, ()), ("raw", "{}", None, ()), ("chat", "{}", None, ())}
+    assert alike == bare  # the forms themselves, with nothing around the query
+    assert len({c.name for c in FITTED}) == len(FITTED)
+    assert len(MEASURED) >= 8 and len({c.name for c in MEASURED}) == len(MEASURED)
+
+
+def test_a_context_says_what_the_model_reads():
+    context = Context(
+        "c", "chat", "Well, {} Hm.", "So: {}", "Be brief.", (("Hello!", "Hello to you."),)
+    )
+    assert context.messages(" Who is {Bo}? ") == [
+        {"role": "system", "content": "Be brief."},
+        user("Hello!"),
+        said("Hello to you."),
+        user("Well, Who is {Bo}? Hm."),
+    ]
+    assert context.wording("The name of {Bo} is") == "So: The name of {Bo} is"
+    for changes in ({"system": "Hm."}, {"before": [("a", "b")]}):
+        with pytest.raises(ValueError, match="has messages, but its form is raw"):
+            Context("c", "raw", **changes)
+
+
+def test_configurations_of_earlier_versions_keep_their_framings():
+    old = EditorConfig().to_dict()
+    del old["collection"]["contexts"]
+    old["collection"] |= {
+        "question_framings": ["{}", "Well: {}"],
+        "cloze_framings": ["{}", "{} what?", "So {}"],
+    }
+    contexts = EditorConfig.from_dict(old).collection.contexts
+    wordings = [context.wording("Who?") for context in contexts]
+    assert wordings == ["Who?", "Well: Who?", "Who?"]
+    assert [c.wording("It is") for c in contexts] == ["It is", "It is what?", "So It is"]
+
+
+# ---- spans ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("Who wrote Emma?", ["Who wrote Emma?"]),
+        ("Hello. Who wrote Emma? Thanks!", ["Hello.", "Who wrote Emma?", "Thanks!"]),
+        ("It costs 3.50 euros, e.g. in Rome. Why?", ["It costs 3.50 euros, e.g. in Rome.", "Why?"]),
+        ('He said "No." Who did?', ['He said "No."', "Who did?"]),
+        ("你好。谁写了《红楼梦》？谢谢", ["你好。", "谁写了《红楼梦》？", "谢谢"]),
+        ("first line\n\nWho wrote Emma", ["first line", "Who wrote Emma"]),
+        ("  ", []),
+    ],
+)
+def test_sentences_are_where_they_stand(text, parts):
+    found = sentences(text)
+    assert [span.text for span in found] == parts
+    assert all(text[span.start :].startswith(span.text) for span in found)
+
+
+def test_the_whole_comes_first_and_a_follow_up_is_read_with_what_it_follows():
+    talk = [user("Tell me about France."), said("It is large."), user("And its capital?")]
+    assert [span.text for span in spans(talk)] == [
+        "And its capital?",
+        "Tell me about France. And its capital?",
+    ]
+    assert [span.text for span in spans("A b. C d.")] == ["A b. C d.", "A b.", "C d."]
+    assert [span.text for span in spans(" one ")] == ["one"]
+    long = " ".join(f"Sentence number {i} is here." for i in range(2 * MOST_SPANS))
+    parts = spans(long)
+    assert len(parts) == MOST_SPANS
+    assert parts[-1].text == f"Sentence number {2 * MOST_SPANS - 1} is here."
+    assert parts[0].text == "Sentence number 0 is here."
+
+
+@pytest.fixture(scope="module")
+def editor() -> MeGEditor:
+    tokenizer = chatty("inst")  # with a space before an answer, as this language has it
+    contexts = (*tiny.CONTEXTS, Context("chat", "chat"))
+    collection = dataclasses.replace(tiny.BANK.collection, contexts=contexts, max_steps=200)
+    config = dataclasses.replace(tiny.BANK, collection=collection)
+    made = MeGEditor(chat_model(tokenizer), tokenizer, tiny.make_encoder(), config)
+    report = made.edit(EDITED, tuning_facts=OTHER_FACTS, unrelated_queries=UNRELATED)
+    assert report.unlearnt == ()
+    return made
+
+
+def test_a_question_is_found_in_what_stands_around_it(editor):
+    fact = EDITED[1]
+    alone = editor.route([fact.query])
+    assert bool(alone.accepted) and alone.spans[0].text == fact.query
+    around = f"Good day to you. {fact.query} Sing a song."
+    found = editor.route([around, [user(around)], [user(UNRELATED[2]), said("la"), user(around)]])
+    assert found.accepted.all() and (found.fact == alone.fact).all()
+    assert {span.text for span in found.spans} == {fact.query}
+    torch.testing.assert_close(found.score, alone.score.expand(3))
+    nothing = editor.route([". ".join(UNRELATED)])
+    assert not nothing.accepted.any() and len(nothing) == 1
+
+
+def test_the_best_span_decides_whatever_else_is_in_the_batch(editor):
+    mixed = [UNRELATED[0], f"{UNRELATED[1]}. {QUERIES[1]}", QUERIES[2], " ".join(UNRELATED)]
+    together = editor.route(mixed)
+    for row, prompt in enumerate(mixed):
+        alone = editor.route([prompt])
+        assert (alone.accepted[0], alone.fact[0]) == (together.accepted[row], together.fact[row])
+        assert alone.spans[0] == together.spans[row]
+
+
+# ---- asking in conversations ---------------------------------------------------------------------
+
+
+def test_conversations_are_answered_with_their_neurons(editor):
+    fact = EDITED[0]
+    talk = [user(fact.query)]
+    prompt = chat_prompt(editor.tokenizer, talk)
+    ids = torch.tensor([prompt_tokens(editor.tokenizer, prompt)])
+    with editor.routed(talk):  # around any call of the model
+        output = editor.model.generate(ids, max_new_tokens=5, do_sample=False)
+    expected = editor.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert editor.chat(talk, 5) == expected == f"{fact.answer}."
+    with editor.disabled():
+        assert editor.chat(talk, 5) != f"{fact.answer}."
+
+
+def test_queries_and_conversations_are_answered_in_one_call_and_in_order(editor):
+    talks = [[user(fact.query)] for fact in EDITED[:2]]
+    found = editor.generate([QUERIES[0], talks[0], UNRELATED[0], talks[1]], 5)
+    assert found == [
+        *editor.generate([QUERIES[0]], 5),
+        editor.chat(talks[0], 5),
+        *editor.generate([UNRELATED[0]], 5),
+        editor.chat(talks[1], 5),
+    ]
+    several = editor.generate([QUERIES[0], talks[0]], 5, num_return_sequences=2, num_beams=2)
+    assert len(several) == 4 and several[0] == EDITED[0].answer
+
+
+def test_one_batch_holds_conversations_or_others(editor):
+    prompts = [editor.prompted.prompt("Who?"), ChatPrompt("Who?")]
+    with pytest.raises(ValueError, match="make two batches"):
+        editor.prompted.answers(prompts, 3)
+
+
+def test_an_evaluation_by_context_says_what_asking_says(editor):
+    contexts = [Context("plain"), Context("chat", "chat"), Context("raw", "raw")]
+    evaluation = ByContext(editor.prompted, EDITED, contexts, max_new_tokens=5)
+    found = evaluation.report(lambda asked, facts: editor.routed(asked))
+    assert found.n == len(EDITED)
+    found = found.contexts
+    assert [*found] == ["plain", "chat", "raw"]
+    assert found["plain"].reliability == found["chat"].reliability == 1.0
+    said = editor.generate([[user(query)] for f in EDITED for query in f.paraphrases], 5)
+    answers = [f.answer for f in EDITED for _ in f.paraphrases]
+    exact = [text.rstrip(".") == answer for text, answer in zip(said, answers, strict=True)]
+    assert found["chat"].generality == pytest.approx(sum(exact) / len(exact))
+    nothing = evaluation.report(lambda asked, facts: editor.disabled()).contexts
+    assert all(shares.locality == 1.0 for shares in nothing.values())
+    assert nothing["plain"].reliability_contained == nothing["plain"].base_reliability
+
+
+@pytest.mark.parametrize(
+    "text, answer, there",
+    [
+        ("It is Paris, in France.", "Paris", True),
+        ("Parisian", "Paris", False),
+        ("a Parisian in paris", "Paris.", True),
+        ("C++ and C", "C", True),
+        ("", "Paris", False),
+    ],
+)
+def test_an_answer_is_contained_as_words(text, answer, there):
+    assert contains(text, answer) is there
+
+
+def test_a_fact_of_a_model_for_chat_is_fitted_in_chats(editor):
+    tokenizer = editor.tokenizer
+    prompted = PromptedModel.of(editor.model, tokenizer)
+    contexts = CollectionConfig().contexts_of(tokenizer)
+    assert {context.form for context in contexts} == {"template", "raw", "chat"}
+    ((*pairs,),) = prompted.targets(FACTS[:1], contexts)
+    assert len(pairs) == len(FITTED)
