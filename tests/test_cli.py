@@ -52,6 +52,7 @@ COMMANDS = (
     "layers",
     "evaluate",
     "ask",
+    "chat",
     "train",
     "gate",
     "distill",

@@ -21,13 +21,15 @@ import typer
 from rich.markup import escape
 
 from meg_kernels.checks import SEED, as_path
-from meg_kernels.cli.plots import check_plot, plot_layers
+from meg_kernels.cli.plots import check_plot, plot_contexts, plot_layers
 from meg_kernels.cli.tables import (
     EditedFact,
     calibration_text,
     console,
     print_answers,
     print_components,
+    print_contexts,
+    print_conversation,
     print_distillation,
     print_edit,
     print_evaluation,
@@ -433,6 +435,17 @@ def evaluate(
     limit: Limit = None,
     on_conflict: ConflictOption = OnConflict.error,
     zsre_target: ZsreOption = None,
+    contexts: Annotated[
+        bool,
+        typer.Option(
+            "--contexts",
+            help="Ask in conversations and elsewhere instead of in the template alone.",
+        ),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(parser=path, help="Draw --contexts to this file, such as contexts.png."),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -453,15 +466,31 @@ def evaluate(
 
     An interrupted evaluation resumes when it is started again with the same arguments.
     """
+    if contexts and tasks is not None:
+        raise typer.BadParameter("--contexts and --tasks are two evaluations; run one of them")
     if tasks is not None:
         from meg_kernels.integrations.lm_eval import evaluate_tasks
     elif task_path is not None or task_limit is not None:
         raise typer.BadParameter("--task-path and --task-limit need --tasks")
+    if plot is not None:
+        if not contexts:
+            raise typer.BadParameter("--plot draws what --contexts measures; add --contexts")
+        check_plot(plot)
     check_results(report)
     read = None if facts is None else _read_facts(facts, limit, on_conflict, zsre_target)
     editor = _load(folder, device, dtype)
     asked = editor.facts[:limit] if read is None else read
     with resumable("evaluate", folder.resolve()) as work:
+        if contexts:
+            found = editor.evaluate_by_context(asked, work_folder=work, progress=True)
+            print_contexts(found)
+            if plot is not None:
+                plot_contexts(found, plot)
+                print_written("plot", plot)
+            if report is not None:
+                write_json(report, found.to_dict())
+                print_written("report", report)
+            return
         evaluation = editor.evaluate(asked, work_folder=work, progress=True)
         evaluation = dataclasses.replace(evaluation, perplexity=editor.perplexity(progress=True))
         print_evaluation(evaluation)
@@ -490,6 +519,25 @@ def ask(
 ) -> None:
     """Ask the base and the edited model, side by side."""
     print_answers(_load(folder, device, dtype), prompts, max_new_tokens)
+
+
+@app.command(epilog="**Example:** `meg chat edited`")
+def chat(
+    folder: Folder,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Length of the longest answer, in tokens.")
+    ] = 256,
+    device: Device = None,
+    dtype: LoadDtype = None,
+) -> None:
+    """Talk with an edited model, see which edit answered, and edit on the fly."""
+    import contextlib
+
+    from meg_kernels.cli.chat import Chat
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # input() lets the user edit the line
+    Chat(_load(folder, device, dtype), folder, max_new_tokens).run()
 
 
 @app.command(epilog="**Example:** `meg train edited --generator mlp --out edited-mlp`")
@@ -652,6 +700,8 @@ def demo(
 ) -> None:
     """Edit SmolLM2-135M-Instruct with the package's 64 facts, ask it and measure it."""
     from meg_kernels import EditorConfig, EncoderTuningConfig, MeGEditor
+    from meg_kernels.conversation import has_chat
+    from meg_kernels.editing.contexts import Context
     from meg_kernels.shipped import demo_facts
 
     check_results(report)
@@ -677,8 +727,17 @@ def demo(
     print_answers(editor, asked, 16)
     evaluation = editor.evaluate(progress=True)
     print_evaluation(evaluation)
+    content = evaluation.to_dict()
+    if has_chat(editor.tokenizer):
+        print_conversation(editor, [f"Hello! {asked[0]}", f"Thanks. {asked[1]}", asked[2]])
+        short = [dataclasses.replace(f, paraphrases=(), locality=f.locality[:1]) for f in facts]
+        chats = editor.evaluate_by_context(
+            short, [Context("chat", "chat")], max_new_tokens=24, progress=True
+        )
+        print_contexts(chats)
+        content["contexts"] = chats.to_dict()
     if report is not None:
-        write_json(report, evaluation.to_dict())
+        write_json(report, content)
         print_written("report", report)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from meg_kernels.editing.by_context import ContextReport
     from meg_kernels.editing.layers import LayerComparison
 
 
@@ -39,6 +40,37 @@ def plot_layers(comparison: LayerComparison, path: str | Path) -> None:
     steps.plot(layers, [quality.steps for quality in rows], "^:", color="0.5")
     steps.set(ylabel="SGD steps per fact (dotted)", ylim=(0, None))
     axes.set_title(f"{comparison.n} facts, each with its own collected neuron")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def plot_contexts(report: ContextReport, path: str | Path) -> None:
+    """Draw Reliability, Generality and Locality in each context.
+
+    Args:
+        report: of an evaluation by context.
+        path: file to write, in the format that its suffix names: PNG, PDF or SVG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: matplotlib does not know the suffix.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    names = [*report.contexts][::-1]
+    figure = Figure((7, 0.55 * len(names) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for kind, marker in (("reliability", "o"), ("generality", "s"), ("locality", "^")):
+        shares = [getattr(report.contexts[name], kind) for name in names]
+        measured = [(share, row) for row, share in enumerate(shares) if share is not None]
+        if measured:
+            axes.plot(*zip(*measured, strict=True), marker, label=kind.capitalize())
+    axes.set(xlabel="share (exact)", xlim=(-0.02, 1.02), yticks=range(len(names)))
+    axes.set_yticklabels(names)
+    axes.grid(axis="x", color="0.9")
+    axes.legend(loc="lower left")
+    axes.set_title(f"{report.n} facts, asked where people ask")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

@@ -15,6 +15,8 @@ from rich.table import Column, Table
 from meg_kernels.facts import Fact
 
 if TYPE_CHECKING:
+    from meg_kernels.conversation import Message
+    from meg_kernels.editing.by_context import ContextReport
     from meg_kernels.editing.distill import Distillation
     from meg_kernels.editing.editor import MeGEditor
     from meg_kernels.editing.evaluate import EvaluationReport
@@ -309,6 +311,59 @@ def print_evaluation(report: EvaluationReport) -> None:
         )
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
     console.print(f"seconds: {seconds}", highlight=False)
+
+
+def print_conversation(editor: MeGEditor, said: list[str], max_new_tokens: int = 48) -> None:
+    """Say these, one after the other, in one conversation, and print it."""
+    console.print("A conversation (in brackets: what the gate took it for)")
+    messages: list[Message] = []
+    for text in said:
+        messages.append({"role": "user", "content": text})
+        routing = editor.route(messages)
+        answer = editor.chat(messages, max_new_tokens)
+        messages.append({"role": "assistant", "content": answer})
+        taken = "nothing edited"
+        if routing.accepted[0]:
+            taken = editor.edits.facts[int(routing.fact)].query
+        console.print(f"  user:  {text}", markup=False, highlight=False)
+        console.print(f"  model: {answer}  ({taken})", markup=False, highlight=False)
+
+
+def print_contexts(report: ContextReport) -> None:
+    """Print the shares in each context, and how they were measured."""
+    table = Table(
+        Column("context", no_wrap=True),
+        "Reliability",
+        "contained",
+        "base",
+        "Generality",
+        "contained",
+        "Locality",
+        "runs on",
+        title=f"{report.n} facts, asked where people ask",
+        title_justify="left",
+    )
+    for name, shares in report.contexts.items():
+        columns = (
+            shares.reliability,
+            shares.reliability_contained,
+            shares.base_reliability,
+            shares.generality,
+            shares.generality_contained,
+            shares.locality,
+            shares.runs_on,
+        )
+        table.add_row(name, *map(_share, columns))
+    console.print(table)
+    protocol = report.protocol
+    console.print(
+        f"exact: {protocol['exact']}; contained: {protocol['contained']}; locality: "
+        f"{protocol['locality']}; {protocol['decoding']}; {protocol['dtype']} on "
+        f"{protocol['device']}",
+        style="dim",
+        markup=False,
+        highlight=False,
+    )
 
 
 def print_tasks(scores: TaskScores) -> None:

@@ -1,0 +1,197 @@
+"""`meg chat`: a conversation with an edited model in the terminal, and edits on the fly."""
+
+from __future__ import annotations
+
+import shlex
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from meg_kernels.cli.tables import console, errors
+from meg_kernels.conversation import Message, has_chat
+from meg_kernels.facts import Fact
+
+if TYPE_CHECKING:
+    from meg_kernels.editing.editor import MeGEditor
+    from meg_kernels.routing.edits import Edits
+    from meg_kernels.routing.router import Routing
+
+COMMANDS = {
+    "/why": "which fact the last question was taken for, with its score",
+    "/base": "the base model's answer to the last question",
+    "/edit": '"question" "answer": teach it a fact now',
+    "/undo": "take the last /edit back",
+    "/save": "keep the edits in the folder",
+    "/new": "begin another conversation",
+    "/help": "this list",
+    "/quit": "end, as Ctrl-D does",
+}
+
+
+@dataclass
+class Chat:
+    """A conversation with an edited model.
+
+    Args:
+        editor: of the model; its tokenizer has a chat template.
+        folder: where `/save` keeps the edits.
+        max_new_tokens: of each answer.
+        messages: what was said so far.
+    """
+
+    editor: MeGEditor
+    folder: Path
+    max_new_tokens: int = 256
+    messages: list[Message] = field(default_factory=list)
+    _before: list[Edits] = field(default_factory=list)  # what was edited before each /edit
+    _saved: Edits | None = None
+    _warned: bool = False
+
+    def __post_init__(self) -> None:
+        if not has_chat(self.editor.tokenizer):
+            raise ValueError(
+                f"the tokenizer of {self.editor.name!r} has no chat template: it is no model for "
+                "conversations; ask it with meg ask"
+            )
+        self._saved = self.editor.edits
+
+    def run(self, read: Callable[[str], str] = input) -> None:
+        """Read what the user says, line by line, until the end."""
+        about = f"{len(self.editor.facts)} facts are edited in {self.editor.name}"
+        console.print(f"{about}; /help lists what else you can type", markup=False, style="dim")
+        while True:
+            try:
+                line = read("you: ").strip()
+            except EOFError:
+                console.print()
+                break
+            if line and not self.take(line):
+                break
+        if self.editor.edits is not self._saved:
+            errors.print("[yellow]edits were not saved[/]")
+
+    def take(self, line: str) -> bool:
+        """Do what a line says; False if it ends the conversation."""
+        word, *_ = line.split(maxsplit=1)
+        if not word.startswith("/"):
+            self.say(line)
+            return True
+        if word == "/quit":
+            return self._stays()
+        verbs: dict[str, Callable[[], Any]] = {
+            "/why": self.why,
+            "/base": self.base,
+            "/edit": lambda: self.edit(line),
+            "/undo": self.undo,
+            "/save": self.save,
+            "/new": self.messages.clear,
+            "/help": self.help,
+        }
+        if (verb := verbs.get(word)) is None:
+            errors.print(f"there is no {word}; /help lists what there is", markup=False)
+            return True
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                verb()
+            for warning in said:
+                errors.print(f"[yellow]{escape(str(warning.message))}[/]")
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            text = error.args[0] if isinstance(error, KeyError) and error.args else error
+            errors.print(f"[bold red]error:[/] {escape(str(text))}", highlight=False)
+        return True
+
+    def say(self, text: str) -> None:
+        """The user says something, and the model answers, word by word."""
+        asked = [*self.messages, {"role": "user", "content": text}]
+        try:
+            said = self._stream(asked, self.editor.chat)
+        except KeyboardInterrupt:
+            console.print("\n(interrupted)", style="dim")
+            return
+        except ValueError as error:
+            errors.print(f"[bold red]error:[/] {escape(str(error))}; /new begins another one")
+            return
+        self.messages = [*asked, {"role": "assistant", "content": said}]
+
+    def _stream(self, asked: list[Message], ask: Callable[..., Any]) -> str:
+        from transformers import TextStreamer
+
+        console.print("model: ", end="", style="bold")
+        streamer = TextStreamer(self.editor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        said = ask(asked, max_new_tokens=self.max_new_tokens, streamer=streamer)
+        return said if isinstance(said, str) else said[0]
+
+    def _asked(self) -> list[Message]:
+        """The conversation up to the user's last message."""
+        if not self.messages:
+            raise ValueError("nothing was asked yet")
+        return self.messages[:-1]
+
+    def why(self) -> None:
+        """Which fact the last question was taken for."""
+        routing: Routing = self.editor.route(self._asked())
+        (accepted,), (score,) = routing.accepted.tolist(), routing.score.tolist()
+        fact = self.editor.edits.facts[int(routing.fact)]
+        threshold = self.editor.edits.gate.threshold
+        verdict = "taken for" if accepted else "not taken for"
+        console.print(
+            f"{routing.spans[0].text!r} was {verdict} {fact.query!r} -> {fact.answer!r}: the gate "
+            f"gives {score:.3f}, and accepts above {threshold:.3f}",
+            markup=False,
+            highlight=False,
+        )
+        if not routing.named[0]:
+            console.print(f"it does not name {fact.subject!r}, the fact's subject", markup=False)
+        if routing.left_to_base[0]:
+            console.print("the fact was not learnt, so the base model answers for it")
+
+    def base(self) -> None:
+        """The base model's answer to the last question."""
+        self._stream([*self._asked()], lambda asked, **how: self._base(asked, **how))
+
+    def _base(self, asked: list[Message], **how: Any) -> str:
+        return self.editor.generate_base([asked], **how)[0]
+
+    def edit(self, line: str) -> None:
+        """Teach the model a fact; one with the same question is replaced."""
+        try:
+            _, query, answer = shlex.split(line)
+        except ValueError:
+            raise ValueError('type /edit "question" "answer", both in quotes') from None
+        before = self.editor.edits
+        with console.status("editing"):
+            report = self.editor.add([Fact(query, answer)], replace=True)
+        self._before.append(before)
+        for fact in report.unlearnt:
+            errors.print(f"[yellow]not learnt:[/] {escape(fact.query)}")
+        console.print(f"edited in {sum(report.seconds.values()):.1f} s", highlight=False)
+
+    def undo(self) -> None:
+        """Take the last edit back."""
+        if not self._before:
+            raise ValueError("there is no /edit to take back")
+        self.editor.router.put(self._before.pop())
+        console.print(f"{len(self.editor.facts)} facts are edited")
+
+    def save(self) -> None:
+        """Keep the edits in the folder."""
+        self.editor.save_pretrained(self.folder)
+        self._saved = self.editor.edits
+        console.print(f"{len(self.editor.facts)} facts; saved to {self.folder}", markup=False)
+
+    def help(self) -> None:
+        """What else can be typed."""
+        for command, what in COMMANDS.items():
+            console.print(f"{command:6} {what}", markup=False, highlight=False)
+
+    def _stays(self) -> bool:
+        """Whether /quit must be typed again, because edits would be lost."""
+        if self.editor.edits is self._saved or self._warned:
+            return False
+        self._warned = True
+        errors.print("edits are not saved: /save keeps them, /quit again drops them")
+        return True
