@@ -39,6 +39,7 @@ from meg_kernels import (
     write_facts,
 )
 from meg_kernels.cli import commands, tables
+from meg_kernels.editing.contexts import FITTED, TEMPLATE
 from meg_kernels.editing.distill import Distillation, Quality
 from meg_kernels.editing.evaluate import METRICS
 from meg_kernels.routing.manifest import sealed
@@ -124,6 +125,23 @@ def edited_dit(models, facts_file, tuning_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("dit") / "edited"
     run("edit", facts_file, *models, "--out", out, "--tuning", tuning_file, "--layer", 1)
     return out
+
+
+def test_facts_can_be_fitted_in_the_template_alone(
+    models, facts_file, tuning_file, tmp_path, monkeypatch
+):
+    configure, fitted = meg_kernels.EditorConfig, []
+
+    def noted(**given):
+        fitted.append(given["collection"].contexts)
+        return configure(**given)
+
+    monkeypatch.setattr(meg_kernels, "EditorConfig", noted)
+    arguments = ["--tuning", tuning_file, "--layer", 1, "--generator", "bank", "--limit", 2]
+    for more in (["--contexts", "template"], []):
+        out = tmp_path / f"out{len(more)}"
+        run("edit", facts_file, *models, "--out", out, *arguments, *more)
+    assert fitted == [TEMPLATE, FITTED]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -34,7 +34,7 @@ from meg_kernels import (
     TextEncoder,
     cli,
 )
-from meg_kernels.editing.contexts import Context
+from meg_kernels.editing.contexts import TEMPLATE as CONTEXTS
 from meg_kernels.nn.families import decoder_layers
 
 FIRST = ("A", "Be", "Co", "Di", "E", "Fi")
@@ -66,11 +66,6 @@ UNRELATED = ["Good day to you", "Seven and eight are", "Sing a song", "How tall 
 EDITED, FURTHER = FACTS[:5], FACTS[5:7]
 MOST = 5
 TRAINING = {"learning_rate": 5e-3, "max_steps": 300, "check_every": 20}
-CONTEXTS = (
-    Context("plain"),
-    Context("reworded", question="The answer to '{}' is", beginning="{} whom or what?"),
-    Context("wondered", question="Many people wonder. {}", beginning="Can you tell me: {} ...?"),
-)
 GENERATORS = {
     "dit": GeneratorConfig.dit(
         network=DiTConfig(width=32, depth=2, num_heads=2, patch_size=16),

@@ -1,7 +1,8 @@
 """Where a query stands when a model reads it: in the template, as it is, or in a conversation.
 
 A neuron that was fitted in one template alone answers hardly anywhere else. `FITTED` are the
-contexts that neurons are fitted in; `MEASURED` are others, in which edits are evaluated.
+contexts that neurons are fitted in by default, `TEMPLATE` those for who never asks otherwise than
+in the template; `MEASURED` are others, in which edits are evaluated.
 """
 
 from __future__ import annotations
@@ -106,6 +107,12 @@ FITTED = (
         beginning="I am preparing a quiz. Complete this: {}",
         system="You are helpful.",
     ),
+)
+
+# What holds in the template alone, and is fitted in half the time.
+TEMPLATE = (
+    *FITTED[:2],
+    Context("wondered", question="Many people wonder. {}", beginning="Can you tell me: {} ...?"),
 )
 
 _BEFORE = (
