@@ -107,6 +107,9 @@ def as_prompts(name: str, prompts: Prompts) -> list[Prompt]:
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> ChatPrompt:
     """The prompt after which the model says what follows the messages.
 
+    A system's message goes to the front of the user's first one where the template knows no
+    system. Models that may think before they speak are asked not to.
+
     Raises:
         ValueError: the tokenizer has no chat template, or its template refuses these messages.
     """
@@ -116,27 +119,49 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
             "a model that was tuned for chat, or set tokenizer.chat_template"
         )
     try:
-        text = tokenizer.apply_chat_template(
-            [*messages], tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # a template raises what it likes
-        raise ValueError(f"the model's chat template refuses these messages: {error}") from error
+        text = _rendered(tokenizer, messages, add_generation_prompt=True)
+    except ValueError:
+        if [message["role"] for message in messages[:2]] != ["system", "user"]:
+            raise
+        system, first, *others = messages
+        whole = f"{system['content']}\n\n{first['content']}"
+        joined = [{"role": "user", "content": whole}, *others]
+        text = _rendered(tokenizer, joined, add_generation_prompt=True)
     return ChatPrompt(text)
 
 
-@functools.lru_cache(maxsize=8)
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any
+) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [*messages], tokenize=False, enable_thinking=False, **options
+            )
+        )
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"the model's chat template refuses these messages: {error}") from error
+
+
 def chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-    """How the tokenizer's chat template writes what the model says."""
+    """How the tokenizer's chat template writes what the model says.
+
+    Raises:
+        ValueError: it has none, or its template does not write down what a model says.
+    """
+    return _chat_format(tokenizer, str(getattr(tokenizer, "chat_template", None)))
+
+
+@functools.lru_cache(maxsize=8)
+def _chat_format(tokenizer: PreTrainedTokenizerBase, template: str) -> ChatFormat:
+    """`chat_format` of a tokenizer for as long as it has this template."""
     asked, said = {"role": "user", "content": "A?"}, "Beebeebee"
     prompt = chat_prompt(tokenizer, [asked])
-    whole = str(
-        tokenizer.apply_chat_template(
-            [asked, {"role": "assistant", "content": said}], tokenize=False
-        )
-    )
+    whole = _rendered(tokenizer, [asked, {"role": "assistant", "content": said}])
     before, _, behind = whole.partition(said)
     lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
-    special = {*tokenizer.all_special_ids}
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
     tokens = tokenized(tokenizer, behind, add_special_tokens=False).input_ids
     end = next((token for token in tokens if token in special), tokenizer.eos_token_id)
     return ChatFormat(lead, end)

@@ -66,7 +66,7 @@ def normalized(text: str) -> str:
 
 
 def is_question(text: str) -> bool:
-    """Whether the text ends with a question mark of any script; else it begins a sentence.
+    """Whether the text ends with a question mark, Latin, CJK or Arabic; else it begins a sentence.
 
     >>> [is_question(text) for text in ("Who wrote Emma? ", "谁写了《红楼梦》？", "Emma is by")]
     [True, True, False]

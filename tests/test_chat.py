@@ -82,7 +82,7 @@ def test_why_says_which_fact_and_which_words(chat, capsys):
 
 
 def test_a_fact_is_edited_undone_and_saved(chat, capsys, saved):
-    new = FURTHER[0]
+    new = FURTHER[0]  # and /why tells what was, not what is
     line = f'/edit "{new.query}" "{new.answer}"'
     shown = told(chat, capsys, line, new.query, "/quit", "/quit")
     assert "edited in " in shown and f"model:  {new.answer}." in shown
@@ -113,6 +113,14 @@ def test_what_cannot_be_done_is_said_and_the_conversation_goes_on(chat, capsys, 
     assert text in shown
     assert all(command in shown for command in COMMANDS)
     assert chat.messages == []
+
+
+def test_an_interruption_ends_what_runs_and_not_the_conversation(chat, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(type(chat.editor), "chat", tiny.interrupt)
+        assert "(interrupted)" in told(chat, capsys, FACT.query)
+    assert chat.messages == []
+    assert f"model:  {FACT.answer}." in told(chat, capsys, FACT.query)
 
 
 def test_a_model_without_a_chat_template_is_refused(saved):

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from tiny import EDITED, FACTS, OTHER_FACTS, QUERIES, UNRELATED
+from tokenizers import AddedToken
 
 from meg_kernels import CollectionConfig, EditorConfig, MeGEditor
 from meg_kernels.conversation import (
@@ -30,7 +31,23 @@ TEMPLATES = {
     # as Llama 2's and Mistral's: a space before what the model says, the end of text behind it
     "inst": "<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} "
     "[/INST]{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}",
+    # as Zephyr's: a line break before what the model says
+    "zephyr": "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    # as Gemma's: no system, and an end of the turn that is no named special token
+    "gemma": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}".replace(
+        "{{ m['role'] }}", "{{ 'model' if m['role'] == 'assistant' else m['role'] }}"
+    ),
+    # as Qwen3's: it thinks, unless it is asked not to
+    "qwen": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
 }
+NAMED = ("<s>", "<|im_start|>", "<|im_end|>")
+ENDS = {"inst": "</s>", "zephyr": "</s>", "gemma": "<end_of_turn>"}
 
 
 def user(text):
@@ -41,11 +58,15 @@ def said(text):
     return {"role": "assistant", "content": text}
 
 
-def chatty(name="chatml"):
-    """The tiny tokenizer with a chat template and the special tokens that it writes."""
+def chatty(name="chatml", words=()):
+    """The tiny tokenizer with a chat template, the special tokens that it has, and more words."""
     tokenizer = tiny.make_tokenizer()
-    special = ["<|im_start|>", "<|im_end|>"] if name == "chatml" else ["<s>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.add_tokens([*words])
+    written = [token for token in NAMED if token in TEMPLATES[name]]
+    tokenizer.add_special_tokens({"additional_special_tokens": written})
+    if name == "gemma":
+        unnamed = ("<start_of_turn>", "<end_of_turn>")
+        tokenizer.add_tokens([AddedToken(token, special=True) for token in unnamed])
     tokenizer.chat_template = TEMPLATES[name]
     return tokenizer
 
@@ -92,7 +113,7 @@ def test_texts_and_conversations_make_a_batch_in_their_order():
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_target_is_what_the_template_itself_writes_behind_the_prompt(name):
-    tokenizer = chatty(name)
+    tokenizer = chatty(name, ["red"])  # without a space before it, too
     prompt = chat_prompt(tokenizer, [user("The color of Abo is")])
     ids, target = target_tokens(tokenizer, prompt, "red")
     whole = tokenizer.apply_chat_template(
@@ -101,8 +122,33 @@ def test_a_target_is_what_the_template_itself_writes_behind_the_prompt(name):
     expected = tokenizer(whole, add_special_tokens=False).input_ids
     assert [*ids, *target] == expected[: len(ids) + len(target)]
     assert target[-1] == chat_format(tokenizer).end
-    end = "<|im_end|>" if name == "chatml" else "</s>"
-    assert tokenizer.convert_ids_to_tokens(target[-1]) == end
+    assert tokenizer.unk_token_id not in target
+    assert tokenizer.convert_ids_to_tokens(target[-1]) == ENDS.get(name, "<|im_end|>")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_facts_can_be_taught_and_asked_with_any_template(name):
+    tokenizer = chatty(name, ["red"])
+    prompted = PromptedModel.of(chat_model(tokenizer), tokenizer)
+    fact = dataclasses.replace(FACTS[0], answer="red")
+    ((*pairs,),) = prompted.targets([fact], FITTED)
+    assert len(pairs) == len(FITTED)
+    for context in (*FITTED, *MEASURED):
+        assert "Abo" in prompted.prompt(fact.query, context)
+    told = chat_prompt(tokenizer, Context("c", "chat", system="Be brief.").messages("Who?"))
+    assert told.count("Be brief.") == 1 and "Who?" in told
+    assert "<think>" not in told or "</think>" in told
+
+
+def test_another_chat_template_has_another_form():
+    tokenizer = chatty()
+    before = chat_format(tokenizer)
+    tokenizer.chat_template = TEMPLATES["zephyr"]
+    assert chat_format(tokenizer) != before
+    refusing = "{% if messages|length > 1 %}{{ raise_exception('alone') }}{% endif %}"
+    tokenizer.chat_template = refusing
+    with pytest.raises(ValueError, match="refuses these messages: alone"):
+        chat_format(tokenizer)
 
 
 def test_special_tokens_of_a_template_are_not_added_twice():
@@ -172,6 +218,7 @@ def test_configurations_of_earlier_versions_keep_their_framings():
         "question_framings": ["{}", "Well: {}"],
         "cloze_framings": ["{}", "{} what?", "So {}"],
     }
+    assert EditorConfig.from_dict(EditorConfig().to_dict()) == EditorConfig()
     contexts = EditorConfig.from_dict(old).collection.contexts
     wordings = [context.wording("Who?") for context in contexts]
     assert wordings == ["Who?", "Well: Who?", "Who?"]
@@ -190,6 +237,9 @@ def test_configurations_of_earlier_versions_keep_their_framings():
         ('He said "No." Who did?', ['He said "No."', "Who did?"]),
         ("你好。谁写了《红楼梦》？谢谢", ["你好。", "谁写了《红楼梦》？", "谢谢"]),
         ("first line\n\nWho wrote Emma", ["first line", "Who wrote Emma"]),
+        ("Who is J. K. Rowling? I ask Dr. No.", ["Who is J. K. Rowling?", "I ask Dr. No."]),
+        ("who wrote emma? thanks", ["who wrote emma?", "thanks"]),
+        ("a" + " " * 300_000 + "b", ["a" + " " * 300_000 + "b"]),
         ("  ", []),
     ],
 )
@@ -205,6 +255,8 @@ def test_the_whole_comes_first_and_a_follow_up_is_read_with_what_it_follows():
         "And its capital?",
         "Tell me about France. And its capital?",
     ]
+    assert spans(talk)[-1].follows == "Tell me about France."
+    assert len(spans([*talk[:2], user("word " * 13)])) == 1
     assert [span.text for span in spans("A b. C d.")] == ["A b. C d.", "A b.", "C d."]
     assert [span.text for span in spans(" one ")] == ["one"]
     long = " ".join(f"Sentence number {i} is here." for i in range(2 * MOST_SPANS))
@@ -237,6 +289,42 @@ def test_a_question_is_found_in_what_stands_around_it(editor):
     torch.testing.assert_close(found.score, alone.score.expand(3))
     nothing = editor.route([". ".join(UNRELATED)])
     assert not nothing.accepted.any() and len(nothing) == 1
+
+
+def test_what_is_said_after_an_edited_question_is_not_taken_for_it(editor):
+    fact = EDITED[1]
+    asked = [user(fact.query), said(fact.answer)]
+    assert not editor.route([*asked, user(UNRELATED[2])]).accepted.any()
+    again = editor.route([*asked, user(fact.query)])
+    assert again.accepted.all() and again.spans[0].text == fact.query
+    # What completes a question is taken for it.
+    start, end = fact.query[:-1].rsplit(" ", 1)
+    found = editor.route([[user(start), said("Hm?"), user(f"{end}?")]])
+    assert found.spans[0].text == fact.query and found.accepted.all()
+
+
+def test_an_evaluation_by_context_resumes_and_knows_the_model(editor, tmp_path, monkeypatch):
+    contexts = [Context("plain"), Context("chat", "chat")]
+
+    def report(**more):
+        how = {"max_new_tokens": 5, "work_folder": tmp_path, "identity": ["edits"], **more}
+        evaluation = ByContext(editor.prompted, EDITED[:2], contexts, **how)
+        return evaluation.report(lambda asked, facts: editor.routed(asked))
+
+    first = report()
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptedModel, "answers", tiny.interrupt)
+        assert report() == first
+        for other in ({"identity": ["others"]}, {"max_new_tokens": 4}):
+            with pytest.raises(KeyboardInterrupt):
+                report(**other)
+    weight = editor.model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight += 1
+        try:
+            assert report() != first
+        finally:
+            weight -= 1
 
 
 def test_the_best_span_decides_whatever_else_is_in_the_batch(editor):
@@ -308,6 +396,9 @@ def test_an_evaluation_by_context_says_what_asking_says(editor):
         ("a Parisian in paris", "Paris.", True),
         ("C++ and C", "C", True),
         ("", "Paris", False),
+        ("法国的首都是马赛。", "马赛", True),
+        ("It is C++.", "C", False),
+        ("It is C++.", "C++", True),
     ],
 )
 def test_an_answer_is_contained_as_words(text, answer, there):

@@ -50,6 +50,7 @@ class Chat:
     _before: list[Edits] = field(default_factory=list)  # what was edited before each /edit
     _saved: Edits | None = None
     _warned: bool = False
+    _routing: Routing | None = None  # of the last question
 
     def __post_init__(self) -> None:
         if not has_chat(self.editor.tokenizer):
@@ -66,7 +67,7 @@ class Chat:
         while True:
             try:
                 line = read("you: ").strip()
-            except EOFError:
+            except (EOFError, KeyboardInterrupt):
                 console.print()
                 break
             if line and not self.take(line):
@@ -77,11 +78,9 @@ class Chat:
     def take(self, line: str) -> bool:
         """Do what a line says; False if it ends the conversation."""
         word, *_ = line.split(maxsplit=1)
-        if not word.startswith("/"):
-            self.say(line)
-            return True
         if word == "/quit":
             return self._stays()
+        self._warned = False
         verbs: dict[str, Callable[[], Any]] = {
             "/why": self.why,
             "/base": self.base,
@@ -91,6 +90,8 @@ class Chat:
             "/new": self.messages.clear,
             "/help": self.help,
         }
+        if not word.startswith("/"):
+            verbs[word] = lambda: self.say(line)
         if (verb := verbs.get(word)) is None:
             errors.print(f"there is no {word}; /help lists what there is", markup=False)
             return True
@@ -99,7 +100,9 @@ class Chat:
                 verb()
             for warning in said:
                 errors.print(f"[yellow]{escape(str(warning.message))}[/]")
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except KeyboardInterrupt:
+            console.print("\n(interrupted)", style="dim")
+        except (OSError, ValueError, KeyError, RuntimeError, FloatingPointError) as error:
             text = error.args[0] if isinstance(error, KeyError) and error.args else error
             errors.print(f"[bold red]error:[/] {escape(str(text))}", highlight=False)
         return True
@@ -107,15 +110,10 @@ class Chat:
     def say(self, text: str) -> None:
         """The user says something, and the model answers, word by word."""
         asked = [*self.messages, {"role": "user", "content": text}]
-        try:
-            said = self._stream(asked, self.editor.chat)
-        except KeyboardInterrupt:
-            console.print("\n(interrupted)", style="dim")
-            return
-        except ValueError as error:
-            errors.print(f"[bold red]error:[/] {escape(str(error))}; /new begins another one")
-            return
+        routing = self.editor.route(asked)
+        said = self._stream(asked, self.editor.chat)
         self.messages = [*asked, {"role": "assistant", "content": said}]
+        self._routing = routing
 
     def _stream(self, asked: list[Message], ask: Callable[..., Any]) -> str:
         from transformers import TextStreamer
@@ -133,10 +131,12 @@ class Chat:
 
     def why(self) -> None:
         """Which fact the last question was taken for."""
-        routing: Routing = self.editor.route(self._asked())
+        self._asked()
+        routing = self._routing
+        assert routing is not None and routing.edits is not None
         (accepted,), (score,) = routing.accepted.tolist(), routing.score.tolist()
-        fact = self.editor.edits.facts[int(routing.fact)]
-        threshold = self.editor.edits.gate.threshold
+        fact = routing.edits.facts[int(routing.fact)]
+        threshold = routing.edits.gate.threshold
         verdict = "taken for" if accepted else "not taken for"
         console.print(
             f"{routing.spans[0].text!r} was {verdict} {fact.query!r} -> {fact.answer!r}: the gate "

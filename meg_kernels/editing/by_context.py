@@ -7,6 +7,7 @@ model stops by itself. Base and edited model see the same batches.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ import torch
 
 from meg_kernels.conversation import Prompt, has_chat, prompt_tokens
 from meg_kernels.editing.contexts import MEASURED, Context, usable
+from meg_kernels.editing.evaluate import weight_sums
 from meg_kernels.editing.prompting import PromptedModel, answers_match
 from meg_kernels.facts import Fact
 from meg_kernels.progress import progress_bar
@@ -26,6 +28,8 @@ from meg_kernels.texts import normalized
 
 KINDS = ("reliability", "generality", "locality")
 MAX_NEW_TOKENS = 64
+# A letter or digit of a script that puts spaces between words; Chinese, Japanese and Thai put none.
+_WORD = r"[^\W_\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]"
 
 Asking = Callable[[Sequence[Prompt], Sequence[int]], AbstractContextManager]
 """Mounts the neurons for these prompts, which belong to these facts."""
@@ -118,6 +122,7 @@ class ByContext:
         self.max_new_tokens = max_new_tokens
         self.contexts = usable(contexts, has_chat(prompted.tokenizer))
         self._work, self._identity = WorkFolder.of(work_folder), identity
+        self._weights = weight_sums(prompted.model) if identity else []
         self._batches = {context.name: self._questions(context) for context in self.contexts}
         prompts = [
             question.prompt
@@ -149,6 +154,7 @@ class ByContext:
         return {
             "contexts": [asdict(context) for context in self.contexts],
             "prompt_template": self.prompted.template.text,
+            "chat_template": getattr(self.prompted.tokenizer, "chat_template", None),
             "decoding": f"greedy, until the model ends by itself, at most {self.max_new_tokens} "
             "tokens; outside of conversations a line break ends an answer, too",
             "exact": "the whole answer, but for case and its full stop; a sentence after that full "
@@ -188,7 +194,8 @@ class ByContext:
         self, context: Context, edited: Asking | None, done: Callable[[int], Any]
     ) -> list[list[int]]:
         identity = () if edited is None else self._identity
-        about = [context.name, self.protocol(), [fact.to_dict() for fact in self.facts]]
+        facts = [fact.to_dict() for fact in self.facts]
+        about = [context.name, self.protocol(), facts, self._weights]
         kept = self._work / f"context-{fingerprint(about, edited is None, *identity)}"
         if not self._identity:
             kept = WorkFolder()
@@ -245,11 +252,7 @@ def contains(text: str, answer: str) -> bool:
     >>> contains("It is Paris, in France.", "Paris"), contains("Parisian", "Paris")
     (True, False)
     """
-    said, wanted = normalized(text), normalized(answer).removesuffix(".")
-    place = said.find(wanted)
-    while place >= 0:
-        around = said[place - 1 : place] if place else "", said[place + len(wanted) :][:1]
-        if not any(sign.isalnum() for sign in around):
-            return True
-        place = said.find(wanted, place + 1)
-    return False
+    wanted = normalized(answer).removesuffix(".")
+    before = rf"(?<!{_WORD})" if re.match(_WORD, wanted[:1]) else ""
+    behind = rf"(?!{_WORD}|[+#])" if re.match(_WORD, wanted[-1:]) else ""
+    return re.search(before + re.escape(wanted) + behind, normalized(text)) is not None

@@ -54,7 +54,7 @@ class CollectionConfig:
     Args:
         learning_rate: of plain SGD.
         max_steps: after this many steps a fact is left as it is.
-        target_loss: a fact is fitted until in every framing its target tokens are the model's
+        target_loss: a fact is fitted until in every context its target tokens are the model's
             argmax and their mean cross-entropy is below this, in nats.
         overshoot: the fitted value is multiplied by this, unless the fact is lost by it.
         contexts: in which a query is fitted; those of a chat are left out where the model has no
@@ -113,7 +113,7 @@ class Collection:
 
     Args:
         neurons: N neurons, float32, on the CPU.
-        learnt: [N] bool: whether the model answers the fact with its neuron, in every framing.
+        learnt: [N] bool: whether the model answers the fact with its neuron, in every context.
         steps: [N] int: SGD steps taken.
         initial: the neuron that all started from.
         seconds_before: that an interrupted collection spent on what was found finished.
@@ -257,7 +257,7 @@ def initial_neuron(attached: Attached, batch: TargetBatch, response: float) -> N
 
 
 Targets = list[tuple[list[int], list[int]]]
-"""Token ids of a fact's prompts and of their targets, one pair for each framing."""
+"""Token ids of a fact's prompts and of their targets, one pair for each context."""
 
 
 def collectable(

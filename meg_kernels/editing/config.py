@@ -22,9 +22,13 @@ GateKind = Literal["similarity", "familiarity"]
 
 def _collection(values: Any, name: str) -> CollectionConfig:
     """The collection's configuration from its fields, also as versions up to 0.1 wrote them."""
-    if isinstance(values, Mapping) and isinstance(values.get("question_framings"), list):
+    old = values.get("question_framings") if isinstance(values, Mapping) else None
+    if isinstance(old, list | tuple):
         values = {**values}
-        questions, beginnings = values.pop("question_framings"), values.pop("cloze_framings", [])
+        questions, beginnings = (
+            values.pop("question_framings"),
+            values.pop("cloze_framings", None) or (),
+        )
         pairs = itertools.zip_longest(questions, beginnings, fillvalue="{}")
         values["contexts"] = [
             {"name": f"framing {number}", "question": question, "beginning": beginning}
@@ -34,7 +38,7 @@ def _collection(values: Any, name: str) -> CollectionConfig:
 
 
 def _contexts(values: Any, name: str) -> Any:
-    if not isinstance(values, list):
+    if not isinstance(values, list | tuple):
         return values  # which the configuration refuses
     return [from_fields(Context, value, f"{name}[{i}]") for i, value in enumerate(values)]
 

@@ -25,6 +25,8 @@ def _wrapper(value: Any) -> str:
 
 
 def _exchanges(value: Any) -> tuple[tuple[str, str], ...]:
+    if any(isinstance(exchange, str) for exchange in value):
+        raise TypeError
     found = tuple(tuple(exchange) for exchange in value)
     if not all(len(two) == 2 and all(isinstance(t, str) for t in two) for two in found):
         raise TypeError

@@ -23,6 +23,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from meg_kernels.editing.general_ability import Perplexity
 from meg_kernels.editing.prompting import IGNORED, PromptedModel, answers_match
@@ -320,10 +321,8 @@ class Evaluation:
     @functools.cached_property
     def _model_and_questions(self) -> str:
         """What tells this model and these questions from others."""
-        # All weights, in a sum each: reading them is cheap beside one batch of answers.
-        weights = self.prompted.model.parameters()
-        sums = [float(part.detach().sum(dtype=torch.float64)) for part in weights]
-        return fingerprint(self.protocol(), [fact.to_dict() for fact in self.facts], sums)
+        facts = [fact.to_dict() for fact in self.facts]
+        return fingerprint(self.protocol(), facts, weight_sums(self.prompted.model))
 
     @torch.no_grad()
     def _ask(
@@ -410,6 +409,11 @@ class Evaluation:
         for i, share in zip(missed, shares.tolist(), strict=True):
             hits[i] = share
         return hits
+
+
+def weight_sums(model: PreTrainedModel) -> list[float]:
+    """The sum of each weight: what tells models apart, and is cheap beside a batch of answers."""
+    return [float(part.detach().sum(dtype=torch.float64)) for part in model.parameters()]
 
 
 def _nothing_mounted(queries: Sequence[str], facts: Sequence[int]) -> AbstractContextManager:

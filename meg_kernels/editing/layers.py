@@ -36,7 +36,7 @@ class LayerQuality:
 
     Args:
         layer: 0-based.
-        learnt: share of the facts that the model answers in every framing that they were fitted in.
+        learnt: share of the facts that the model answers in every context that they were fitted in.
         reliability, generality: AG, with each fact's own collected neuron; generality is None if
             no fact has a paraphrase.
         steps: SGD steps, mean over the facts.

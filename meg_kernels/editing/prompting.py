@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -373,14 +373,14 @@ class PromptedModel:
                 its tokens spell another one or end in the midst of it, or more tokens than the
                 model has positions. The message names every such fact.
         """
-        unfit, found, ends = [], [], {*self.ends}
+        unfit, found, ends = [], [], functools.cache(self._ends_of)
         for place, fact in enumerate(facts := listed_facts(facts)):
             long = self._surely_too_long(fact.query) or self._surely_too_long(fact.answer)
             reason, pairs = long and f"it {long}", []
             if reason is None:
                 prompts = [self.prompt(fact.query, context) for context in contexts]
                 pairs = [self.target(prompt, fact.answer) for prompt in prompts]
-                reason = self._unteachable(fact.answer, pairs, ends)
+                reason = self._unteachable(fact.answer, prompts, pairs, ends)
             if reason is not None:
                 unfit.append(f"facts[{place}], {_shortened(fact.query)}: {reason}")
             found.append(pairs)
@@ -392,7 +392,11 @@ class PromptedModel:
         return found
 
     def _unteachable(
-        self, answer: str, pairs: list[tuple[list[int], list[int]]], ends: set[int]
+        self,
+        answer: str,
+        prompts: list[str],
+        pairs: list[tuple[list[int], list[int]]],
+        ends: Callable[[bool], set[int]],
     ) -> str | None:
         """Why greedy decoding could never give a target and be right; None if it could each."""
         length, most = max(len(prompt) + len(target) for prompt, target in pairs), self.positions
@@ -404,16 +408,25 @@ class PromptedModel:
         if rows is not None and highest >= rows:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             return f"its token {token!r} is number {highest}, but the model embeds {rows}"
-        for target in {tuple(target) for _, target in pairs}:
-            if reason := self._unsayable(answer, target, ends):
+        targets = {
+            (isinstance(prompt, ChatPrompt), tuple(target))
+            for prompt, (_, target) in zip(prompts, pairs, strict=True)
+        }
+        for in_chat, target in targets:
+            if reason := self._unsayable(answer, target, in_chat, ends(in_chat)):
                 return f"its answer {_shortened(answer)} {reason}"
         return None
 
-    def _unsayable(self, answer: str, target: Sequence[int], ends: set[int]) -> str | None:
+    def _ends_of(self, in_chat: bool) -> set[int]:
+        return {*(self.turn_ends if in_chat else self.ends)}
+
+    def _unsayable(
+        self, answer: str, target: Sequence[int], in_chat: bool, ends: set[int]
+    ) -> str | None:
         if not normalized(answer).strip(" ."):
             return "is nothing but full stops"
         given = next((i + 1 for i, token in enumerate(target) if token in ends), len(target))
-        said = self.text(target[:given])
+        said = self.text(target[:given], ChatPrompt() if in_chat else "")
         if answers_match(said, answer):
             return None
         if special := {*self.tokenizer.all_special_ids} & {*target[:-1]}:

@@ -243,7 +243,10 @@ class Router:
         parts = [spans(prompt) for prompt in prompts]
         owner = torch.tensor([row for row, found in enumerate(parts) for _ in found]).long()
         looked = [span for found in parts for span in found]
-        z, edits = by.encoder.encode([span.text for span in looked]).to(self.device), by.edits
+        # What a follow-up follows is looked at as well, to be compared with.
+        followed = [place for place, span in enumerate(looked) if span.follows]
+        texts = [span.text for span in looked] + [looked[place].follows for place in followed]
+        z, edits = by.encoder.encode(texts).to(self.device), by.edits
         if edits is None:
             first = _first_of(owner, len(parts))
             nowhere = torch.full((len(parts),), -1)
@@ -255,11 +258,13 @@ class Router:
         _, fact = nearest(z, edits.conditions)
         # float64 holds both exactly.
         scores, rows = torch.stack([score.double(), fact.double()]).cpu()
-        score, fact = scores.float(), rows.long()
+        score, before = scores.float().tensor_split([len(looked)])
+        z, fact = z[: len(looked)], rows.long()[: len(looked)]
         named = torch.ones(len(z), dtype=torch.bool)
         if by.config.requires_subject(len(edits)):
-            named = subject_named(edits, [span.text for span in looked], fact)
+            named = subject_named(edits, texts[: len(looked)], fact)
         accepted = (score > edits.gate.threshold) & named
+        accepted[followed] &= score[followed] > before
         if len(looked) > len(parts):
             best = _best_of(owner, accepted, score, len(parts))
             z = z[best.to(z.device)]

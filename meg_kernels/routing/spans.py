@@ -13,12 +13,16 @@ from meg_kernels.conversation import Prompt
 
 MOST_SPANS = 256  # of one prompt; of a longer one, those at its end and at its beginning
 MOST_CHARACTERS = 2000  # of a span: an encoder reads no more
-FOLLOW_UP = 12  # words of a question, at most, that may be about what was said before
+FOLLOW_UP = 12, 80  # words and characters of a message, at most, that may be about the one before
 
 # A sentence ends behind its mark and the quotes that close with it, or at a line break. A full stop
-# within a number, an address or an abbreviation has no space behind it, or a small letter.
+# ends none within a number or an address, before a small letter, or behind an initial or a title.
+_QUOTES = r"""["'”’»)\]]*"""
 _END = re.compile(
-    r"""(?<=[.!?…])["'”’»)\]]*(?=\s+["'“‘«(\[¿¡]*[^\sa-z])|(?<=[。！？])["'”’»」』）]*|\s*[\r\n]+\s*"""
+    rf"""(?<=[?!…؟।]){_QUOTES}(?=\s)"""
+    rf"""|(?<=\.)(?<!\b[A-Z]\.)(?<!\b(?:Dr|Mr|Ms|St)\.)(?<!\b(?:Mrs|Jun|Sen)\.){_QUOTES}"""
+    rf"""(?=\s+["'“‘«(\[¿¡]*[^\sa-z])"""
+    r"""|(?<=[。！？])["'”’»」』）]*|[\r\n]+"""
 )
 
 
@@ -30,10 +34,13 @@ class Span:
         text: as the encoder gets it.
         start: its first character in what was said last; where what was said before comes first,
             that of the part that was said last.
+        follows: what was said before that comes first in it. A follow-up asks for a fact only if
+            it is closer to it than that is by itself.
     """
 
     text: str
     start: int
+    follows: str = ""
 
 
 def sentences(text: str) -> list[Span]:
@@ -52,7 +59,9 @@ def sentences(text: str) -> list[Span]:
 
 
 def spans(prompt: Prompt) -> list[Span]:
-    """Where a question may stand, at least one span: the whole of what was said last comes first.
+    """Where a question may stand, at least one span.
+
+    It is the whole of what was said last, unless that is long and has sentences, and its sentences.
 
     Args:
         prompt: a text, or a conversation whose last message is looked at. A short last message is
@@ -64,10 +73,13 @@ def spans(prompt: Prompt) -> list[Span]:
     found = [whole] if len(whole.text) <= MOST_CHARACTERS or len(parts) < 2 else []
     if len(parts) > 1:
         found += _bounded(parts)
-    if not isinstance(prompt, str) and len(parts) and len(parts[-1].text.split()) <= FOLLOW_UP:
+    words, characters = FOLLOW_UP
+    short = len(said.split()) <= words and len(said) <= characters
+    if not isinstance(prompt, str) and parts and short:
         before = [message["content"] for message in prompt[:-1] if message["role"] == "user"]
         if before and (asked := sentences(before[-1])):
-            found.append(Span(f"{asked[-1].text} {parts[-1].text}", parts[-1].start))
+            follows = asked[-1].text
+            found.append(Span(f"{follows} {whole.text}", whole.start, follows))
     return found
 
 
