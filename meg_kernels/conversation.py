@@ -49,6 +49,8 @@ def has_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
 def as_messages(name: str, messages: Any) -> list[Message]:
     """A conversation as a list of messages, whose last one is the user's.
 
+    Only role and content of a message are kept.
+
     Raises:
         TypeError: it is no list of dicts with role and content, both texts.
         ValueError: there are no messages, a role is unknown, or the last one is not the user's.

@@ -183,8 +183,8 @@ class EditedModel:
         routing = self.router.route(prompts) if routing is None else routing
         if len(instance_of(Routing)("routing", routing)) != len(prompts):
             raise ValueError(
-                f"routing is of {len(routing)} queries, and {len(prompts)} are given; give those "
-                "that it was made of, route(queries)"
+                f"routing is of {len(routing)} prompts, and {len(prompts)} are given; give those "
+                "that it was made of, route(prompts)"
             )
         disabled = self.attached.is_disabled
         neurons, index = (None, None) if disabled else self.router.neurons(routing)
@@ -359,8 +359,12 @@ class EditedModel:
             work_folder: keeps what was answered, so that an interrupted evaluation resumes.
             progress: show a progress bar.
 
+        Returns:
+            Shares of all questions of a kind, in each context.
+
         Raises:
             RuntimeError: nothing is edited.
+            ValueError: a question is longer than the model reads, or its chat template refuses it.
         """
         self._check_nothing_mounted()
         given = None if facts is None else as_facts(facts)

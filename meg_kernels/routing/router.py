@@ -237,7 +237,12 @@ class Router:
 
         Args:
             prompts: queries, texts with a query in them, and conversations; one conversation alone
-                is a batch of one.
+                is a batch of one. There are B of them.
+
+        Raises:
+            TypeError: prompts that are neither texts nor conversations.
+            ValueError: a text with half of a surrogate pair, or a conversation that does not end
+                with what the user says.
         """
         by, prompts = self._by, as_prompts("prompts", prompts)
         parts = [spans(prompt) for prompt in prompts]
