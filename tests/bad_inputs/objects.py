@@ -339,7 +339,7 @@ ROUTING = [
         "a routing of other queries",
         _routed(lambda: _editor().route(QUERIES[:2])),
         ValueError,
-        ("of 2 queries, and 5", r"route\(queries\)"),
+        ("of 2 prompts, and 5", r"route\(prompts\)"),
     ),
     Case("a routing in words", _routed("x"), TypeError, ("routing is 'x'", "instance of Routing")),
     Case(
