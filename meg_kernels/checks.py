@@ -110,8 +110,8 @@ def _wanted(fits: bool) -> None:
 
 def as_integer(value: Any) -> int:
     """A whole number, Python's or numpy's, as Python's; TypeError for others, and for a bool."""
-    # PyTorch gives its booleans an index too.
-    if isinstance(value, bool) or str(getattr(value, "dtype", "")) == "torch.bool":
+    # PyTorch gives its booleans an index too, and so do older versions of numpy.
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
         raise TypeError
     return operator.index(value)
 
