@@ -52,7 +52,7 @@ def _run() -> None:
     from rich.markup import escape
 
     from meg_kernels.cli.commands import app
-    from meg_kernels.cli.tables import errors
+    from meg_kernels.cli.tables import errors, print_error
 
     # Loading bars and notes of other libraries tell a user nothing.
     for library in ("transformers", "lm_eval"):
@@ -63,8 +63,7 @@ def _run() -> None:
     try:
         app()
     except (OSError, ValueError, KeyError, RuntimeError, FloatingPointError, ImportError) as error:
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        errors.print(f"[bold red]error:[/] {escape(str(text))}", highlight=False)
+        print_error(error)
         sys.exit(1)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from meg_kernels.cli.tables import console, errors
+from meg_kernels.cli.tables import console, errors, print_error
 from meg_kernels.conversation import Message, has_chat
 from meg_kernels.facts import Fact
 
@@ -103,25 +103,24 @@ class Chat:
         except KeyboardInterrupt:
             console.print("\n(interrupted)", style="dim")
         except (OSError, ValueError, KeyError, RuntimeError, FloatingPointError) as error:
-            text = error.args[0] if isinstance(error, KeyError) and error.args else error
-            errors.print(f"[bold red]error:[/] {escape(str(text))}", highlight=False)
+            print_error(error)
         return True
 
     def say(self, text: str) -> None:
         """The user says something, and the model answers, word by word."""
         asked = [*self.messages, {"role": "user", "content": text}]
         routing = self.editor.route(asked)
-        said = self._stream(asked, self.editor.chat)
+        said = self._answer(asked)
         self.messages = [*asked, {"role": "assistant", "content": said}]
         self._routing = routing
 
-    def _stream(self, asked: list[Message], ask: Callable[..., Any]) -> str:
+    def _answer(self, asked: list[Message]) -> str:
+        """What the model says next, shown word by word."""
         from transformers import TextStreamer
 
         console.print("model: ", end="", style="bold")
         streamer = TextStreamer(self.editor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        said = ask(asked, max_new_tokens=self.max_new_tokens, streamer=streamer)
-        return said if isinstance(said, str) else said[0]
+        return self.editor.chat(asked, self.max_new_tokens, streamer=streamer)
 
     def _asked(self) -> list[Message]:
         """The conversation up to the user's last message."""
@@ -151,10 +150,8 @@ class Chat:
 
     def base(self) -> None:
         """The base model's answer to the last question."""
-        self._stream([*self._asked()], lambda asked, **how: self._base(asked, **how))
-
-    def _base(self, asked: list[Message], **how: Any) -> str:
-        return self.editor.generate_base([asked], **how)[0]
+        with self.editor.disabled():
+            self._answer(self._asked())
 
     def edit(self, line: str) -> None:
         """Teach the model a fact; one with the same question is replaced."""

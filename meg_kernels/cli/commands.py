@@ -504,14 +504,13 @@ def evaluate(
             if plot is not None:
                 plot_contexts(found, plot)
                 print_written("plot", plot)
-            if report is not None:
-                write_json(report, found.to_dict())
-                print_written("report", report)
-            return
-        evaluation = editor.evaluate(asked, work_folder=work, progress=True)
-        evaluation = dataclasses.replace(evaluation, perplexity=editor.perplexity(progress=True))
-        print_evaluation(evaluation)
-        content = evaluation.to_dict()
+            content = found.to_dict()
+        else:
+            evaluation = editor.evaluate(asked, work_folder=work, progress=True)
+            passages = editor.perplexity(progress=True)
+            evaluation = dataclasses.replace(evaluation, perplexity=passages)
+            print_evaluation(evaluation)
+            content = evaluation.to_dict()
         if tasks is not None:
             names = [name.strip() for name in tasks.split(",")]
             scores = evaluate_tasks(editor, names, task_path=task_path, limit=task_limit)

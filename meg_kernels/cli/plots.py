@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from meg_kernels.editing.by_context import ContextReport
     from meg_kernels.editing.layers import LayerComparison
 
@@ -40,8 +42,7 @@ def plot_layers(comparison: LayerComparison, path: str | Path) -> None:
     steps.plot(layers, [quality.steps for quality in rows], "^:", color="0.5")
     steps.set(ylabel="SGD steps per fact (dotted)", ylim=(0, None))
     axes.set_title(f"{comparison.n} facts, each with its own collected neuron")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def plot_contexts(report: ContextReport, path: str | Path) -> None:
@@ -71,6 +72,10 @@ def plot_contexts(report: ContextReport, path: str | Path) -> None:
     axes.grid(axis="x", color="0.9")
     axes.legend(loc="lower left")
     axes.set_title(f"{report.n} facts, asked where people ask")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

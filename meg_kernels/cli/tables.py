@@ -73,6 +73,12 @@ class EditedFact:
         }
 
 
+def print_error(error: Exception) -> None:
+    """Print what went wrong, in one line, to stderr."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    errors.print(f"[bold red]error:[/] {escape(str(text))}", highlight=False)
+
+
 def print_components(states: Mapping[str, str]) -> None:
     """Print the parts of the installation and the state of each."""
     table = Table("component", "state", title="MeG Kernels", title_justify="left")

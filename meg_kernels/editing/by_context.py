@@ -19,7 +19,7 @@ import torch
 
 from meg_kernels.conversation import Prompt, has_chat, prompt_tokens
 from meg_kernels.editing.contexts import MEASURED, Context, usable
-from meg_kernels.editing.evaluate import weight_sums
+from meg_kernels.editing.evaluate import queries, weight_sums
 from meg_kernels.editing.prompting import PromptedModel, answers_match
 from meg_kernels.facts import Fact
 from meg_kernels.progress import progress_bar
@@ -138,13 +138,7 @@ class ByContext:
     def _questions(self, context: Context) -> list[list[_Question]]:
         found = [
             _Question(kind, i, context.asked(query), self.prompted.prompt(query, context))
-            for i, fact in enumerate(self.facts)
-            for kind, queries in zip(
-                KINDS,
-                ([fact.query], fact.paraphrases, [o.query for o in fact.locality]),
-                strict=True,
-            )
-            for query in queries
+            for kind, i, query in queries(self.facts)
         ]
         found.sort(key=lambda question: len(question.prompt))  # less padding
         return [found[i : i + self.batch_size] for i in range(0, len(found), self.batch_size)]
@@ -193,12 +187,12 @@ class ByContext:
     def _answers(
         self, context: Context, edited: Asking | None, done: Callable[[int], Any]
     ) -> list[list[int]]:
-        identity = () if edited is None else self._identity
-        facts = [fact.to_dict() for fact in self.facts]
-        about = [context.name, self.protocol(), facts, self._weights]
-        kept = self._work / f"context-{fingerprint(about, edited is None, *identity)}"
-        if not self._identity:
-            kept = WorkFolder()
+        kept = WorkFolder()
+        if self._identity:
+            identity = () if edited is None else self._identity
+            facts = [fact.to_dict() for fact in self.facts]
+            about = [context.name, self.protocol(), facts, self._weights]
+            kept = self._work / f"context-{fingerprint(about, edited is None, *identity)}"
         found = []
         for number, batch in enumerate(self._batches[context.name]):
             ask = functools.partial(self._ask, batch, edited)

@@ -25,11 +25,9 @@ def _collection(values: Any, name: str) -> CollectionConfig:
     old = values.get("question_framings") if isinstance(values, Mapping) else None
     if isinstance(old, list | tuple):
         values = {**values}
-        questions, beginnings = (
-            values.pop("question_framings"),
-            values.pop("cloze_framings", None) or (),
-        )
-        pairs = itertools.zip_longest(questions, beginnings, fillvalue="{}")
+        del values["question_framings"]
+        beginnings = values.pop("cloze_framings", None) or ()
+        pairs = itertools.zip_longest(old, beginnings, fillvalue="{}")
         values["contexts"] = [
             {"name": f"framing {number}", "question": question, "beginning": beginning}
             for number, (question, beginning) in enumerate(pairs, 1)

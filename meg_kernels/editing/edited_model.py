@@ -318,20 +318,19 @@ class EditedModel:
     ) -> EvaluationReport:
         edits = self.edits
         facts = self.facts if facts is None else facts
-        neurons = [dataclasses.asdict(self.router.config), self.layer, *edits.identity()]
-        evaluation = Evaluation(self.prompted, facts, work_folder=work_folder, identity=neurons)
+        identity, about = self._measured()
+        evaluation = Evaluation(self.prompted, facts, work_folder=work_folder, identity=identity)
         rows = edits.rows_of(facts)
 
         def mount_own(queries: Sequence[str], owners: Sequence[int]):
             return self.attached.neurons(edits.neurons, torch.tensor([rows[i] for i in owners]))
 
-        about = {"model": self.name, "layer": self.layer}
         before = self.router.served
         with self.serving():
             report = evaluation.report(
                 lambda queries, owners: self.routed(queries),
                 mount_own,
-                protocol=about | self.router.protocol(),
+                protocol=about,
                 seconds=edits.report.seconds,
                 progress=progress,
             )
@@ -369,17 +368,15 @@ class EditedModel:
         self._check_nothing_mounted()
         given = None if facts is None else as_facts(facts)
         with self.editing:
-            edits = self.edits
-            neurons = [dataclasses.asdict(self.router.config), self.layer, *edits.identity()]
+            identity, about = self._measured()
             evaluation = ByContext(
                 self.prompted,
                 self.facts if given is None else given,
                 contexts,
                 max_new_tokens,
                 work_folder=work_folder,
-                identity=neurons,
+                identity=identity,
             )
-            about = {"model": self.name, "layer": self.layer} | self.router.protocol()
             with self.serving():
                 return evaluation.report(
                     lambda asked, _: self.routed(asked), protocol=about, progress=progress
@@ -408,6 +405,11 @@ class EditedModel:
         passages = shipped_passages() if texts is None else as_texts("texts", texts)
         with self.editing, self.serving():
             return perplexity(self.prompted, passages, mount_edited, progress)
+
+    def _measured(self) -> tuple[list[Any], dict[str, Any]]:
+        """What tells these edits from others, and what a report must say of them."""
+        identity = [dataclasses.asdict(self.router.config), self.layer, *self.edits.identity()]
+        return identity, {"model": self.name, "layer": self.layer} | self.router.protocol()
 
     def _check_nothing_mounted(self) -> None:
         """Raise RuntimeError where neurons would count as part of the base model."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -199,14 +199,7 @@ class Evaluation:
                 f"max_new_tokens is {max_new_tokens}, but the longest answer has {longest} tokens"
             )
         questions = [
-            Question(kind, i, query, prompted.prompt(query))
-            for i, fact in enumerate(facts)
-            for kind, queries in (
-                ("reliability", [fact.query]),
-                ("generality", fact.paraphrases),
-                ("locality", [other.query for other in fact.locality]),
-            )
-            for query in queries
+            Question(kind, i, query, prompted.prompt(query)) for kind, i, query in queries(facts)
         ]
         prompted.check_prompts([question.prompt for question in questions], self.max_new_tokens)
         questions.sort(key=lambda question: len(question.prompt))  # less padding
@@ -409,6 +402,14 @@ class Evaluation:
         for i, share in zip(missed, shares.tolist(), strict=True):
             hits[i] = share
         return hits
+
+
+def queries(facts: Sequence[Fact]) -> Iterator[tuple[str, int, str]]:
+    """All that facts are measured on: its kind, the number of its fact, and the query."""
+    for i, fact in enumerate(facts):
+        yield "reliability", i, fact.query
+        yield from (("generality", i, query) for query in fact.paraphrases)
+        yield from (("locality", i, other.query) for other in fact.locality)
 
 
 def weight_sums(model: PreTrainedModel) -> list[float]:
