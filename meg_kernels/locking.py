@@ -17,6 +17,7 @@ import os
 import shlex
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,8 @@ class WriterLock:
 
     def note(self, before: Any) -> None:
         """Note, for who goes on with the same work after a kill, what it began with."""
-        self._about["before"] = before
-        self._write(self.handle)
+        self._write(self.handle, noted := self._about | {"before": before})
+        self._about = noted  # not before it is written: a note that failed is none
 
     def _open(self) -> int:
         try:
@@ -131,15 +132,15 @@ class WriterLock:
             work = self._about["work"]
             if "before" in left and work is not None and left.get("work") == work:
                 self._about["before"] = left["before"]
-            self._write(handle)
+            self._write(handle, self._about)
         except BaseException:
             self._close(handle)
             raise
         return handle
 
-    def _write(self, handle: int) -> None:
+    def _write(self, handle: int, about: Mapping[str, Any]) -> None:
         # In one line, over the old one: a kill leaves one of the two.
-        line = json.dumps(self._about).encode() + b"\n"
+        line = json.dumps(about).encode() + b"\n"
         os.lseek(handle, 0, os.SEEK_SET)
         os.write(handle, line)
         os.ftruncate(handle, len(line))

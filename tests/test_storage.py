@@ -492,6 +492,19 @@ def test_what_was_noted_is_for_the_same_work_alone(tmp_path):
     another.release()
 
 
+def test_what_could_not_be_noted_is_no_note(tmp_path, monkeypatch):
+    lock = WriterLock(tmp_path, "lock", "work")
+
+    def full(handle, line):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        lock.note(["before"])
+    assert lock.before is None  # or the writer would keep its lock, as if it had saved
+    lock.release()
+
+
 def test_a_lock_that_cannot_be_written_is_not_held(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
