@@ -28,6 +28,18 @@ class ChatPrompt(str):
     __slots__ = ()
 
 
+class OpenPrompt(str):
+    """A prompt whose answer may have several lines: no line break ends it."""
+
+    __slots__ = ()
+
+
+def opened(prompt: str, answer: str) -> str:
+    """The prompt, as one of which this is an answer; a conversation's may always have lines."""
+    is_open = "\n" in answer.strip() and not isinstance(prompt, ChatPrompt)
+    return OpenPrompt(prompt) if is_open else prompt
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """How a chat template writes what the model says.

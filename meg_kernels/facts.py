@@ -67,7 +67,8 @@ class Fact:
 
     Args:
         query: a question, or the beginning of a sentence which the answer completes.
-        answer: the new answer, one line without a full stop.
+        answer: the new answer, without the full stop that ends it; one of several lines stays as it
+            is.
         id: unique among the facts of an editor; if empty, "query -> answer".
         subject: what the fact is about; None if that is not known.
         relation: what it says about the subject; None if that is not known.
@@ -100,11 +101,6 @@ class Fact:
             named = f"{self.query.strip()} -> {self.answer.strip()}"
             object.__setattr__(self, "id", "".join(" " if _is_control(c) else c for c in named))
         _check_text("id", self.id)
-        if "\n" in self.answer.strip():
-            raise FactsError(
-                f"answer is {shown(self.answer)}; it must be one line, since an answer ends at a "
-                "line break"
-            )
         if unwritable := [sign for sign in self.id if _is_control(sign)]:
             raise FactsError(
                 f"id is {shown(self.id)}, with {unwritable[0]!r}; it must hold no control "
@@ -173,8 +169,18 @@ class Fact:
         >>> Fact("Who wrote Emma?", "Me", subject="Emma").is_named_in("the author of EMMA")
         True
         """
-        query, subject = TEXT("query", query), normalized_query(self.subject or "")
-        return subject in normalized_query(query) or subject not in self.normalized_query
+        query, subject = TEXT("query", query), self.named_subject
+        return subject is None or subject in normalized_query(query)
+
+    @property
+    def named_subject(self) -> str | None:
+        """The subject as `normalized_query` has it in what names it; None if the query does not.
+
+        >>> Fact("Who wrote Emma?", "Me", subject="Emma").named_subject
+        'emma'
+        """
+        subject = normalized_query(self.subject or "")
+        return subject if subject and subject in self.normalized_query else None
 
 
 def _check_text(name: str, value: Any, optional: bool = False) -> None:

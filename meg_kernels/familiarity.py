@@ -130,14 +130,25 @@ def _check_rows(name: str, rows: Tensor, width: int | None = None) -> None:
 
 
 def nearest(z: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest edited query of each query.
+    """The nearest edited query of each query: the first of the `nearest_few`.
+
+    Returns:
+        [B] the cosine to the nearest one (-1 if none is edited), and [B] int64 its row (-1).
+    """
+    similarity, row = nearest_few(z, conditions, 1)
+    return similarity[:, 0], row[:, 0]
+
+
+def nearest_few(z: Tensor, conditions: Tensor, few: int) -> tuple[Tensor, Tensor]:
+    """The nearest edited queries of each query, the nearest one first.
 
     Args:
         z: [B, dim] unit vectors of queries.
         conditions: [N, dim] unit vectors of the edited queries.
+        few: how many; all, if fewer are edited.
 
     Returns:
-        [B] the cosine to the nearest one (-1 if none is edited), and [B] int64 its row (-1).
+        [B, few] cosines (one of -1 if none is edited), and [B, few] int64 their rows (-1).
 
     Raises:
         TypeError: one of them is no tensor.
@@ -147,9 +158,11 @@ def nearest(z: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
     _check_rows("z", z, conditions.shape[1])
     check_alike(z, conditions=conditions)
     if not len(conditions):
-        return z.new_full((len(z),), -1.0), z.new_full((len(z),), -1, dtype=torch.int64)
-    similarity, row = (z @ conditions.T).max(1)
-    return similarity, row
+        return z.new_full((len(z), 1), -1.0), z.new_full((len(z), 1), -1, dtype=torch.int64)
+    similarity = z @ conditions.T
+    if few == 1:  # faster
+        return similarity.max(1, keepdim=True)
+    return similarity.topk(min(few, len(conditions)))
 
 
 class SimilarityGate(nn.Module):

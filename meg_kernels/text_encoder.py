@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.checkpoints import not_finite
-from meg_kernels.checks import FLAG, SEED, check_fields, integer, number
+from meg_kernels.checks import FLAG, SEED, TEXT, check_fields, integer, number
 from meg_kernels.gradients import check_trainable
 from meg_kernels.precision import fast_products
 from meg_kernels.pretrained import (
@@ -32,7 +32,7 @@ from meg_kernels.pretrained import (
 )
 from meg_kernels.progress import progress_bar
 from meg_kernels.scoped import seeded
-from meg_kernels.texts import as_texts
+from meg_kernels.texts import as_texts, plain
 
 MAX_TOKENS = 128  # of a text, at most
 
@@ -44,17 +44,20 @@ class Wordings:
     Args:
         same: wordings of one query; tuning needs two that differ.
         different: queries that must not be taken for it.
+        subject: what the query is about, as `Fact.named_subject` has it; None: not known.
 
     Raises:
-        TypeError: one of the two is no list of texts.
+        TypeError: one of the two is no list of texts, or the subject is no text.
     """
 
     same: tuple[str, ...]
     different: tuple[str, ...] = ()
+    subject: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "same", tuple(as_texts("same", self.same)))
         object.__setattr__(self, "different", tuple(as_texts("different", self.different)))
+        check_fields(self, subject=TEXT.or_none())
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,7 @@ class TextEncoder(nn.Module):
         """
         tokens = tokenized(
             self.tokenizer,
-            as_texts("texts", texts),
+            [plain(text) for text in as_texts("texts", texts)],
             padding=True,
             truncation=True,
             max_length=self.max_tokens,

@@ -3,7 +3,7 @@
 Three rules, each on top of the one before:
 
     normalized          how a text is written does not count: case, white space, and signs that
-                        keyboards and programs write in several ways
+                        keyboards and programs write in several ways (`plain`: all that but case)
     normalized_query    nor do the signs around a question: 'Who wrote "Emma"?', 'who wrote Emma'
     normalized_answer   nor the full stop behind an answer: 'Ana Vee.', 'Ana Vee'
 
@@ -59,9 +59,18 @@ def normalized(text: str) -> str:
     "who wrote 'emma'?"
     """
     text = text.casefold()
+    return plain(text if text.isascii() else unicodedata.normalize("NFD", text).casefold())
+
+
+def plain(text: str) -> str:
+    """The text with its signs written in one of the ways in which they can be; its case stays.
+
+    >>> plain("Ｗho  wrote ‘Emma’？")
+    "Who wrote 'Emma'?"
+    """
     if text.isascii():
         return " ".join(text.replace("`", "'").split())
-    text = unicodedata.normalize("NFD", text).casefold().translate(_TABLE)
+    text = unicodedata.normalize("NFD", text).translate(_TABLE)
     return " ".join(unicodedata.normalize("NFC", _JOINER.sub("", text)).split())
 
 

@@ -56,6 +56,7 @@ SLOW = {
     "test_quality_baselines",
     "test_quality_study",
     "test_short_attention",
+    "test_answers",
     "test_smollm2",
     "test_solver_step",
 }

@@ -66,6 +66,7 @@ from meg_kernels.editing import stages, tuning
 from meg_kernels.editing.contexts import MEASURED
 from meg_kernels.editing.evaluate import Evaluation
 from meg_kernels.editing.prompting import PromptedModel
+from meg_kernels.familiarity import calibrate
 from meg_kernels.routing import saving
 from meg_kernels.routing.manifest import sealed
 from meg_kernels.routing.neuron_cache import Served
@@ -649,14 +650,15 @@ def test_another_gate_is_that_of_an_edit_with_it(gate, tmp_path):
 
 def test_a_threshold_can_be_chosen_and_a_gate_that_does_not_exist_cannot(editor):
     before = editor.edits.gate.threshold
-    calibration = editor.set_gate("similarity", threshold=-2.0)
-    assert calibration.threshold == before and editor.route(LOCALITY).accepted.all()
+    calibration = editor.set_gate("similarity", threshold=-2.0, require_subject=False)
+    assert calibration.threshold != before and editor.route(LOCALITY).accepted.all()
+    editor.set_gate(require_subject=True)
     with pytest.raises(ValueError, match="it must be one of 'similarity', 'familiarity'"):
         editor.set_gate("nearest")
     with pytest.raises(ValueError, match="threshold is nan; it must be a number, finite"):
         editor.set_gate("similarity", threshold=float("nan"))
     gate = editor.edits.gate
-    editor.set_gate("similarity", require_subject=False)  # which leaves it as it is
+    editor.set_gate("similarity", require_subject=True)  # which leaves it as it is
     assert editor.edits.gate is gate
     assert editor.evaluate(EDITED[:1]).protocol["threshold"] == -2.0
     editor.set_gate(threshold="calibrated")
@@ -692,19 +694,36 @@ def test_a_fact_whose_own_query_does_not_spell_its_subject_asks_for_none(editor)
     assert editor.route(QUERIES).accepted.all()
 
 
-def test_from_many_edited_facts_on_a_query_must_name_the_subject(editor, monkeypatch):
+def test_a_query_must_name_the_subject_unless_asked_otherwise(editor):
     editor.set_gate(threshold=-2.0)
-    assert editor.config.require_subject is None
-    assert editor.route(LOCALITY).accepted.all()
-    monkeypatch.setattr("meg_kernels.routing.router.MANY_FACTS", len(EDITED))
+    assert editor.config.require_subject is True
     routing = editor.route(LOCALITY)
-    nearest = [editor.facts[row].subject for row in routing.fact.tolist()]
-    named = [s.lower() in query.lower() for s, query in zip(nearest, LOCALITY, strict=True)]
-    assert routing.accepted.tolist() == named and not all(named)
+    subjects = [fact.subject.lower() for fact in EDITED]
+    named = [any(subject in query.lower() for subject in subjects) for query in LOCALITY]
+    assert routing.accepted.tolist() == routing.named.tolist() == named and not all(named)
     assert editor.evaluate(EDITED[:1]).protocol["require_subject"] is True
-    editor.remove([EDITED[0].id])
+    editor.set_gate(require_subject=False)
     assert editor.route(LOCALITY).accepted.all()
     assert editor.evaluate(EDITED[1:2]).protocol["require_subject"] is False
+
+
+def test_a_threshold_by_name_is_that_of_what_names_the_subject(editor):
+    held = editor.edits.held_out
+    own = (held.queries * held.paraphrases).sum(1)
+    alike = (held.alike_queries * held.alike).sum(1)
+    weight = editor.config.rejection_weight
+    found = calibrate(own[held.named], alike[held.alike_named], 5, weight)
+    calibration = editor.edits.calibration
+    assert calibration.threshold == editor.edits.gate.threshold == found.threshold
+    accepted = held.named & (own > found.threshold)
+    rejected = ~(held.alike_named & (alike > found.threshold))
+    assert calibration.acceptance == pytest.approx(float(accepted.double().mean()))
+    others = len(held.unrelated)
+    share = (int(rejected.sum()) + others) / (len(rejected) + others)
+    assert calibration.rejection == pytest.approx(share)
+    assert calibration.num_negatives == len(rejected) + others
+    editor.set_gate(threshold="calibrated", require_subject=False)
+    assert editor.edits.calibration != calibration
 
 
 @pytest.mark.parametrize("reword", [None, True, False])
@@ -753,9 +772,9 @@ def test_the_gate_is_calibrated_again_only_when_there_are_half_as_many_facts_aga
     editor = make_editor(dataclasses.replace(BANK, gate=gate))
     edit(editor, FACTS[:4])
     first, calibrated = editor.edits.report.calibration, []
-    real = tuning.calibrate
+    real = tuning.calibrated_gate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "calibrate", lambda *a: calibrated.append(1) or real(*a))
+        patch.setattr(tuning, "calibrated_gate", lambda *a: calibrated.append(1) or real(*a))
         threshold = editor.edits.gate.threshold
         editor.add(FACTS[4:6])  # six
         editor.remove([fact.id for fact in FACTS[:3]])  # three

@@ -94,13 +94,62 @@ def test_edits_that_leave_and_come_back_are_the_same(editor):
     assert len(edits.identity()) == len(again.identity())
 
 
-def test_the_subject_is_required_from_many_facts_on_or_as_asked(router):
+def test_the_subject_is_required_unless_asked_otherwise(router):
     router = Router(router.encoder, router.edits)
-    assert not router.requires_subject
-    router.config = RoutingConfig(require_subject=True)
+    assert router.requires_subject
     named = router.route([*QUERIES, "red blue gold"]).named
     assert named[: len(QUERIES)].all() and not named[-1]
+    router.config = RoutingConfig(require_subject=False)
+    assert not router.requires_subject and router.route(["red blue gold"]).named.all()
     assert "7 facts" in repr(router)
+
+
+def with_threshold(router, threshold, **changed):
+    gate = copy.deepcopy(router.edits.gate)
+    gate.threshold = threshold
+    edits = dataclasses.replace(router.edits, gate=gate, **changed)
+    return Router(router.encoder, edits)
+
+
+def test_of_the_nearest_facts_the_one_whose_subject_is_named_is_taken(router):
+    """By the definition, one text and one fact at a time."""
+    other, facts = with_threshold(router, 0.0), router.edits.facts
+    texts = [
+        *(f"{fact.subject} {QUERIES[row - 1]}" for row, fact in enumerate(facts[:5])),
+        *(f"red blue {fact.subject.upper()}" for fact in facts),
+        "red blue gold",
+    ]
+    routing = other.route(texts)  # none of which is misspelt
+    similarity = router.encode(texts) @ router.edits.conditions.T
+    for place, text in enumerate(texts):
+        able = {
+            row: float(similarity[place, row])
+            for row, fact in enumerate(facts)
+            if fact.subject.lower() in text.lower()
+        }
+        assert routing.named[place] == bool(able)
+        best = max(able, key=able.get) if able else int(similarity[place].argmax())
+        assert routing.fact[place] == best
+        near = float(similarity[place, best])
+        assert routing.score[place].item() == pytest.approx(near, abs=1e-5)
+        assert routing.accepted[place] == (bool(able) and near > 0)
+
+
+def test_a_fact_without_a_subject_has_the_score_of_the_gate(router):
+    facts = [dataclasses.replace(fact, subject=None) for fact in router.edits.facts]
+    other = with_threshold(router, 0.5, facts=tuple(facts))
+    routing = other.route(MIXED)
+    assert torch.allclose(routing.score, other.edits.gate.score(other.encode(MIXED)))
+    assert routing.named.all()
+
+
+def test_a_misspelt_word_is_read_as_it_is_meant(router):
+    query = next(query for query in QUERIES if "color" in query)
+    right, wrong = router.route([query]), router.route([query.replace("color", "coler")])
+    assert torch.equal(right.score, wrong.score) and wrong.accepted.all()
+    assert wrong.spans[0].text == query
+    name = router.edits.facts[0].subject  # too short
+    assert "X" + name not in {span.text for span in router.route(["X" + name]).spans[1:]}
 
 
 def test_a_batch_is_decided_with_one_copy_from_the_device(router, monkeypatch):
@@ -111,4 +160,4 @@ def test_a_batch_is_decided_with_one_copy_from_the_device(router, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.shape) or real(self))
     routing = dataclasses.replace(router.route(QUERIES))
     router.neurons(routing)
-    assert copies == [(2, len(QUERIES))]
+    assert copies == [(2, len(QUERIES), len(router.edits))]

@@ -73,7 +73,7 @@ def measure(
     router, held_out, _ = tuned_router(router, wordings, unrelated, config, None, progress=True)
     seconds = time.perf_counter() - started
     conditions = router.encode([fact.query for fact in facts])
-    gate, calibration = calibrated_gate(conditions, held_out, config, progress=False)
+    gate, calibration = calibrated_gate((), conditions, held_out, config, progress=False)
     owners, paraphrases = zip(
         *((row, text) for row, fact in enumerate(facts) for text in fact.paraphrases), strict=True
     )

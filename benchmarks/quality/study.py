@@ -59,8 +59,7 @@ from meg_kernels.facts import read_facts
 from meg_kernels.familiarity import Calibration
 from meg_kernels.neuron import Neurons
 from meg_kernels.routing.generators import NetworkGeneratorConfig, build_generator
-from meg_kernels.routing.router import Routing
-from meg_kernels.routing.router import subject_named as named
+from meg_kernels.routing.router import Routing, RoutingConfig
 from meg_kernels.storage import write_json
 from meg_kernels.texts import normalized_query
 
@@ -222,9 +221,9 @@ class Decisions:
 
     @classmethod
     def of(cls, edited: Edited, routing: Routing) -> Decisions:
-        """The present gate's, by its scores alone."""
+        """The present gate's, and of the names where subjects are required."""
         edits = edited.editor.edits
-        return cls(routing.score.cpu(), edits.gate.threshold, edits.calibration)
+        return cls(routing.score, edits.gate.threshold, edits.calibration).only(routing.named)
 
     def only(self, where: Tensor) -> Decisions:
         """The same where `where` [Q] is true; elsewhere, no threshold accepts."""
@@ -259,9 +258,14 @@ def compare_gates(
     return {"familiarity": other.row(ungated, base), "both": both.row(ungated, base)}
 
 
-def subject_named(edited: Edited, questions: Iterable[Question], routing: Routing) -> Tensor:
-    """[Q] whether each question names the subject of the edited fact nearest to it."""
-    return named(edited.editor.edits, [q.query for q in questions], routing.fact)
+def without_names(edited: Edited, questions: Sequence[Question]) -> Decisions:
+    """The present gate's decisions where no subject is required."""
+    router = edited.editor.router
+    config, router.config = router.config, RoutingConfig(router.config.snap, False)
+    try:
+        return Decisions.of(edited, edited.routing(questions))
+    finally:
+        router.config = config
 
 
 def of_seed(name: str, seed: int) -> GeneratorConfig:
@@ -455,10 +459,9 @@ class Study:
                 "without_snapping": gated(snapped | alone, base, accepted).to_dict(),
             }
             if main:
-                named = decisions.only(subject_named(edited, base, routing))
                 row["gates"] = {
-                    "similarity": decisions.row(snapped, base),
-                    "similarity, subject named": named.row(snapped, base),
+                    "similarity": without_names(edited, [*base]).row(snapped, base),
+                    "similarity, subject named": decisions.row(snapped, base),
                 }
                 if options.gates:
                     row["gates"] |= compare_gates(edited, decisions, snapped, base)

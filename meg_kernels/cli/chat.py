@@ -110,17 +110,17 @@ class Chat:
         """The user says something, and the model answers, word by word."""
         asked = [*self.messages, {"role": "user", "content": text}]
         routing = self.editor.route(asked)
-        said = self._answer(asked)
+        said = self._answer(asked, routing)
         self.messages = [*asked, {"role": "assistant", "content": said}]
         self._routing = routing
 
-    def _answer(self, asked: list[Message]) -> str:
+    def _answer(self, asked: list[Message], routing: Routing | None = None) -> str:
         """What the model says next, shown word by word."""
         from transformers import TextStreamer
 
         console.print("model: ", end="", style="bold")
         streamer = TextStreamer(self.editor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        return self.editor.chat(asked, self.max_new_tokens, streamer=streamer)
+        return self.editor.chat(asked, self.max_new_tokens, routing=routing, streamer=streamer)
 
     def _asked(self) -> list[Message]:
         """The conversation up to the user's last message."""

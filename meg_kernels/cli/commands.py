@@ -245,12 +245,9 @@ def edit(
     generator: Generator = GeneratorKind.dit,
     gate: Gate = GateKind.similarity,
     require_subject: Annotated[
-        bool | None,
-        typer.Option(
-            help="Edit only queries that name the subject of the nearest edited fact. Default: "
-            "only with 1000 edited facts or more."
-        ),
-    ] = None,
+        bool,
+        typer.Option(help="Edit only queries that name the subject of the edited fact."),
+    ] = True,
     snap: Snap = True,
     serve_unlearnt: ServeUnlearnt = False,
     encoder: Encoder = DEFAULT_ENCODER,
@@ -623,8 +620,8 @@ def set_gate(
     require_subject: Annotated[
         bool | None,
         typer.Option(
-            help="Edit only queries that name the subject of the nearest edited fact. Default: as "
-            "it was set before."
+            help="Edit only queries that name the subject of the edited fact. Default: as it was "
+            "set before."
         ),
     ] = None,
     serve_unlearnt: Annotated[

@@ -19,7 +19,7 @@ import torch
 
 from meg_kernels.conversation import Prompt, has_chat, prompt_tokens
 from meg_kernels.editing.contexts import MEASURED, Context, usable
-from meg_kernels.editing.evaluate import queries, weight_sums
+from meg_kernels.editing.evaluate import asked_of, queries, weight_sums
 from meg_kernels.editing.prompting import PromptedModel, answers_match
 from meg_kernels.facts import Fact
 from meg_kernels.progress import progress_bar
@@ -137,7 +137,12 @@ class ByContext:
 
     def _questions(self, context: Context) -> list[list[_Question]]:
         found = [
-            _Question(kind, i, context.asked(query), self.prompted.prompt(query, context))
+            _Question(
+                kind,
+                i,
+                context.asked(query),
+                asked_of(self.facts[i], kind, self.prompted.prompt(query, context)),
+            )
             for kind, i, query in queries(self.facts)
         ]
         found.sort(key=lambda question: len(question.prompt))  # less padding

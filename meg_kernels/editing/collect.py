@@ -44,6 +44,7 @@ from meg_kernels.storage import WorkFolder, fingerprint, read_tensors, write_ten
 
 PROMPTS_AT_ONCE_ON_CPU = 16
 HIDDEN = ""  # the whole layer's name, among its parts'
+STEPS_A_TOKEN = 5  # at most; long answers take more steps than short ones
 INITIAL_FACTS = 8  # whose prompts decide the initial neuron; one direction needs no more
 
 
@@ -53,7 +54,8 @@ class CollectionConfig:
 
     Args:
         learning_rate: of plain SGD.
-        max_steps: after this many steps a fact is left as it is.
+        max_steps: after this many steps a fact is left as it is; or after five for each token of
+            its longest target, if those are more.
         target_loss: a fact is fitted until in every context its target tokens are the model's
             argmax and their mean cross-entropy is below this, in nats.
         overshoot: the fitted value is multiplied by this, unless the fact is lost by it.
@@ -167,6 +169,8 @@ class _Fit:
         self.contexts = owner.bincount()  # [F] how many each fact has
         self.first_row = self.contexts.cumsum(0) - self.contexts  # [F]
         facts = len(self.contexts)
+        targets = (batch.labels != IGNORED).sum(1)
+        self.longest = targets.new_zeros(facts).scatter_reduce_(0, owner, targets, "amax")  # [F]
         self.flat = initial.layout.pack(initial.to(owner.device)).repeat(facts, 1)
         self.steps = torch.zeros(facts, dtype=torch.int64, device=owner.device)
         self.learnt = torch.zeros(facts, dtype=torch.bool, device=owner.device)
@@ -174,14 +178,16 @@ class _Fit:
     def run(self, config: CollectionConfig) -> None:
         active = torch.arange(len(self.flat), device=self.flat.device)
         passed = torch.zeros_like(self.contexts)  # contexts in a row that needed no update
-        for step in range(config.max_steps):
+        most = (STEPS_A_TOKEN * self.longest).clamp(min=config.max_steps)  # [F]
+        for step in range(int(most.max())):
             looked = self._look(active, self.flat[active], step, with_gradient=True)
             good = looked.right & (looked.losses < config.target_loss)
             update = config.learning_rate * looked.gradient * ~good.unsqueeze(1)
             self.flat[active] -= update
             self.steps[active] += ~good
             passed[active] = torch.where(good, passed[active] + 1, 0)
-            active = active[passed[active] < self.contexts[active]]
+            goes_on = (passed[active] < self.contexts[active]) & (step + 1 < most[active])
+            active = active[goes_on]
             if not len(active):
                 break
 

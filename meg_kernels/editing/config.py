@@ -78,7 +78,7 @@ class EditorConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig.dit)
     gate: GateKind = "similarity"
     threshold: float | None = None
-    require_subject: bool | None = None
+    require_subject: bool = True
     snap: bool = True
     serve_unlearnt: bool = False
     calibration_share: float = 0.25

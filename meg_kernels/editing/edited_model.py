@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,7 +20,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.checks import instance_of
-from meg_kernels.conversation import ChatPrompt, Message, Prompts, as_messages, as_prompts
+from meg_kernels.conversation import (
+    ChatPrompt,
+    Message,
+    Prompts,
+    as_messages,
+    as_prompts,
+    opened,
+)
 from meg_kernels.editing.by_context import MAX_NEW_TOKENS, ByContext, ContextReport
 from meg_kernels.editing.contexts import MEASURED, Context
 from meg_kernels.editing.evaluate import Evaluation, EvaluationReport, unknown_facts
@@ -31,7 +39,7 @@ from meg_kernels.nn import Attached
 from meg_kernels.nn.changed import Shared
 from meg_kernels.nn.identity import compare, identity
 from meg_kernels.nn.packing import frozen_products
-from meg_kernels.pretrained import load_language_model
+from meg_kernels.pretrained import load_language_model, tokenized
 from meg_kernels.routing.edits import Edits
 from meg_kernels.routing.router import Router, Routing
 from meg_kernels.routing.saving import BaseModel, Saved
@@ -41,6 +49,8 @@ from meg_kernels.text_encoder import TextEncoder
 from meg_kernels.texts import as_texts
 
 log = logging.getLogger(__name__)
+
+ENDING = 8  # tokens that an answer may take beside those of its text
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -213,14 +223,21 @@ class EditedModel:
             yield
 
     def generate(
-        self, prompts: Prompts, max_new_tokens: int | None = None, **generation: Any
+        self,
+        prompts: Prompts,
+        max_new_tokens: int | None = None,
+        *,
+        routing: Routing | None = None,
+        **generation: Any,
     ) -> list[str]:
         """Answers to prompts, edited and unrelated ones in one batch.
 
         Args:
             prompts: queries, without the template, and conversations, which get the tokenizer's
                 chat template: lists of messages, dicts with role and content.
-            max_new_tokens: the longest answer; default: 32, and 256 in a conversation.
+            max_new_tokens: the longest answer; default: 32, and 256 in a conversation, or what the
+                longest edited answer among them needs.
+            routing: of these prompts; default: what `route` says.
             generation: keyword arguments of `model.generate`; greedy without. Those that contradict
                 answers in texts raise a TypeError that names them.
 
@@ -235,10 +252,16 @@ class EditedModel:
         """
         asked = as_prompts("prompts", prompts)
         texts = [self.prompted.prompt_of(prompt) for prompt in asked]
+        routing = self.router.route(asked) if routing is None else routing
+        answers = [] if self.attached.is_disabled else routing.answers()
+        texts = [opened(text, answer) for text, answer in zip_longest(texts, answers, fillvalue="")]
+        longest = max((len(tokenized(self.tokenizer, a).input_ids) for a in answers), default=0)
         kinds = [
             (
                 [row for row, text in enumerate(texts) if isinstance(text, ChatPrompt) is in_chat],
-                (256 if in_chat else 32) if max_new_tokens is None else max_new_tokens,
+                max(256 if in_chat else 32, longest + ENDING)
+                if max_new_tokens is None
+                else max_new_tokens,
             )
             for in_chat in (False, True)
         ]
@@ -248,7 +271,7 @@ class EditedModel:
         for rows, most in kinds:
             if not rows:
                 continue
-            with self.routed([asked[row] for row in rows]):
+            with self.routed([asked[row] for row in rows], routing.of(rows)):
                 said = self.prompted.answers([texts[row] for row in rows], most, **generation)
             each = len(said) // len(rows)
             for place, row in enumerate(rows):
@@ -257,13 +280,19 @@ class EditedModel:
         return [text for several in found for text in several]
 
     def chat(
-        self, messages: Sequence[Message], max_new_tokens: int = 256, **generation: Any
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int = 256,
+        *,
+        routing: Routing | None = None,
+        **generation: Any,
     ) -> str:
         """What the model says next in a conversation.
 
         Args:
             messages: dicts with role and content, of which the last one is the user's.
             max_new_tokens: the most tokens that it says.
+            routing: of this conversation; default: what `route` says.
             generation: keyword arguments of `model.generate`, such as a `streamer`.
 
         Raises:
@@ -272,7 +301,7 @@ class EditedModel:
                 model reads.
         """
         messages = as_messages("messages", messages)
-        (said, *_) = self.generate([messages], max_new_tokens, **generation)
+        (said, *_) = self.generate([messages], max_new_tokens, routing=routing, **generation)
         return said
 
     def generate_base(

@@ -28,9 +28,9 @@ from meg_kernels.editing.layers import default_layer
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.editing.stages import Stages
 from meg_kernels.editing.tuning import (
-    calibrated_gate,
     regated,
     usable_for_tuning,
+    with_gate,
 )
 from meg_kernels.facts import (
     Fact,
@@ -300,9 +300,7 @@ class MeGEditor(EditedModel):
         if threshold is not None or gate not in (None, config.gate):
             chosen = None if threshold == "calibrated" else threshold
             config = dataclasses.replace(config, gate=gate or config.gate, threshold=chosen)
-            made, calibration = calibrated_gate(edits.conditions, edits.held_out, config, progress)
-            report = dataclasses.replace(edits.report, calibration=calibration)
-            edits = dataclasses.replace(edits, gate=made, report=report)
+            edits = with_gate(edits, config, progress)
         self.config = config
         self._put(edits)
         return edits.calibration

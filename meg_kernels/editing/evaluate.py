@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from meg_kernels.conversation import opened
 from meg_kernels.editing.general_ability import Perplexity
 from meg_kernels.editing.prompting import IGNORED, PromptedModel, answers_match
 from meg_kernels.facts import Fact
@@ -199,7 +200,8 @@ class Evaluation:
                 f"max_new_tokens is {max_new_tokens}, but the longest answer has {longest} tokens"
             )
         questions = [
-            Question(kind, i, query, prompted.prompt(query)) for kind, i, query in queries(facts)
+            Question(kind, i, query, asked_of(facts[i], kind, prompted.prompt(query)))
+            for kind, i, query in queries(facts)
         ]
         prompted.check_prompts([question.prompt for question in questions], self.max_new_tokens)
         questions.sort(key=lambda question: len(question.prompt))  # less padding
@@ -337,7 +339,12 @@ class Evaluation:
             if not batch:
                 continue
             if prompting is not None:
-                batch = [replace(q, prompt=prompting(q.query, q.fact)) for q in batch]
+                batch = [
+                    replace(
+                        q, prompt=asked_of(self.facts[q.fact], q.kind, prompting(q.query, q.fact))
+                    )
+                    for q in batch
+                ]
             answer = functools.partial(self._answer, batch, mounting)
             (said, hits, seconds), found = kept.once(
                 f"batch-{number:05d}.json", answer, write_kept_json, read_kept_json
@@ -348,7 +355,7 @@ class Evaluation:
                 if question.kind == "locality":
                     right = self._base_answers is None or tokens == self._base_answers[question]
                 else:
-                    text = self.prompted.text(tokens)
+                    text = self.prompted.text(tokens, question.prompt)
                     right = answers_match(text, self.facts[question.fact].answer)
                 verdicts.append(Verdict(question, right, hit))
         return verdicts
@@ -402,6 +409,11 @@ class Evaluation:
         for i, share in zip(missed, shares.tolist(), strict=True):
             hits[i] = share
         return hits
+
+
+def asked_of(fact: Fact, kind: str, prompt: str) -> str:
+    """The prompt of one of a fact's questions; its own answer may have several lines."""
+    return prompt if kind == "locality" else opened(prompt, fact.answer)
 
 
 def queries(facts: Sequence[Fact]) -> Iterator[tuple[str, int, str]]:

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from meg_kernels.checks import (
     FLAG,
@@ -27,9 +33,11 @@ from meg_kernels.checks import (
 from meg_kernels.conversation import (
     ChatFormat,
     ChatPrompt,
+    OpenPrompt,
     Prompt,
     chat_format,
     chat_prompt,
+    opened,
     prompt_tokens,
 )
 from meg_kernels.editing.contexts import Context
@@ -122,18 +130,26 @@ def target_tokens(
     """Token ids of `prompt` and of its target.
 
     The target is a space, the answer, a full stop and the end of the text; in a conversation,
-    what its chat template writes in place of the space and of the end.
+    what its chat template writes in place of the space and of the end. Answers of several lines,
+    and those that end with another sign than a letter, a digit, a quote or a bracket, get no full
+    stop.
     """
     in_chat = isinstance(prompt, ChatPrompt)
     form = chat_format(tokenizer) if in_chat else ChatFormat(" ", tokenizer.eos_token_id)
     prompt_ids = prompt_tokens(tokenizer, prompt)
-    said = f"{form.lead}{answer}."
+    said = f"{form.lead}{answer}{_full_stop(answer)}"
     whole = prompt_tokens(tokenizer, ChatPrompt(prompt + said) if in_chat else prompt + said)
     if whole[: len(prompt_ids)] == prompt_ids:
         target = whole[len(prompt_ids) :]
     else:
         target = tokenized(tokenizer, said, add_special_tokens=False).input_ids
     return prompt_ids, [*target, form.end]
+
+
+def _full_stop(answer: str) -> str:
+    last = answer.rstrip()[-1:]
+    ends = "\n" not in answer.strip() and (last.isalnum() or last in "\"'”’»)]%°+#")
+    return "." if ends else ""
 
 
 @dataclass(frozen=True)
@@ -396,7 +412,7 @@ class PromptedModel:
         answer: str,
         prompts: list[str],
         pairs: list[tuple[list[int], list[int]]],
-        ends: Callable[[bool], set[int]],
+        ends: Callable[[type[str]], set[int]],
     ) -> str | None:
         """Why greedy decoding could never give a target and be right; None if it could each."""
         length, most = max(len(prompt) + len(target) for prompt, target in pairs), self.positions
@@ -409,24 +425,27 @@ class PromptedModel:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             return f"its token {token!r} is number {highest}, but the model embeds {rows}"
         targets = {
-            (isinstance(prompt, ChatPrompt), tuple(target))
+            (type(opened(prompt, answer)), tuple(target))
             for prompt, (_, target) in zip(prompts, pairs, strict=True)
         }
-        for in_chat, target in targets:
-            if reason := self._unsayable(answer, target, in_chat, ends(in_chat)):
+        for kind, target in targets:
+            if reason := self._unsayable(answer, target, kind(), ends(kind)):
                 return f"its answer {_shortened(answer)} {reason}"
         return None
 
-    def _ends_of(self, in_chat: bool) -> set[int]:
-        return {*(self.turn_ends if in_chat else self.ends)}
+    def _ends_of(self, kind: type[str]) -> set[int]:
+        """Token ids that end an answer to a prompt of this kind."""
+        if kind is ChatPrompt:
+            return {*self.turn_ends}
+        return self._own_ends if kind is OpenPrompt else {*self.ends}
 
     def _unsayable(
-        self, answer: str, target: Sequence[int], in_chat: bool, ends: set[int]
+        self, answer: str, target: Sequence[int], prompt: str, ends: set[int]
     ) -> str | None:
         if not normalized(answer).strip(" ."):
             return "is nothing but full stops"
         given = next((i + 1 for i, token in enumerate(target) if token in ends), len(target))
-        said = self.text(target[:given], ChatPrompt() if in_chat else "")
+        said = self.text(target[:given], prompt)
         if answers_match(said, answer):
             return None
         if special := {*self.tokenizer.all_special_ids} & {*target[:-1]}:
@@ -535,7 +554,7 @@ class PromptedModel:
             max_new_tokens: the longest answer.
             generation: keyword arguments of `model.generate`; greedy without any. `eos_token_id`
                 ends answers in place of the model's own; a line break always does, but for
-                conversations.
+                conversations and an `OpenPrompt`.
 
         Raises:
             TypeError: a keyword that contradicts this: `checked_generation` names them.
@@ -558,9 +577,16 @@ class PromptedModel:
         check_tokens(batch, self.tokenizer, self.model)
         batch = batch.to(input_device(self.model))
         batch.pop("token_type_ids", None)
-        ends = self.turn_ends if in_chat[0] else self.ends
+        kinds = [type(prompt) for prompt in prompts]
+        ends_of = {kind: self._ends_of(kind) for kind in kinds}
         if (chosen := generation.pop("eos_token_id", None)) is not None:
-            ends = sorted({*ends} - self._own_ends | {*_as_list(chosen)})
+            own = self._own_ends
+            ends_of = {kind: ends - own | {*_as_list(chosen)} for kind, ends in ends_of.items()}
+        ends = set.intersection(*ends_of.values())
+        if len(ends_of) > 1:
+            given = generation.get("stopping_criteria") or []
+            own_ends = _OwnEnds([ends_of[kind] for kind in kinds])
+            generation["stopping_criteria"] = StoppingCriteriaList([*given, own_ends])
         pad = generation.pop("pad_token_id", None)
         pad = self.tokenizer.pad_token_id if pad is None else pad
         if "stop_strings" in generation:
@@ -569,11 +595,12 @@ class PromptedModel:
             **batch,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            eos_token_id=ends,
+            eos_token_id=sorted(ends),
             **({"do_sample": False} | generation),
         )
-        answers = []
-        for row in output[:, batch["input_ids"].shape[1] :].tolist():
+        answers, each = [], max(len(output) // len(prompts), 1)
+        for place, row in enumerate(output[:, batch["input_ids"].shape[1] :].tolist()):
+            ends = ends_of[kinds[place // each]]
             end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
             while "stop_strings" in generation and end and row[end - 1] == pad:
                 end -= 1  # a row that a string ended is padded after it
@@ -581,11 +608,31 @@ class PromptedModel:
         return answers
 
     def text(self, tokens: Sequence[int], prompt: str = "") -> str:
-        """The answer that these tokens spell, as `answer_text` has it; to a conversation, all."""
+        """The answer that these tokens spell, as `answer_text` has it.
+
+        To a conversation or an `OpenPrompt`, it is all of them.
+        """
         tokens = TOKENS("tokens", tokens)
-        if isinstance(prompt, ChatPrompt):
+        if isinstance(prompt, ChatPrompt | OpenPrompt):
             return str(self.tokenizer.decode([*tokens], skip_special_tokens=True)).strip()
         return answer_text(self.tokenizer, tokens)
+
+
+class _OwnEnds(StoppingCriteria):
+    """Ends each row of a batch at a token of its own.
+
+    Args:
+        ends: of each prompt, the token ids that end its answer.
+    """
+
+    def __init__(self, ends: Sequence[set[int]]):
+        self.ends = ends
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        each = len(input_ids) // len(self.ends)  # of beams or return sequences
+        last = input_ids[:, -1].tolist()
+        done = [token in self.ends[place // each] for place, token in enumerate(last)]
+        return torch.tensor(done, device=input_ids.device)
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:

@@ -116,7 +116,7 @@ class Stages:
             conditions = router.encode([fact.query for fact in facts])
         stopwatch.add("encoder", before)
         with stopwatch.stage("gate"):
-            gate, calibration = calibrated_gate(conditions, held_out, config, self.progress)
+            gate, calibration = calibrated_gate(facts, conditions, held_out, config, self.progress)
         edits = Edits(
             tuple(facts),
             conditions,

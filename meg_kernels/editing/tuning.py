@@ -37,6 +37,7 @@ from meg_kernels.storage import (
     write_tensors,
 )
 from meg_kernels.text_encoder import EncoderTuningConfig, TextEncoder, Wordings
+from meg_kernels.texts import normalized_query
 
 FEWEST_TUNING_FACTS = 8
 CALIBRATED_TO = 1.5  # the gate is calibrated again when the number of facts changed by this factor
@@ -81,7 +82,8 @@ def usable_for_tuning(
     for fact in unrelated_to(tuning, edited):
         same = tuple(dict.fromkeys((fact.query, *fact.paraphrases)))
         if len(same) > 1:
-            usable.append(Wordings(same, tuple(other.query for other in fact.locality)))
+            different = tuple(other.query for other in fact.locality)
+            usable.append(Wordings(same, different, fact.named_subject))
     if len(usable) < FEWEST_TUNING_FACTS:
         raise FactsError(
             f"{len(usable)} of {len(tuning)} tuning facts have a paraphrase and neither query "
@@ -120,16 +122,24 @@ def tuned_router(
     seconds = _tune_once(
         router.encoder, tuned, config.encoder_tuning, WorkFolder.of(work_folder), progress
     )
-    pairs = [(w.same[0], other) for w in held for other in w.same[1:]]
-    alike = [(w.same[0], other) for w in held for other in w.different]
+    pairs = [(w.same[0], other, w.subject) for w in held for other in w.same[1:]]
+    alike = [(w.same[0], other, w.subject) for w in held for other in w.different]
     held_out = HeldOut(
-        router.encode([query for query, _ in pairs]),
-        router.encode([other for _, other in pairs]),
-        router.encode([query for query, _ in alike]),
-        router.encode([other for _, other in alike]),
+        router.encode([query for query, _, _ in pairs]),
+        router.encode([other for _, other, _ in pairs]),
+        router.encode([query for query, _, _ in alike]),
+        router.encode([other for _, other, _ in alike]),
         router.encode(unrelated),
+        _named(pairs).to(router.device),
+        _named(alike).to(router.device),
     )
     return router, held_out, seconds
+
+
+def _named(pairs: Sequence[tuple[str, str, str | None]]) -> Tensor:
+    """[P] bool: whether the second text of each pair names the subject, or need not."""
+    named = [subject is None or subject in normalized_query(other) for _, other, subject in pairs]
+    return torch.tensor(named, dtype=torch.bool)
 
 
 def _tune_once(
@@ -167,12 +177,17 @@ def _tune_once(
 
 
 def calibrated_gate(
-    conditions: Tensor, held_out: HeldOut, config: EditorConfig, progress: bool
+    facts: Sequence[Fact],
+    conditions: Tensor,
+    held_out: HeldOut,
+    config: EditorConfig,
+    progress: bool,
 ) -> tuple[Gate, Calibration]:
     """A gate over edited queries, its threshold calibrated on held-out ones unless it is given.
 
     Args:
-        conditions: [N, dim] of the edited queries.
+        facts: N edited facts.
+        conditions: [N, dim] of their queries.
         held_out: of other queries.
         config: the gate's kind and threshold.
         progress: show a progress bar.
@@ -190,11 +205,44 @@ def calibrated_gate(
         order = torch.randperm(len(negative), generator=rng)
         taught, negative = negative[order].chunk(2)
         gate.fit(conditions, taught, seed=config.seed, progress=progress)
-    calibration = calibrate(
-        gate.score(positive), gate.score(negative), len(conditions), config.rejection_weight
-    )
+    named = sum(fact.named_subject is not None for fact in facts)
+    if gate.kind == SimilarityGate.kind and config.require_subject and 2 * named > len(facts):
+        calibration = _calibrated_by_name(held_out, len(conditions), config)
+    else:
+        scores = gate.score(positive), gate.score(negative)
+        calibration = calibrate(*scores, len(conditions), config.rejection_weight)
     gate.threshold = calibration.threshold if config.threshold is None else config.threshold
     return gate, calibration
+
+
+def _calibrated_by_name(held_out: HeldOut, num_edited: int, config: EditorConfig) -> Calibration:
+    """The calibration where a query must name the subject.
+
+    Only those that name it depend on the threshold, and so it is set on them alone. The shares are
+    of all: what does not name it is rejected, whatever it asks.
+    """
+    positive, negative = held_out.by_name
+    negative = torch.cat([negative, negative.new_full((len(held_out.unrelated),), -1.0)])
+    whole = calibrate(positive, negative, num_edited, config.rejection_weight)
+    named, alike = positive[positive > -1], negative[negative > -1]
+    if not len(named) or not len(alike):
+        return whole
+    threshold = calibrate(named, alike, num_edited, config.rejection_weight).threshold
+    return dataclasses.replace(
+        whole,
+        threshold=threshold,
+        acceptance=float((positive > threshold).double().mean()),
+        rejection=float((negative <= threshold).double().mean()),
+    )
+
+
+def with_gate(edits: Edits, config: EditorConfig, progress: bool) -> Edits:
+    """Edits with another gate, as `calibrated_gate` makes it."""
+    gate, calibration = calibrated_gate(
+        edits.facts, edits.conditions, edits.held_out, config, progress
+    )
+    report = dataclasses.replace(edits.report, calibration=calibration)
+    return dataclasses.replace(edits, gate=gate, report=report)
 
 
 def regated(edits: Edits, config: EditorConfig, progress: bool) -> Edits:
@@ -207,6 +255,4 @@ def regated(edits: Edits, config: EditorConfig, progress: bool) -> Edits:
     then, now = edits.calibration.num_edited, len(edits)
     if config.gate == SimilarityGate.kind and max(then, now) <= CALIBRATED_TO * min(then, now):
         return edits
-    gate, calibration = calibrated_gate(edits.conditions, edits.held_out, config, progress)
-    report = dataclasses.replace(edits.report, calibration=calibration)
-    return dataclasses.replace(edits, gate=gate, report=report)
+    return with_gate(edits, config, progress)

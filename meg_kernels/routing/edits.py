@@ -36,6 +36,8 @@ class HeldOut:
         alike_queries: [L, dim] of held-out facts, each repeated for each query that looks like it.
         alike: [L, dim] of the queries that look like them and ask for something else.
         unrelated: [U, dim] of queries about anything.
+        named: [H] bool: whether the paraphrase names the subject that its query names.
+        alike_named: [L] bool: the same of the query that looks like it.
     """
 
     queries: Tensor
@@ -43,10 +45,22 @@ class HeldOut:
     alike_queries: Tensor
     alike: Tensor
     unrelated: Tensor
+    named: Tensor
+    alike_named: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """The five tensors by their names."""
+        """The tensors by their names."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @property
+    def by_name(self) -> tuple[Tensor, Tensor]:
+        """[H] and [L]: cosines of the paraphrases, and of what looks alike, to their own queries.
+
+        They are -1 where a query that must name its subject does not.
+        """
+        positive = (self.queries * self.paraphrases).sum(1)
+        negative = (self.alike_queries * self.alike).sum(1)
+        return positive.where(self.named, -1.0), negative.where(self.alike_named, -1.0)
 
     @property
     def rewording(self) -> Rewording:
@@ -180,6 +194,11 @@ class Edits:
     def keys(self) -> list[bytes]:
         """What tells each fact's condition from others, on the host."""
         return condition_keys(self.conditions)
+
+    @functools.cached_property
+    def subjects(self) -> list[str | None]:
+        """What each fact's subject is called in queries: `Fact.named_subject`."""
+        return [fact.named_subject for fact in self.facts]
 
     @functools.cached_property
     def num_waiting(self) -> int:

@@ -11,7 +11,8 @@ follows from them is decided on the host.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,19 @@ from torch import Tensor
 
 from meg_kernels.checks import FLAG, check_fields, instance_of
 from meg_kernels.conversation import Prompts, as_prompts
-from meg_kernels.familiarity import nearest
+from meg_kernels.familiarity import SimilarityGate, nearest_few
 from meg_kernels.neuron import Neurons
 from meg_kernels.routing.edits import Edits, condition_keys
 from meg_kernels.routing.neuron_cache import NeuronCache, Served
 from meg_kernels.routing.saving import load_edited
 from meg_kernels.routing.spans import Span, spans
+from meg_kernels.routing.spelling import Spelling
 from meg_kernels.scoped import OwnLock
 from meg_kernels.text_encoder import TextEncoder
+from meg_kernels.texts import normalized_query
 
-MANY_FACTS = 1000  # among which one comes close to many a query about another subject
+FEW_FACTS = 8  # the nearest ones to a query, among which is the one whose subject it names
+FEW_SPANS = 8  # of more, words are corrected to those of the edited queries only
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,8 @@ class RoutingConfig:
     Args:
         snap: give the generator the nearest edited query's condition, which it was trained on,
             instead of the query's own.
-        require_subject: whether a query must name the subject of the edited fact nearest to it,
-            where that is known and the fact's own query names it. Default: if at least 1000 facts
-            are edited.
+        require_subject: whether a query must name the subject of an edited fact to be taken for
+            it, where that is known and the fact's own query names it.
         serve_unlearnt: whether facts that the model did not answer with their own neuron when it
             was collected have neurons all the same. By default, the base model answers for them: a
             neuron that does not give its answer may spoil the base model's.
@@ -52,19 +55,11 @@ class RoutingConfig:
     """
 
     snap: bool = True
-    require_subject: bool | None = None
+    require_subject: bool = True
     serve_unlearnt: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self, snap=FLAG, require_subject=FLAG.or_none(), serve_unlearnt=FLAG)
-
-    def requires_subject(self, num_facts: int) -> bool:
-        """Whether a query must name the subject when this number of facts is edited.
-
-        >>> [RoutingConfig().requires_subject(num_facts) for num_facts in (64, 1000)]
-        [False, True]
-        """
-        return num_facts >= MANY_FACTS if self.require_subject is None else self.require_subject
+        check_fields(self, snap=FLAG, require_subject=FLAG, serve_unlearnt=FLAG)
 
 
 @dataclass(frozen=True)
@@ -76,8 +71,9 @@ class Routing:
 
     Args:
         accepted: [B] bool: whether the query is taken for an edited one, and has its neuron.
-        fact: [B] int64: the row of the edited fact nearest to it; -1 if nothing is edited.
-        score: [B] the gate's score, float32.
+        fact: [B] int64: the row of the edited fact nearest to it, of those whose subject it names
+            if there are any; -1 if nothing is edited.
+        score: [B] the gate's score, float32; of similarity to that fact.
         named: [B] bool: false where the query would have to name that fact's subject and does not.
         z: [B, dim] the queries' conditions.
         edits: what was edited when this was decided.
@@ -100,6 +96,20 @@ class Routing:
     def __len__(self) -> int:
         return len(self.accepted)
 
+    def of(self, rows: Sequence[int]) -> Routing:
+        """Where these queries of the batch go."""
+        picked = {
+            name: getattr(self, name)[[*rows]]
+            for name in ("accepted", "fact", "score", "named", "z", "left_to_base")
+        }
+        return dataclasses.replace(self, **picked, spans=tuple(self.spans[row] for row in rows))
+
+    def answers(self) -> list[str]:
+        """[B] the edited answers of the queries that were accepted; of the others, none."""
+        facts = () if self.edits is None else self.edits.facts
+        accepted = zip(self.accepted.tolist(), self.fact.tolist(), strict=True)
+        return [facts[fact].answer if taken else "" for taken, fact in accepted]
+
 
 @dataclass(frozen=True)
 class _By:
@@ -116,6 +126,12 @@ class _By:
             edits=instance_of(Edits).or_none(),
             config=instance_of(RoutingConfig),
         )
+
+    @functools.cached_property
+    def spelling(self) -> Spelling:
+        """What misspelt words are corrected by."""
+        facts = () if self.edits is None else self.edits.facts
+        return Spelling((fact.query for fact in facts), self.encoder.tokenizer.get_vocab())
 
 
 class Router:
@@ -208,9 +224,8 @@ class Router:
 
     @property
     def requires_subject(self) -> bool:
-        """Whether a query must name the subject of the edited fact nearest to it."""
-        by = self._by
-        return by.config.requires_subject(0 if by.edits is None else len(by.edits))
+        """Whether a query must name the subject of an edited fact to be taken for it."""
+        return self.config.require_subject
 
     @property
     def num_left_to_base(self) -> int:
@@ -246,6 +261,8 @@ class Router:
         """
         by, prompts = self._by, as_prompts("prompts", prompts)
         parts = [spans(prompt) for prompt in prompts]
+        if by.edits is not None:
+            parts = [[*found, *_respelt(found, by.spelling)] for found in parts]
         owner = torch.tensor([row for row, found in enumerate(parts) for _ in found]).long()
         looked = [span for found in parts for span in found]
         # What a follow-up follows is looked at as well, to be compared with.
@@ -259,15 +276,9 @@ class Router:
             decided = tuple(looked[place] for place in first.tolist())
             z = z[first.to(z.device)]
             return Routing(none, nowhere, score, named, z, None, none, by.config.snap, decided)
-        score = edits.gate.score(z)
-        _, fact = nearest(z, edits.conditions)
-        # float64 holds both exactly.
-        scores, rows = torch.stack([score.double(), fact.double()]).cpu()
-        score, before = scores.float().tensor_split([len(looked)])
-        z, fact = z[: len(looked)], rows.long()[: len(looked)]
-        named = torch.ones(len(z), dtype=torch.bool)
-        if by.config.requires_subject(len(edits)):
-            named = subject_named(edits, texts[: len(looked)], fact)
+        score, fact, named = _looked_at(by, edits, texts, z)
+        score, before = score.tensor_split([len(looked)])
+        z, fact, named = z[: len(looked)], fact[: len(looked)], named[: len(looked)]
         accepted = (score > edits.gate.threshold) & named
         accepted[followed] &= score[followed] > before
         if len(looked) > len(parts):
@@ -327,6 +338,43 @@ class Router:
             self.served += more
 
 
+def _respelt(found: Sequence[Span], spelling: Spelling) -> Iterator[Span]:
+    """The spans that hold misspelt words, with those as they are meant."""
+    for span in found:
+        text = spelling.corrected(span.text, own=len(found) > FEW_SPANS)
+        if text != span.text:
+            yield dataclasses.replace(span, text=text)
+
+
+def _looked_at(
+    by: _By, edits: Edits, texts: Sequence[str], z: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of texts, the edited facts nearest to them, and whether they name their subjects.
+
+    Returns:
+        [S] float32, [S] int64 and [S] bool, on the CPU.
+    """
+    gate, required = edits.gate, by.config.require_subject
+    is_similarity = isinstance(gate, SimilarityGate)
+    few = FEW_FACTS if required and is_similarity else 1
+    similarity, rows = nearest_few(z, edits.conditions, few)
+    score = similarity if is_similarity else gate.score(z).unsqueeze(1)
+    # float64 holds both exactly.
+    score, rows = torch.stack([score.double(), rows.double()]).cpu()
+    score, rows = score.float(), rows.long()
+    named = torch.ones(len(texts), dtype=torch.bool)
+    first = torch.zeros(len(texts), dtype=torch.int64)
+    if required:
+        asked = [normalized_query(text) for text in texts]
+        for place, near in enumerate(rows.tolist()):
+            subjects = (edits.subjects[row] for row in near)
+            able = (i for i, name in enumerate(subjects) if name is None or name in asked[place])
+            found = next(able, None)
+            first[place], named[place] = found or 0, found is not None
+    first = first.unsqueeze(1)
+    return score.gather(1, first)[:, 0], rows.gather(1, first)[:, 0], named
+
+
 def _first_of(owner: Tensor, count: int) -> Tensor:
     """[count] the first place of each prompt among the spans of all; owner [S] is in order."""
     return torch.searchsorted(owner, torch.arange(count))
@@ -338,13 +386,3 @@ def _best_of(owner: Tensor, accepted: Tensor, score: Tensor, count: int) -> Tens
     order = order[accepted[order].long().argsort(stable=True, descending=True)]
     order = order[owner[order].argsort(stable=True)]
     return order[_first_of(owner[order], count)]
-
-
-def subject_named(edits: Edits, queries: Sequence[str], fact: Tensor) -> Tensor:
-    """[B] bool: whether each query names the subject of the edited fact in its row of `fact` [B].
-
-    True where the fact has no subject, or its own query does not name it.
-    """
-    near = (edits.facts[row] for row in fact.tolist())
-    named = [fact.is_named_in(query) for fact, query in zip(near, queries, strict=True)]
-    return torch.tensor(named, dtype=torch.bool)

@@ -532,11 +532,15 @@ def _check_shapes(
         what = "is missing" if name in wanted else "is no part of edits"
         raise CorruptFileError(f"{path}: {name} {what}; {MENDING}")
     dim = tensors["conditions"].shape[-1] if tensors["conditions"].dim() else 0
+    flags = {
+        f"held_out.{flag}": len(tensors[f"held_out.{of}"])
+        for flag, of in (("named", "paraphrases"), ("alike_named", "alike"))
+    }
     shapes: dict[str, tuple[torch.dtype, int | None, int | None]] = {
         "conditions": (floats, num_facts, dim),
         "neurons": (floats, num_facts, layout.dim),
         "initial": (floats, 1, layout.dim),
-        **dict.fromkeys(sorted(held), (floats, None, dim)),
+        **dict.fromkeys(sorted(held - flags.keys()), (floats, None, dim)),
     }
     for name, (dtype, rows, columns) in shapes.items():
         shape = tuple(tensors[name].shape)
@@ -546,12 +550,14 @@ def _check_shapes(
                 f"{path}: {name} is {tensors[name].dtype} {list(shape)}; it must be {dtype} "
                 f"[{'any' if rows is None else rows}, {columns}]: {MENDING}"
             )
-    generated = tensors["generated"]
-    if generated.dtype != torch.bool or tuple(generated.shape) != (num_facts,):
-        raise CorruptFileError(
-            f"{path}: generated is {generated.dtype} {list(generated.shape)}; it must be "
-            f"{torch.bool} [{num_facts}]: {MENDING}"
-        )
+    flags["generated"] = num_facts
+    for name, rows in flags.items():
+        flag = tensors[name]
+        if flag.dtype != torch.bool or flag.dim() != 1 or len(flag) != rows:
+            raise CorruptFileError(
+                f"{path}: {name} is {flag.dtype} {list(flag.shape)}; it must be {torch.bool} "
+                f"[{rows}]: {MENDING}"
+            )
     for one, other in (("queries", "paraphrases"), ("alike_queries", "alike")):
         lengths = [len(tensors[f"held_out.{name}"]) for name in (one, other)]
         if lengths[0] != lengths[1]:

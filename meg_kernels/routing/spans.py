@@ -16,12 +16,12 @@ MOST_CHARACTERS = 2000  # of a span: an encoder reads no more
 FOLLOW_UP = 12, 80  # words and characters of a message, at most, that may be about the one before
 
 # A sentence ends behind its mark and the quotes that close with it, or at a line break. A full stop
-# ends none within a number or an address, before a small letter, or behind an initial or a title.
+# ends none within a number or an address, or behind an initial or a title.
 _QUOTES = r"""["'”’»)\]]*"""
 _END = re.compile(
     rf"""(?<=[?!…؟।]){_QUOTES}(?=\s)"""
-    rf"""|(?<=\.)(?<!\b[A-Z]\.)(?<!\b(?:Dr|Mr|Ms|St)\.)(?<!\b(?:Mrs|Jun|Sen)\.){_QUOTES}"""
-    rf"""(?=\s+["'“‘«(\[¿¡]*[^\sa-z])"""
+    rf"""|(?<=\.)(?<!\b[A-Z]\.)(?<!\b(?:Dr|Mr|Ms|St|vs)\.)(?<!\b(?:Mrs|Jun|Sen|etc|e\.g|i\.e)\.)"""
+    rf"""{_QUOTES}(?=\s)"""
     r"""|(?<=[。！？])["'”’»」』）]*|[\r\n]+"""
 )
 

@@ -1,0 +1,69 @@
+"""Words that nobody knows, as they are probably meant: one letter missing, doubled or swapped.
+
+An encoder reads a misspelt name as another name. What it is compared with is known, though: the
+words of the edited queries, and those that the encoder has a token for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+SHORTEST = 3  # letters of a word; shorter ones are too much like each other
+SHORTEST_NAME = 5  # of one of the queries' words: many a short name is another one but for a letter
+_WORD = re.compile(rf"[^\W\d_]{{{SHORTEST},}}")
+
+
+class Spelling:
+    """Corrects words that differ by one letter from one that is known.
+
+    Args:
+        queries: whose words are known, and are what others are most likely meant for.
+        vocabulary: of a tokenizer: the tokens that are words are known, too, of the lower numbers
+            first, which in vocabularies are those of frequent words.
+    """
+
+    def __init__(self, queries: Iterable[str], vocabulary: Mapping[str, int]):
+        self.own: dict[str, str] = {}
+        for query in queries:
+            for word in _WORD.findall(query):
+                self.own.setdefault(word.casefold(), word)
+        self.known = {
+            word.casefold(): number
+            for word, number in vocabulary.items()
+            if len(word) >= SHORTEST and word.isalpha()
+        }
+        self._letters = sorted({letter for word in self.own for letter in word})
+
+    def corrected(self, text: str, own: bool = False) -> str:
+        """The text with its unknown words as they are probably meant.
+
+        Args:
+            text: in which a word that is like no other stays as it is.
+            own: correct to words of the queries only.
+
+        >>> spelling = Spelling(["Who wrote Middlemarch?"], {"who": 0, "wrote": 1, "the": 2})
+        >>> spelling.corrected("Who wroet Midlemarch?")
+        'Who wrote Middlemarch?'
+        """
+        return _WORD.sub(lambda found: self._meant(found[0], own), text)
+
+    def _meant(self, word: str, own: bool) -> str:
+        written = word.casefold()
+        if written in self.own or written in self.known:
+            return word
+        near = self._near(written)
+        for other in near:
+            if other in self.own and len(other) >= SHORTEST_NAME:
+                return self.own[other]
+        known = [] if own else [other for other in near if other in self.known]
+        return min(known, key=self.known.__getitem__, default=word)
+
+    def _near(self, word: str) -> list[str]:
+        """What becomes of a word by one letter more, less, another, or two in another order."""
+        parts = [(word[:i], word[i:]) for i in range(len(word) + 1)]
+        fewer = [before + rest[1:] for before, rest in parts if rest]
+        swapped = [b + rest[1] + rest[0] + rest[2:] for b, rest in parts if len(rest) > 1]
+        more = [before + one + rest for before, rest in parts for one in self._letters]
+        other = [b + one + rest[1:] for b, rest in parts if rest for one in self._letters]
+        return [*swapped, *fewer, *more, *other]

