@@ -420,7 +420,7 @@ def as_facts(facts: FactsLike) -> list[Fact]:
         except FactsError as error:
             problems.append(f"facts[{i}]: {error}")
     if problems:
-        raise FactsError(_listing(f"facts that cannot be used ({len(problems)})", problems))
+        raise FactsError(listing(f"facts that cannot be used ({len(problems)})", problems))
     return read
 
 
@@ -637,7 +637,7 @@ def _placed(
         undecided += zsre_target is None and {"src", "alt"} <= _present(record.content).keys()
     if problems:
         records = "record" if len(problems) == 1 else "records"
-        raise FactsError(_listing(f"{path} has {len(problems)} bad {records}", problems))
+        raise FactsError(listing(f"{path} has {len(problems)} bad {records}", problems))
     if undecided:
         warnings.warn(
             f"{path}: {undecided} of {len(placed)} records are ZsRE with both answers and alt; "
@@ -662,7 +662,7 @@ def check_facts(facts: Iterable[Fact], edited: Iterable[Fact] = ()) -> None:
     placed += [(fact, f"facts[{i}]") for i, fact in enumerate(facts)]
     _, duplicates, conflicts = _merge(placed)
     if duplicates or conflicts:
-        raise FactsError(_listing("the facts do not fit together", conflicts + duplicates))
+        raise FactsError(listing("the facts do not fit together", conflicts + duplicates))
 
 
 def several_answers(facts: Iterable[Fact]) -> list[str]:
@@ -704,7 +704,7 @@ def warn_of_several_answers(added: Sequence[Fact], kept: Sequence[Fact] = ()) ->
         kept: facts that are edited already.
     """
     if lines := several_answers([*kept, *added])[len(several_answers(kept)) :]:
-        text = _listing(f"subjects with several answers for one relation ({len(lines)})", lines, 5)
+        text = listing(f"subjects with several answers for one relation ({len(lines)})", lines, 5)
         warnings.warn(f"{text}\na paraphrase of one may be taken for the other", stacklevel=3)
 
 
@@ -743,7 +743,7 @@ def _one_of_each(placed: list[tuple[Fact, str]], name: str, on_conflict: OnConfl
     """Facts that fit together, in their order; what is left out is warned of, or refused."""
     last = on_conflict == "last"
     facts, duplicates, conflicts = _merge(placed, last)
-    contradictions = _listing(f"{name} has contradictions ({len(conflicts)})", conflicts)
+    contradictions = listing(f"{name} has contradictions ({len(conflicts)})", conflicts)
     if conflicts and on_conflict == "error":
         raise FactsError(
             f"{contradictions}\nkeep one of each, or the first or the last of each with "
@@ -752,7 +752,7 @@ def _one_of_each(placed: list[tuple[Fact, str]], name: str, on_conflict: OnConfl
     if conflicts:
         warnings.warn(f"{contradictions}\nthe {on_conflict} of each is kept", stacklevel=3)
     if duplicates:
-        text = _listing(f"{name} repeats facts ({len(duplicates)}), each kept once", duplicates)
+        text = listing(f"{name} repeats facts ({len(duplicates)}), each kept once", duplicates)
         warnings.warn(text, stacklevel=3)
     return facts
 
@@ -794,7 +794,8 @@ def _merge(
     return (facts[::-1] if last else facts), duplicates, conflicts
 
 
-def _listing(head: str, lines: list[str], most: int = 20) -> str:
+def listing(head: str, lines: Sequence[str], most: int = 20) -> str:
+    """A text of a heading and of lines below it; of more than `most`, how many more there are."""
     more = [f"… and {len(lines) - most} more"] if len(lines) > most else []
     return "\n  ".join([f"{head}:", *lines[:most], *more])
 

@@ -20,6 +20,7 @@ from meg_kernels.conversation import ChatPrompt, OpenPrompt, opened
 from meg_kernels.editing import collect as collecting
 from meg_kernels.editing.contexts import Context
 from meg_kernels.editing.prompting import target_tokens
+from meg_kernels.editing.tuning import warn_of_alike
 from meg_kernels.pretrained import load_language_model
 from meg_kernels.shipped import shipped_tuning_facts
 
@@ -134,3 +135,40 @@ def test_only_answers_of_several_lines_open_a_prompt():
     assert type(opened("Q", "a\nb")) is OpenPrompt and type(opened("Q", "a\n")) is str
     assert type(opened(ChatPrompt("Q"), "a\nb")) is ChatPrompt
     assert opened("Q", "a\nb") == "Q"
+
+
+def test_queries_that_the_encoder_cannot_tell_apart_are_named_before_the_work(monkeypatch):
+    editor = make_editor(BANK)
+    unknown = [Fact("谁发明了飞机?", "red"), Fact("谁发明了电话?", "blue")]
+    monkeypatch.setattr("meg_kernels.editing.stages.fit_neurons", None)
+    with (
+        pytest.warns(UserWarning, match=r"tells from another one's \(1\):\n  '谁发明了电话\?' and"),
+        pytest.raises(TypeError, match="NoneType"),
+    ):
+        edit(editor, unknown)
+
+
+@pytest.mark.parametrize(
+    ("facts", "alike"),
+    [
+        ([Fact("谁发明了飞机?", "red"), Fact("谁发明了电话?", "red")], False),
+        ([Fact("谁发明了飞机?", "red", subject="飞机"), Fact("谁发明了电话?", "blue")], True),
+        (
+            [
+                Fact("谁发明了飞机?", "red", subject="飞机"),
+                Fact("谁发明了电话?", "blue", subject="电话"),
+            ],
+            False,
+        ),
+        (EDITED, False),
+    ],
+)
+def test_facts_that_their_subjects_or_answers_tell_apart_are_not(facts, alike, recwarn):
+    router = make_editor(BANK).router
+    warn_of_alike(router, facts)
+    assert bool(recwarn.list) == alike
+    recwarn.clear()
+    edits = make_editor(BANK)
+    edit(edits, EDITED)
+    warn_of_alike(edits.router, EDITED, edits.edits)
+    assert not recwarn.list

@@ -30,6 +30,7 @@ from meg_kernels.editing.stages import Stages
 from meg_kernels.editing.tuning import (
     regated,
     usable_for_tuning,
+    warn_of_alike,
     with_gate,
 )
 from meg_kernels.facts import (
@@ -165,6 +166,7 @@ class MeGEditor(EditedModel):
         if skip_known and not (facts := self.unknown(facts, progress=progress)):
             raise FactsError(f"the model answers all {len(given)} facts so already")
         warn_of_several_answers(facts)
+        warn_of_alike(self.router, facts)
         wordings = usable_for_tuning(tuning, facts, self.config)
         edits, encoder = stages.first(facts, wordings, unrelated, len(given) - len(facts))
         self._put(edits, encoder)
@@ -202,6 +204,7 @@ class MeGEditor(EditedModel):
         edited, facts = self.edits, editable_facts(facts, on_conflict)
         before = edited.beside(facts, replace)
         warn_of_several_answers(facts, before.facts)
+        warn_of_alike(self.router, facts, before)
         stages = self._stages(work_folder, progress).checked(facts)
         edits, report = stages.added(before, facts)
         self._put(edits)

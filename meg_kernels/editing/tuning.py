@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import random
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from meg_kernels.editing.config import EditorConfig
-from meg_kernels.facts import Fact, FactsError, unrelated_to
+from meg_kernels.facts import Fact, FactsError, listing, unrelated_to
 from meg_kernels.familiarity import (
     Calibration,
     FamiliarityNetwork,
@@ -40,6 +41,8 @@ from meg_kernels.text_encoder import EncoderTuningConfig, TextEncoder, Wordings
 from meg_kernels.texts import normalized_query
 
 FEWEST_TUNING_FACTS = 8
+SAME = 0.985  # a cosine from which on conditions count as one
+BLOCK = 1024  # facts that are compared with all others at once
 CALIBRATED_TO = 1.5  # the gate is calibrated again when the number of facts changed by this factor
 
 
@@ -63,6 +66,47 @@ class Stopwatch:
     def add(self, name: str, seconds: float) -> None:
         """Add seconds to a stage, such as those that it took before an interruption."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+
+def warn_of_alike(router: Router, facts: Sequence[Fact], kept: Edits | None = None) -> None:
+    """Warn of facts whose queries have one condition, although their answers differ.
+
+    No gate tells them apart, unless their subjects do. So it is with questions in a language that
+    the encoder does not know.
+
+    Args:
+        router: whose encoder makes the conditions.
+        facts: that are about to be edited.
+        kept: that are edited already.
+    """
+    conditions = router.encode([fact.query for fact in facts])
+    before = () if kept is None else kept.facts
+    others = [*before, *facts]
+    all_conditions = conditions if kept is None else torch.cat([kept.conditions, conditions])
+    alike: dict[int, int] = {}
+    for start in range(0, len(facts), BLOCK):
+        similarity = conditions[start : start + BLOCK] @ all_conditions.T
+        for i, other in (similarity > SAME).nonzero().tolist():
+            row = len(before) + start + i
+            if other < row and _one_for_the_other(others[row], others[other]):
+                alike.setdefault(row, other)
+    if not alike:
+        return
+    lines = [f"{others[row].query!r} and {others[other].query!r}" for row, other in alike.items()]
+    text = listing(
+        f"queries that the encoder hardly tells from another one's ({len(lines)})", lines
+    )
+    warnings.warn(
+        f"{text}\nthey may get each other's answers; give each fact its subject, reword them, or "
+        "take an encoder that knows their language (encoder=..., meg edit --encoder)",
+        stacklevel=3,
+    )
+
+
+def _one_for_the_other(one: Fact, other: Fact) -> bool:
+    """Whether a gate that finds two facts equally near may take either."""
+    apart = one.normalized_answer != other.normalized_answer
+    return apart and (other.is_named_in(one.query) or one.is_named_in(other.query))
 
 
 def usable_for_tuning(
