@@ -435,6 +435,38 @@ def encoder(studies: Studies, plots: Path) -> str:
     return paragraphs(*tables)
 
 
+def gate(studies: Studies, plots: Path) -> str:
+    """What the gate makes of people's questions, tuned on the package's facts alone."""
+    asked, changed, placed = [], [], []
+    for row in (row for study in studies["gate"] for row in study["rows"]):
+        name = {"data": row["data"], "facts": str(row["facts"])}
+        calibration, plain = row["calibration"], row["without_names"]
+        asked.append(
+            name
+            | {
+                "own queries": share(row["own"]),
+                "paraphrases": share(row["paraphrases"]),
+                "calibrated": share(calibration["acceptance"]),
+                "locality": share(row["locality"]),
+                "no names: paraphrases": share(plain["paraphrases"]),
+                "no names: locality": share(plain["locality"]),
+                "yes, no": "" if row["yes_no"] is None else share(row["yes_no"]),
+                "conversations": share(row["conversations"]),
+                "seconds": f"{row['seconds']:.0f}",
+            }
+        )
+        changed.append(name | {kind: share(found) for kind, found in row["misspelt"].items()})
+        if row["documents"]:
+            placed.append(name | {where: share(f) for where, f in row["documents"].items()})
+    if not asked:
+        return ""
+    return paragraphs(
+        markdown("Taken for their fact, and left alone", asked),
+        markdown("Misspelt, as a share of what is found when spelt right", changed),
+        markdown("Found in so many tokens of other text, at its start, middle and end", placed),
+    )
+
+
 def layers(studies: Studies, plots: Path) -> str:
     """The comparison of layers that `meg layers --json` wrote."""
     parts = []
@@ -497,6 +529,7 @@ STUDIES: dict[str, Callable[[Studies, Path], str]] = {
     "quality-baselines": baselines,
     "convergence": convergence,
     "encoder": encoder,
+    "gate": gate,
     "layers": layers,
     "life": life,
 }
