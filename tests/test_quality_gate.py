@@ -89,15 +89,6 @@ def test_one_letter_is_changed_and_no_more(kind):
 def test_facts_of_a_table_are_read_with_their_yes_and_no_questions(tmp_path):
     names = "subject relation object question paraphrased_question yes_question no_question"
     columns = [*names.split(), "locality_question"]
-        "subject",
-        "relation",
-        "object",
-        "question",
-        "paraphrased_question",
-        "yes_question",
-        "no_question",
-        "locality_question",
-    ]
     with (tmp_path / "h.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
