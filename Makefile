@@ -43,10 +43,11 @@ test: $(VENV)/.test-stamp ## run the tests (no GPU and no network needed once in
 test-fast: $(VENV)/.test-stamp ## run the tests that are not marked slow
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests $(SPREAD) -m "not slow" $(ARGS)
 
-# Each library that multiplies for PyTorch keeps to the oldest instructions that it knows. A thread that
-# waits leaves its core to others.
+# Each library that multiplies for PyTorch keeps to the oldest instructions that it knows, and no kernel is taken
+# that was compiled for others. A thread that waits leaves its core to others.
 test-plain-cpu: ## run the tests as a plain processor rounds, on two threads
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
+	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/plain-cpu \
 	MEG_KERNELS_TEST_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(MAKE) test
 
 test-minimum: build/minimum.txt ## run the tests with the oldest versions that pyproject.toml admits

@@ -28,7 +28,13 @@ from typing import Any, Literal
 
 from meg_kernels.checks import TEXT, as_path, integer, one_of, shown
 from meg_kernels.storage import write_text
-from meg_kernels.texts import is_ordered, is_unicode, normalized_answer, normalized_query
+from meg_kernels.texts import (
+    is_ordered,
+    is_unicode,
+    names,
+    normalized_answer,
+    normalized_query,
+)
 
 OnConflict = Literal["error", "first", "last"]
 """What to do with facts that contradict each other."""
@@ -170,7 +176,7 @@ class Fact:
         True
         """
         query, subject = TEXT("query", query), self.named_subject
-        return subject is None or subject in normalized_query(query)
+        return subject is None or names(normalized_query(query), subject)
 
     @property
     def named_subject(self) -> str | None:
@@ -180,7 +186,7 @@ class Fact:
         'emma'
         """
         subject = normalized_query(self.subject or "")
-        return subject if subject and subject in self.normalized_query else None
+        return subject if subject and names(self.normalized_query, subject) else None
 
 
 def _check_text(name: str, value: Any, optional: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 
 import pytest
 from tiny import BANK, EDITED, edit, make_editor, make_tokenizer
@@ -107,9 +108,8 @@ def test_a_long_answer_may_take_more_steps_than_a_short_one():
     collected = collecting.collect(editor.prompted, editor.attached, [LONG, EDITED[2]], config)
     steps = collected.steps.tolist()
     longest = len(target_tokens(editor.tokenizer, editor.prompted.prompt("a"), LONG.answer)[1])
-    assert steps[0] == collecting.STEPS_A_TOKEN * longest
-    short = len(target_tokens(editor.tokenizer, editor.prompted.prompt("a"), EDITED[2].answer)[1])
-    assert steps[1] == max(3, collecting.STEPS_A_TOKEN * short)
+    assert longest > collecting.SHORT_ANSWER
+    assert steps == [math.ceil(3 * longest / collecting.SHORT_ANSWER), 3]
 
 
 @pytest.mark.parametrize(

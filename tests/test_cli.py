@@ -393,13 +393,6 @@ def test_facts_are_removed_by_id_or_query(edited, tmp_path, monkeypatch, capsys)
     assert MeGEditor.from_pretrained(out).facts == [EDITED[1], EDITED[3]]
 
 
-def test_many_facts_say_that_the_subject_must_be_named(edited, tmp_path, monkeypatch):
-    out = shutil.copytree(edited[0], tmp_path / "edited")
-    said = "only queries that name the subject"
-    monkeypatch.setattr("meg_kernels.routing.router.MANY_FACTS", len(EDITED))
-    assert said in run("gate", out) and said not in run("remove", out, EDITED[0].id)
-
-
 def test_a_folder_of_other_things_is_refused_before_the_work(
     facts_file, models, edited, tmp_path, monkeypatch, capsys
 ):

@@ -190,7 +190,7 @@ def test_contexts_that_are_measured_are_not_those_that_are_fitted():
 
     alike = {around(c) for c in FITTED} & {around(c) for c in MEASURED}
     bare = {("template", "{}", None, ()), ("raw", "{}", None, ()), ("chat", "{}", None, ())}
-    assert alike == bare  # the forms themselves, with nothing around the query
+    assert alike <= bare  # the forms themselves, with nothing around the query
     assert len({c.name for c in FITTED}) == len(FITTED)
     assert len(MEASURED) >= 8 and len({c.name for c in MEASURED}) == len(MEASURED)
 

@@ -18,7 +18,7 @@ from meg_kernels.facts import Fact, LocalityQuery
 
 VOCABULARY = 67  # of the tiny models
 EOS, LINE, STOP = 1, 2, 3
-SPECIAL = ["<pad>", "</s>", "\n", ".", "!.", "Q:", "A:"]
+SPECIAL = ["<pad>", "</s>", "\n", ".", ").", "Q:", "A:"]
 WORDS = [f"w{i}" for i in range((VOCABULARY - len(SPECIAL) - 2) // 2)]
 MOST = 8
 LAYER = 1
@@ -35,7 +35,7 @@ def make_tokenizer(add_space: bool = False) -> transformers.PreTrainedTokenizerF
     plain.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split("▁", "merged_with_next"),
-            pre_tokenizers.Split(Regex(r"\n|!?\."), "isolated"),
+            pre_tokenizers.Split(Regex(r"\n|\)?\."), "isolated"),
         ]
     )
     plain.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
@@ -306,9 +306,9 @@ def test_answers_that_the_model_gives_anyway_are_all_hits(model, add_space):
 
 def test_the_end_of_an_answer_counts_where_it_shares_its_token_with_the_full_stop(model, tokenizer):
     word, following, *_ = spelt(tokenizer, argmax_tokens(model, tokenizer, question(0))).split()
-    target = tokenizer(f" {word}!.").input_ids
-    assert tokenizer.convert_ids_to_tokens(target) == [f"▁{word}", "!."] and following != "!."
-    fact = Fact(question(0), f"{word}!")
+    target = tokenizer(f" {word}).").input_ids
+    assert tokenizer.convert_ids_to_tokens(target) == [f"▁{word}", ")."] and following != ")."
+    fact = Fact(question(0), f"{word})")
     base = Evaluation(prompted(model, tokenizer), [fact], MOST).base()
     assert base.reliability_tf == 1 / 2
 

@@ -37,9 +37,10 @@ def test_a_gates_decision_puts_the_evaluation_together(edited, quantile):
     editor = edited.editor
     base = edited.base()
     ungated = edited.ungated(snap=editor.config.snap)
-    scores = edited.routing([*base]).score
-    threshold = float(scores.quantile(quantile)) - (quantile == 0)
-    accepted = dict(zip(base, (scores > threshold).tolist(), strict=True))
+    routing = edited.routing([*base])
+    threshold = float(routing.score.quantile(quantile)) - (quantile == 0)
+    above = routing.named & (routing.score > threshold)
+    accepted = dict(zip(base, above.tolist(), strict=True))
     before = editor.edits.gate.threshold
     try:
         editor.edits.gate.threshold = threshold

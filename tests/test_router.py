@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import sys
 
 import pytest
@@ -125,7 +126,7 @@ def test_of_the_nearest_facts_the_one_whose_subject_is_named_is_taken(router):
         able = {
             row: float(similarity[place, row])
             for row, fact in enumerate(facts)
-            if fact.subject.lower() in text.lower()
+            if re.search(rf"\b{fact.subject}", text, re.IGNORECASE)
         }
         assert routing.named[place] == bool(able)
         best = max(able, key=able.get) if able else int(similarity[place].argmax())

@@ -97,8 +97,6 @@ def print_saved(editor: MeGEditor, out: Path) -> None:
     count = len(editor.facts)
     edited = "1 fact is edited" if count == 1 else f"{count} facts are edited"
     console.print(f"{edited}; saved to {out}", markup=False)
-    if editor.router.requires_subject:
-        console.print("only queries that name the subject of the nearest one are taken for it")
     if left := editor.router.num_left_to_base:
         console.print(f"not learnt, so that the base model answers for them: {left} of them")
     if waiting := editor.edits.num_waiting:

@@ -24,12 +24,10 @@ from meg_kernels.editing.prompting import PromptedModel, answers_match
 from meg_kernels.facts import Fact
 from meg_kernels.progress import progress_bar
 from meg_kernels.storage import WorkFolder, fingerprint, read_kept_json, write_kept_json
-from meg_kernels.texts import normalized
+from meg_kernels.texts import SPACED, normalized
 
 KINDS = ("reliability", "generality", "locality")
 MAX_NEW_TOKENS = 64
-# A letter or digit of a script that puts spaces between words; Chinese, Japanese and Thai put none.
-_WORD = r"[^\W_\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]"
 
 Asking = Callable[[Sequence[Prompt], Sequence[int]], AbstractContextManager]
 """Mounts the neurons for these prompts, which belong to these facts."""
@@ -252,6 +250,7 @@ def contains(text: str, answer: str) -> bool:
     (True, False)
     """
     wanted = normalized(answer).removesuffix(".")
-    before = rf"(?<!{_WORD})" if re.match(_WORD, wanted[:1]) else ""
-    behind = rf"(?!{_WORD}|[+#])" if re.match(_WORD, wanted[-1:]) else ""
+    word = SPACED.pattern
+    before = rf"(?<!{word})" if SPACED.match(wanted[:1]) else ""
+    behind = rf"(?!{word}|[+#])" if SPACED.match(wanted[-1:]) else ""
     return re.search(before + re.escape(wanted) + behind, normalized(text)) is not None

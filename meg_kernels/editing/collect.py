@@ -7,7 +7,7 @@ still work for other wordings, and when a generator misses their weights a littl
 - all start from one neuron that fires alike on every prompt and adds nothing yet, so that the
   solutions stay close together, and plain SGD ends in flat minima near it;
 - each fact is fitted in several contexts of its query (never in its paraphrases, which Generality
-  is measured on);
+  is measured on); what all prompts of a context begin with is read once, and no neuron acts there;
 - the fitted value is lengthened a little, for a margin, where the fact survives it.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -28,13 +29,13 @@ from transformers import PreTrainedTokenizerBase
 
 from meg_kernels.checkpoints import not_finite
 from meg_kernels.checks import Check, check_fields, instance_of, integer, number
-from meg_kernels.conversation import has_chat
+from meg_kernels.conversation import has_chat, prompt_tokens
 from meg_kernels.editing.contexts import FITTED, Context, usable
-from meg_kernels.editing.prompting import IGNORED, PromptedModel, TargetBatch
+from meg_kernels.editing.prompting import IGNORED, PromptedModel, TargetBatch, TargetScores
 from meg_kernels.facts import Fact
 from meg_kernels.gradients import check_trainable, with_gradients
 from meg_kernels.neuron import Neurons
-from meg_kernels.nn import Attached, LowerLayers, input_device, input_of
+from meg_kernels.nn import Attached, LowerLayers, SharedPrefix, input_device, input_of
 from meg_kernels.nn.families import decoder_layers
 from meg_kernels.nn.identity import check_finite
 from meg_kernels.nn.packing import frozen_products
@@ -42,9 +43,12 @@ from meg_kernels.precision import fast_dtype
 from meg_kernels.progress import progress_bar
 from meg_kernels.storage import WorkFolder, fingerprint, read_tensors, write_tensors
 
+log = logging.getLogger(__name__)
+
 PROMPTS_AT_ONCE_ON_CPU = 16
 HIDDEN = ""  # the whole layer's name, among its parts'
-STEPS_A_TOKEN = 5  # at most; long answers take more steps than short ones
+SHORTEST_PREFIX = 8  # tokens from which on it pays to read them once
+SHORT_ANSWER = 12  # tokens; longer ones take more steps
 INITIAL_FACTS = 8  # whose prompts decide the initial neuron; one direction needs no more
 
 
@@ -54,8 +58,8 @@ class CollectionConfig:
 
     Args:
         learning_rate: of plain SGD.
-        max_steps: after this many steps a fact is left as it is; or after five for each token of
-            its longest target, if those are more.
+        max_steps: after this many steps a fact is left as it is, if its answer has up to 12 tokens;
+            a longer one may take as many more as it is longer.
         target_loss: a fact is fitted until in every context its target tokens are the model's
             argmax and their mean cross-entropy is below this, in nats.
         overshoot: the fitted value is multiplied by this, unless the fact is lost by it.
@@ -142,6 +146,8 @@ class _Fit:
         batch: [R] prompts with their targets.
         owner: [R] the fact that each prompt belongs to, 0 to F - 1, each fact's together.
         initial: one neuron that all F facts start from.
+        prefixes: token ids that the prompts of each context begin with, as `shared_prefix` has
+            them.
     """
 
     def __init__(
@@ -152,6 +158,7 @@ class _Fit:
         batch: TargetBatch,
         owner: Tensor,
         initial: Neurons,
+        prefixes: Sequence[Sequence[int]],
     ):
         self.prompted, self.attached, self.lower, self.batch = prompted, attached, lower, batch
         self.lengths = batch.inputs["attention_mask"].sum(1)  # [R]
@@ -168,6 +175,7 @@ class _Fit:
                 whole[rows, -part.shape[1] :] = part
         self.contexts = owner.bincount()  # [F] how many each fact has
         self.first_row = self.contexts.cumsum(0) - self.contexts  # [F]
+        self.prefixes = [self._read_once(i, tokens) for i, tokens in enumerate(prefixes)]
         facts = len(self.contexts)
         targets = (batch.labels != IGNORED).sum(1)
         self.longest = targets.new_zeros(facts).scatter_reduce_(0, owner, targets, "amax")  # [F]
@@ -175,10 +183,46 @@ class _Fit:
         self.steps = torch.zeros(facts, dtype=torch.int64, device=owner.device)
         self.learnt = torch.zeros(facts, dtype=torch.bool, device=owner.device)
 
+    def _read_once(self, context: int, tokens: Sequence[int]) -> SharedPrefix | None:
+        """The prefix of a context's prompts; None if it is too short, or the model cannot."""
+        rows = self.first_row + context
+        ids, most = self.batch.inputs["input_ids"], self.batch.inputs["input_ids"].shape[1]
+        targets = (self.batch.labels[rows] != IGNORED).sum(1)
+        if len(tokens) < SHORTEST_PREFIX or int((self.lengths[rows] - targets).min()) < len(tokens):
+            return None
+        place = (most - self.lengths[rows]).unsqueeze(1) + torch.arange(
+            len(tokens), device=ids.device
+        )
+        if not bool((ids[rows].gather(1, place) == ids.new_tensor([*tokens])).all()):
+            return None
+        some = self.batch[rows[:2]]
+        try:
+            layer = self.attached.layer if self.lower.skips else 0
+            prefix = SharedPrefix(self.attached.model, tokens, layer)
+            with torch.no_grad():
+                whole = self.prompted.score(some).losses
+                rest = self._score(some, rows[:2], prefix).losses
+        except Exception as error:  # in whatever way a model keeps what it has read
+            log.debug("prefixes cannot be read once: %r", error)
+            return None
+        same = torch.allclose(whole.float(), rest.float(), rtol=0.02, atol=0.02)
+        return prefix if same else None
+
+    def _score(self, batch: TargetBatch, rows: Tensor, prefix: SharedPrefix | None) -> TargetScores:
+        """What the layers above make of these rows, with the neurons that are mounted."""
+        if prefix is not None:
+            inputs = prefix.inputs(batch.inputs, self.lengths[rows])
+            batch = TargetBatch(inputs, batch.labels)
+        columns = batch.inputs["input_ids"].shape[1]
+        known = {name: whole[rows, -columns:] for name, whole in self.known.items()}
+        with self.lower.replaced_by(known.pop(HIDDEN), known):
+            return self.prompted.score(batch)
+
     def run(self, config: CollectionConfig) -> None:
         active = torch.arange(len(self.flat), device=self.flat.device)
         passed = torch.zeros_like(self.contexts)  # contexts in a row that needed no update
-        most = (STEPS_A_TOKEN * self.longest).clamp(min=config.max_steps)  # [F]
+        longer = (self.longest / SHORT_ANSWER).clamp(min=1)  # [F]
+        most = (config.max_steps * longer).ceil()
         for step in range(int(most.max())):
             looked = self._look(active, self.flat[active], step, with_gradient=True)
             good = looked.right & (looked.losses < config.target_loss)
@@ -213,22 +257,22 @@ class _Fit:
         return right
 
     def _look(self, facts: Tensor, flat: Tensor, turn: int, with_gradient: bool) -> _Look:
-        """One context of each of these facts, with the neurons `flat`."""
+        """One context of each of these facts, with the neurons `flat`.
+
+        Without a gradient, the neurons act on whole prompts, as they do when they answer.
+        """
         rows = self.first_row[facts] + turn % self.contexts[facts]
+        prefix = self.prefixes[turn % len(self.prefixes)] if with_gradient else None
         losses = torch.empty(len(facts), device=flat.device)
         right = torch.empty_like(facts, dtype=torch.bool)
         gradient = torch.zeros_like(flat)
         for some in self._by_length(rows):
-            batch = self.batch[rows[some]]
-            columns = batch.inputs["input_ids"].shape[1]
             part = flat[some].requires_grad_(with_gradient)
-            known = {name: whole[rows[some], -columns:] for name, whole in self.known.items()}
             with (
                 torch.set_grad_enabled(with_gradient),
-                self.lower.replaced_by(known.pop(HIDDEN), known),
                 self.attached.neurons(self.attached.layout.unpack(part)),
             ):
-                scores = self.prompted.score(batch)
+                scores = self._score(self.batch[rows[some]], rows[some], prefix)
             if with_gradient:
                 (gradient[some],) = torch.autograd.grad(scores.losses.sum(), part)
             losses[some], right[some] = scores.losses.detach(), scores.right
@@ -260,6 +304,15 @@ def initial_neuron(attached: Attached, batch: TargetBatch, response: float) -> N
     bias = torch.zeros(1) if layout.has_bias else None
     key = response * mean / mean.square().sum()
     return Neurons(key.unsqueeze(0), bias, torch.zeros(1, layout.d_out), layout.activation)
+
+
+def shared_prefix(prompted: PromptedModel, context: Context) -> list[int]:
+    """Token ids that the prompts of all queries begin with in this context."""
+    # A question and the beginning of a sentence, of which nothing is alike.
+    prompts = [prompted.prompt(query, context) for query in ("Who?", "A man of")]
+    first, second = (prompt_tokens(prompted.tokenizer, prompt) for prompt in prompts)
+    alike = [one == other for one, other in zip(first, second, strict=False)]
+    return first[: alike.index(False)] if False in alike else []
 
 
 Targets = list[tuple[list[int], list[int]]]
@@ -372,6 +425,7 @@ def fit_neurons(
     """
     model = attached.model
     lower = LowerLayers(model, attached.layer)
+    prefixes = [shared_prefix(prompted, c) for c in config.contexts_of(prompted.tokenizer)]
     upper = [*decoder_layers(model)[attached.layer + 1 :], model.get_output_embeddings()]
     # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
     dtype = fast_dtype(input_device(model), model.dtype)
@@ -384,7 +438,7 @@ def fit_neurons(
         batch = prompted.batch([pair for i in rows for pair in targets[i]])
         owner = [place for place, i in enumerate(rows) for _ in targets[i]]
         owners = torch.tensor(owner, device=input_device(model))
-        fitted = _Fit(prompted, attached, lower, batch, owners, initial)
+        fitted = _Fit(prompted, attached, lower, batch, owners, initial, prefixes)
         with frozen_products(upper, dtype) if dtype != model.dtype else nullcontext():
             fitted.run(config)
         fitted.lengthen(config.overshoot)
@@ -410,7 +464,7 @@ def fit_neurons(
             initial = initial_neuron(attached, batch, config.initial_response)
         # Another model, fact or setting has another identity: results never mix.
         identity = fingerprint(
-            [dataclasses.asdict(config), targets, attached.layer],
+            [dataclasses.asdict(config), targets, attached.layer, prefixes],
             *attached.ffn.weights(),
             initial.layout.pack(initial),
         )

@@ -101,7 +101,6 @@ FITTED = (
     Context("plain"),
     Context("reworded", question="The answer to '{}' is", beginning="{} whom or what?"),
     Context("raw", "raw"),
-    Context("chat", "chat"),
     Context(
         "chat, inside",
         "chat",

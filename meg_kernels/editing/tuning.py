@@ -38,7 +38,7 @@ from meg_kernels.storage import (
     write_tensors,
 )
 from meg_kernels.text_encoder import EncoderTuningConfig, TextEncoder, Wordings
-from meg_kernels.texts import normalized_query
+from meg_kernels.texts import names, normalized_query
 
 FEWEST_TUNING_FACTS = 8
 SAME = 0.985  # a cosine from which on conditions count as one
@@ -182,7 +182,9 @@ def tuned_router(
 
 def _named(pairs: Sequence[tuple[str, str, str | None]]) -> Tensor:
     """[P] bool: whether the second text of each pair names the subject, or need not."""
-    named = [subject is None or subject in normalized_query(other) for _, other, subject in pairs]
+    named = [
+        subject is None or names(normalized_query(text), subject) for _, text, subject in pairs
+    ]
     return torch.tensor(named, dtype=torch.bool)
 
 

@@ -31,7 +31,7 @@ from meg_kernels.routing.spans import Span, spans
 from meg_kernels.routing.spelling import Spelling
 from meg_kernels.scoped import OwnLock
 from meg_kernels.text_encoder import TextEncoder
-from meg_kernels.texts import normalized_query
+from meg_kernels.texts import names, normalized_query
 
 FEW_FACTS = 8  # the nearest ones to a query, among which is the one whose subject it names
 FEW_SPANS = 8  # of more, words are corrected to those of the edited queries only
@@ -368,7 +368,9 @@ def _looked_at(
         asked = [normalized_query(text) for text in texts]
         for place, near in enumerate(rows.tolist()):
             subjects = (edits.subjects[row] for row in near)
-            able = (i for i, name in enumerate(subjects) if name is None or name in asked[place])
+            able = (
+                i for i, name in enumerate(subjects) if name is None or names(asked[place], name)
+            )
             found = next(able, None)
             first[place], named[place] = found or 0, found is not None
     first = first.unsqueeze(1)
