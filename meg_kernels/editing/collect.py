@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -311,8 +312,9 @@ def shared_prefix(prompted: PromptedModel, context: Context) -> list[int]:
     # A question and the beginning of a sentence, of which nothing is alike.
     prompts = [prompted.prompt(query, context) for query in ("Who?", "A man of")]
     first, second = (prompt_tokens(prompted.tokenizer, prompt) for prompt in prompts)
-    alike = [one == other for one, other in zip(first, second, strict=False)]
-    return first[: alike.index(False)] if False in alike else []
+    unknown = prompted.tokenizer.unk_token_id
+    pairs = zip(first, second, strict=False)
+    return [one for one, _ in itertools.takewhile(lambda p: p[0] == p[1] != unknown, pairs)]
 
 
 Targets = list[tuple[list[int], list[int]]]
