@@ -99,6 +99,16 @@ def test_as_many_tokens_are_written_as_the_longest_edited_answer_needs(editor, m
     assert asked[0] == 32 and tokens < asked[1] < tokens + 16 and asked[2:] == [5, 32]
 
 
+@real
+def test_a_routing_of_other_prompts_is_refused(editor):
+    routing = editor.route(QUERIES[:2])
+    assert editor.generate(QUERIES[:2], 4, routing=routing) == editor.generate(QUERIES[:2], 4)
+    with pytest.raises(ValueError, match="routing is of 2 prompts, and 1 are given"):
+        editor.generate(QUERIES[:1], routing=routing)
+    with pytest.raises(TypeError, match="routing"):
+        editor.generate(QUERIES[:1], routing=[True])
+
+
 def test_a_long_answer_may_take_more_steps_than_a_short_one():
     config = CollectionConfig(max_steps=3, target_loss=1e-9, learning_rate=1e-6)
     config = dataclasses.replace(config, contexts=BANK.collection.contexts)
@@ -172,3 +182,20 @@ def test_facts_that_their_subjects_or_answers_tell_apart_are_not(facts, alike, r
     edit(edits, EDITED)
     warn_of_alike(edits.router, EDITED, edits.edits)
     assert not recwarn.list
+
+
+def test_more_alike_facts_than_are_looked_at_are_named_whatever_they_are_called():
+    router = make_editor(BANK).router
+    facts = [Fact(f"谁发明了{sign}?", "red", subject=sign) for sign in "飞电车船钟灯火药纸笔盐糖"]
+    with pytest.warns(UserWarning, match=r"tells from another one's \(4\)"):
+        warn_of_alike(router, facts)
+
+
+def test_a_subject_tells_nothing_apart_where_it_need_not_be_named():
+    router = make_editor(dataclasses.replace(BANK, require_subject=False)).router
+    facts = [
+        Fact("谁发明了飞机?", "red", subject="飞机"),
+        Fact("谁发明了电话?", "blue", subject="电话"),
+    ]
+    with pytest.warns(UserWarning, match=r"\(1\)"):
+        warn_of_alike(router, facts)

@@ -722,8 +722,14 @@ def test_a_threshold_by_name_is_that_of_what_names_the_subject(editor):
     share = (int(rejected.sum()) + others) / (len(rejected) + others)
     assert calibration.rejection == pytest.approx(share)
     assert calibration.num_negatives == len(rejected) + others
-    editor.set_gate(threshold="calibrated", require_subject=False)
-    assert editor.edits.calibration != calibration
+    editor.set_gate(require_subject=False)
+    other = editor.edits.calibration
+    assert other != calibration and editor.edits.gate.threshold == other.threshold
+    editor.set_gate(threshold=0.5)
+    editor.set_gate(require_subject=True)  # what was chosen stays
+    assert editor.edits.gate.threshold == 0.5
+    editor.set_gate(threshold="calibrated")
+    assert editor.edits.calibration == calibration
 
 
 @pytest.mark.parametrize("reword", [None, True, False])

@@ -131,8 +131,11 @@ def test_a_question_that_does_not_name_the_subject_is_rejected_by_every_threshol
     assert [*accepted.values()] == routing.accepted.tolist()
     if editor.config.snap:
         assert gated(ungated, base, accepted) == editor.evaluate().metrics
-    assert all(without_names(edited, questions).only(routing.named).scores[routing.named] > -2)
+    found = without_names(edited, questions)
     assert editor.router.requires_subject
+    editor.router.config = dataclasses.replace(editor.router.config, require_subject=False)
+    assert torch.equal(found.scores, edited.routing(questions).score)
+    editor.router.config = dataclasses.replace(editor.router.config, require_subject=True)
 
 
 def test_what_paraphrases_are_taken_for_is_counted(edited):

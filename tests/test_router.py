@@ -162,3 +162,34 @@ def test_a_batch_is_decided_with_one_copy_from_the_device(router, monkeypatch):
     routing = dataclasses.replace(router.route(QUERIES))
     router.neurons(routing)
     assert copies == [(2, len(QUERIES), len(router.edits))]
+
+
+def test_a_follow_up_is_compared_with_what_it_follows_as_both_are_meant(router):
+    query = next(query for query in QUERIES if "color" in query)
+    turns = [{"role": "user", "content": query.replace("color", "coler")}]
+    turns.append({"role": "assistant", "content": "red"})
+    for said in ("gold gray", "pink"):
+        asked = [*turns, {"role": "user", "content": said}]
+        right = [{"role": "user", "content": query}, *asked[1:]]
+        wrong, meant = router.route(asked), router.route(right)
+        assert torch.equal(wrong.accepted, meant.accepted)
+
+
+def test_a_fact_without_a_subject_is_taken_only_where_it_is_the_nearest(router):
+    facts = list(router.edits.facts)
+    facts[-1] = dataclasses.replace(facts[-1], subject=None)
+    other = with_threshold(router, -9.0, facts=tuple(facts))
+    texts = [f"red blue {word}" for word in ("gold", "gray", "pink", "green", "age", "color")]
+    nearest = (router.encode(texts) @ router.edits.conditions.T).argmax(1)
+    routing = other.route(texts)
+    assert routing.accepted.tolist() == (nearest == len(facts) - 1).tolist()
+
+
+def test_rows_of_a_routing_are_those_of_their_queries(router):
+    routing = router.route(MIXED)
+    some = routing.of([3, 0])
+    alone = router.route([MIXED[3], MIXED[0]])
+    assert torch.equal(some.fact, alone.fact) and torch.equal(some.accepted, alone.accepted)
+    assert [span.text for span in some.spans] == [span.text for span in alone.spans]
+    answers = routing.answers()
+    assert [bool(answer) for answer in answers] == routing.accepted.tolist()

@@ -45,3 +45,16 @@ def test_short_names_are_too_much_like_each_other():
 
 def test_a_known_word_stays():
     assert Spelling(["the cede"], {"cude": 0}).corrected("cude") == "cude"
+
+
+def test_long_words_and_scripts_without_spaces_stay():
+    assert SPELLING.corrected("a" * 10**6) == "a" * 10**6
+    assert SPELLING.corrected("谁发明了飞机啊?") == "谁发明了飞机啊?"
+    long = Spelling(["Donaudampfschifffahrtskapitän"], {})
+    assert long.corrected("Donaudampfschiffahrtskapitän") == "Donaudampfschiffahrtskapitän"
+
+
+@pytest.mark.parametrize("sign", ["▁", "Ġ"])
+def test_vocabularies_that_mark_the_beginnings_of_words_are_read(sign):
+    marked = Spelling(["the Rhine"], {f"{sign}house": 0, f"{sign}rivers": 1, "ouse": 2, "##x": 3})
+    assert marked.corrected("house rivers") == "house rivers"

@@ -59,7 +59,7 @@ from meg_kernels.facts import read_facts
 from meg_kernels.familiarity import Calibration
 from meg_kernels.neuron import Neurons
 from meg_kernels.routing.generators import NetworkGeneratorConfig, build_generator
-from meg_kernels.routing.router import Routing, RoutingConfig
+from meg_kernels.routing.router import Routing
 from meg_kernels.storage import write_json
 from meg_kernels.texts import normalized_query
 
@@ -261,7 +261,8 @@ def compare_gates(
 def without_names(edited: Edited, questions: Sequence[Question]) -> Decisions:
     """The present gate's decisions where no subject is required."""
     router = edited.editor.router
-    config, router.config = router.config, RoutingConfig(router.config.snap, False)
+    config = router.config
+    router.config = dataclasses.replace(config, require_subject=False)
     try:
         return Decisions.of(edited, edited.routing(questions))
     finally:

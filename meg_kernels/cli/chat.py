@@ -45,7 +45,7 @@ class Chat:
 
     editor: MeGEditor
     folder: Path
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     messages: list[Message] = field(default_factory=list)
     _before: list[Edits] = field(default_factory=list)  # what was edited before each /edit
     _saved: Edits | None = None

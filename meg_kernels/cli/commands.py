@@ -525,8 +525,11 @@ def ask(
     folder: Folder,
     prompts: Annotated[list[str], typer.Argument(help="Questions, or sentences to complete.")],
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Length of the longest answer, in tokens.")
-    ] = 32,
+        int | None,
+        typer.Option(
+            min=1, help="Length of the longest answer, in tokens. Default: 32, or as edited."
+        ),
+    ] = None,
     device: Device = None,
     dtype: LoadDtype = None,
 ) -> None:
@@ -538,8 +541,11 @@ def ask(
 def chat(
     folder: Folder,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Length of the longest answer, in tokens.")
-    ] = 256,
+        int | None,
+        typer.Option(
+            min=1, help="Length of the longest answer, in tokens. Default: 256, or as edited."
+        ),
+    ] = None,
     device: Device = None,
     dtype: LoadDtype = None,
 ) -> None:

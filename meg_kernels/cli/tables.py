@@ -231,7 +231,7 @@ def print_distillation(report: Distillation) -> None:
         errors.print("[yellow]the student answers fewer queries than its teacher[/]")
 
 
-def print_answers(editor: MeGEditor, prompts: list[str], max_new_tokens: int) -> None:
+def print_answers(editor: MeGEditor, prompts: list[str], max_new_tokens: int | None) -> None:
     """Ask the base and the edited model, and print their answers side by side."""
     table = Table(
         "prompt",
@@ -242,8 +242,8 @@ def print_answers(editor: MeGEditor, prompts: list[str], max_new_tokens: int) ->
         title_justify="left",
     )
     routing = editor.route(prompts)
-    base = editor.generate_base(prompts, max_new_tokens)
-    edited = editor.generate(prompts, max_new_tokens)
+    base = editor.generate_base(prompts, max_new_tokens, routing=routing)
+    edited = editor.generate(prompts, max_new_tokens, routing=routing)
     for row, (prompt, before, after) in enumerate(zip(prompts, base, edited, strict=True)):
         texts = (escape(text) for text in (prompt, before, after))
         why = "" if routing.named[row] else ", subject not named"

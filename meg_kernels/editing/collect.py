@@ -59,8 +59,8 @@ class CollectionConfig:
 
     Args:
         learning_rate: of plain SGD.
-        max_steps: after this many steps a fact is left as it is, if its answer has up to 12 tokens;
-            a longer one may take as many more as it is longer.
+        max_steps: after this many steps a fact is left as it is, if its answer has up to 12 tokens
+            with those that end it; a longer one may take as many more as it is longer.
         target_loss: a fact is fitted until in every context its target tokens are the model's
             argmax and their mean cross-entropy is below this, in nats.
         overshoot: the fitted value is multiplied by this, unless the fact is lost by it.
@@ -196,13 +196,15 @@ class _Fit:
         )
         if not bool((ids[rows].gather(1, place) == ids.new_tensor([*tokens])).all()):
             return None
-        some = self.batch[rows[:2]]
+        # The shortest and the longest, between which most is padding, and that where one is alone.
+        rows = rows[self.lengths[rows].argsort()[[0, -1]]]
+        some = self.batch[rows]
         try:
             layer = self.attached.layer if self.lower.skips else 0
             prefix = SharedPrefix(self.attached.model, tokens, layer)
             with torch.no_grad():
                 whole = self.prompted.score(some).losses
-                rest = self._score(some, rows[:2], prefix).losses
+                rest = self._score(some, rows, prefix).losses
         except Exception as error:  # in whatever way a model keeps what it has read
             log.debug("prefixes cannot be read once: %r", error)
             return None

@@ -12,7 +12,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -23,6 +22,7 @@ from meg_kernels.checks import instance_of
 from meg_kernels.conversation import (
     ChatPrompt,
     Message,
+    Prompt,
     Prompts,
     as_messages,
     as_prompts,
@@ -190,12 +190,7 @@ class EditedModel:
             ValueError: the routing is of another number of prompts.
         """
         prompts = as_prompts("prompts", prompts)
-        routing = self.router.route(prompts) if routing is None else routing
-        if len(instance_of(Routing)("routing", routing)) != len(prompts):
-            raise ValueError(
-                f"routing is of {len(routing)} prompts, and {len(prompts)} are given; give those "
-                "that it was made of, route(prompts)"
-            )
+        routing = self._routing_of(prompts, routing)
         disabled = self.attached.is_disabled
         neurons, index = (None, None) if disabled else self.router.neurons(routing)
         if neurons is None:
@@ -235,15 +230,16 @@ class EditedModel:
         Args:
             prompts: queries, without the template, and conversations, which get the tokenizer's
                 chat template: lists of messages, dicts with role and content.
-            max_new_tokens: the longest answer; default: 32, and 256 in a conversation, or what the
-                longest edited answer among them needs.
+            max_new_tokens: the longest answer; default: 32, and 256 in a conversation, or what an
+                edited answer needs.
             routing: of these prompts; default: what `route` says.
             generation: keyword arguments of `model.generate`; greedy without. Those that contradict
                 answers in texts raise a TypeError that names them.
 
         Returns:
             For each prompt, or num_return_sequences times for each: to a query one line, without
-            the full stop that ends it; in a conversation what the model says.
+            the full stop that ends it, or an edited answer of several lines; in a conversation
+            what the model says.
 
         Raises:
             TypeError: a prompt that is neither, or a keyword that contradicts answering them.
@@ -252,19 +248,19 @@ class EditedModel:
         """
         asked = as_prompts("prompts", prompts)
         texts = [self.prompted.prompt_of(prompt) for prompt in asked]
-        routing = self.router.route(asked) if routing is None else routing
-        answers = [] if self.attached.is_disabled else routing.answers()
-        texts = [opened(text, answer) for text, answer in zip_longest(texts, answers, fillvalue="")]
-        longest = max((len(tokenized(self.tokenizer, a).input_ids) for a in answers), default=0)
-        kinds = [
-            (
-                [row for row, text in enumerate(texts) if isinstance(text, ChatPrompt) is in_chat],
-                max(256 if in_chat else 32, longest + ENDING)
-                if max_new_tokens is None
-                else max_new_tokens,
-            )
-            for in_chat in (False, True)
+        routing = self._routing_of(asked, routing)
+        answers = [""] * len(asked) if self.attached.is_disabled else routing.answers()
+        texts = [opened(text, answer) for text, answer in zip(texts, answers, strict=True)]
+        limits = [
+            self._enough(text, answer) if max_new_tokens is None else max_new_tokens
+            for text, answer in zip(texts, answers, strict=True)
         ]
+        kinds = []
+        for in_chat in (False, True):
+            rows = [
+                row for row, text in enumerate(texts) if isinstance(text, ChatPrompt) is in_chat
+            ]
+            kinds.append((rows, max((limits[row] for row in rows), default=1)))
         for rows, most in kinds:
             self.prompted.check_prompts([texts[row] for row in rows], most, **generation)
         found: list[list[str]] = [[] for _ in asked]
@@ -276,13 +272,28 @@ class EditedModel:
             each = len(said) // len(rows)
             for place, row in enumerate(rows):
                 several = said[place * each : (place + 1) * each]
-                found[row] = [self.prompted.text(one, texts[row]) for one in several]
+                found[row] = [self.prompted.text(one[: limits[row]], texts[row]) for one in several]
         return [text for several in found for text in several]
+
+    def _enough(self, prompt: str, answer: str) -> int:
+        """Tokens that answer a prompt by default: more for a long answer that the edits give."""
+        tokens = len(tokenized(self.tokenizer, answer).input_ids) if answer else 0
+        return max(256 if isinstance(prompt, ChatPrompt) else 32, tokens + ENDING)
+
+    def _routing_of(self, prompts: Sequence[Prompt], routing: Routing | None) -> Routing:
+        """The given routing, if it can be of these prompts; None: what `route` says of them."""
+        routing = self.router.route(prompts) if routing is None else routing
+        if len(instance_of(Routing)("routing", routing)) != len(prompts):
+            raise ValueError(
+                f"routing is of {len(routing)} prompts, and {len(prompts)} are given; give those "
+                "that it was made of, route(prompts)"
+            )
+        return routing
 
     def chat(
         self,
         messages: Sequence[Message],
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         *,
         routing: Routing | None = None,
         **generation: Any,
@@ -291,7 +302,7 @@ class EditedModel:
 
         Args:
             messages: dicts with role and content, of which the last one is the user's.
-            max_new_tokens: the most tokens that it says.
+            max_new_tokens: the most tokens that it says; default: as `generate` has it.
             routing: of this conversation; default: what `route` says.
             generation: keyword arguments of `model.generate`, such as a `streamer`.
 

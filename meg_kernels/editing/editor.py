@@ -284,9 +284,9 @@ class MeGEditor(EditedModel):
             gate: its kind; default: that of the present one.
             threshold: the score above which it accepts a query, also when facts are added or
                 removed; a cosine (similarity) or minus an entropy in nats (familiarity).
-                `calibrated`: as held-out queries have it. Default: as it is, or calibrated if the
-                kind changes.
-            require_subject, serve_unlearnt: as in `EditorConfig`; default: as they are.
+                `calibrated`: as held-out queries have it. Default: as it is, if its kind is.
+            require_subject, serve_unlearnt: as in `EditorConfig`; default: as they are. The former
+                calibrates anew, unless a threshold was chosen.
             progress: show a progress bar.
 
         Returns:
@@ -300,9 +300,11 @@ class MeGEditor(EditedModel):
         edits, config = self.edits, self.config
         given = {"require_subject": require_subject, "serve_unlearnt": serve_unlearnt}
         config = dataclasses.replace(config, **{k: v for k, v in given.items() if v is not None})
+        anew = config.require_subject != self.config.require_subject and config.threshold is None
         if threshold is not None or gate not in (None, config.gate):
-            chosen = None if threshold == "calibrated" else threshold
+            chosen, anew = None if threshold == "calibrated" else threshold, True
             config = dataclasses.replace(config, gate=gate or config.gate, threshold=chosen)
+        if anew:
             edits = with_gate(edits, config, progress)
         self.config = config
         self._put(edits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -147,8 +148,9 @@ def target_tokens(
 
 
 def _full_stop(answer: str) -> str:
-    last = answer.rstrip()[-1:]
-    ends = "\n" not in answer.strip() and (last.isalnum() or last in "\"'”’»)]%°+#")
+    last = unicodedata.normalize("NFC", answer.rstrip())[-1:]
+    is_letter = last.isalnum() or unicodedata.category(last)[0] == "M"  # or a vowel sign
+    ends = "\n" not in answer.strip() and (is_letter or last in "\"'”’»)]%°+#")
     return "." if ends else ""
 
 

@@ -28,7 +28,7 @@ from meg_kernels.familiarity import (
     calibrate,
 )
 from meg_kernels.routing.edits import Edits, HeldOut
-from meg_kernels.routing.router import Router
+from meg_kernels.routing.router import FEW_FACTS, Router, RoutingConfig
 from meg_kernels.scoped import seeded
 from meg_kernels.storage import (
     CorruptFileError,
@@ -43,6 +43,7 @@ from meg_kernels.texts import names, normalized_query
 FEWEST_TUNING_FACTS = 8
 SAME = 0.985  # a cosine from which on conditions count as one
 BLOCK = 1024  # facts that are compared with all others at once
+CROWD = FEW_FACTS  # facts before one that have its condition, of which more are not looked at
 CALIBRATED_TO = 1.5  # the gate is calibrated again when the number of facts changed by this factor
 
 
@@ -80,33 +81,36 @@ def warn_of_alike(router: Router, facts: Sequence[Fact], kept: Edits | None = No
         kept: that are edited already.
     """
     conditions = router.encode([fact.query for fact in facts])
-    before = () if kept is None else kept.facts
-    others = [*before, *facts]
-    all_conditions = conditions if kept is None else torch.cat([kept.conditions, conditions])
-    alike: dict[int, int] = {}
-    for start in range(0, len(facts), BLOCK):
-        similarity = conditions[start : start + BLOCK] @ all_conditions.T
-        for i, other in (similarity > SAME).nonzero().tolist():
-            row = len(before) + start + i
-            if other < row and _one_for_the_other(others[row], others[other]):
-                alike.setdefault(row, other)
-    if not alike:
-        return
-    lines = [f"{others[row].query!r} and {others[other].query!r}" for row, other in alike.items()]
-    text = listing(
-        f"queries that the encoder hardly tells from another one's ({len(lines)})", lines
-    )
-    warnings.warn(
-        f"{text}\nthey may get each other's answers; give each fact its subject, reword them, or "
-        "take an encoder that knows their language (encoder=..., meg edit --encoder)",
-        stacklevel=3,
-    )
+    others = [*(() if kept is None else kept.facts), *facts]
+    everything = conditions if kept is None else torch.cat([kept.conditions, conditions])
+    first, pairs = len(others) - len(facts), []
+    for start in range(first, len(others), BLOCK):
+        block = everything[start : start + BLOCK] @ everything.T > SAME
+        block = block.tril(start - 1)  # each with those before it
+        for i in block.any(1).nonzero()[:, 0].tolist():
+            alike = block[i].nonzero()[:CROWD, 0].tolist()
+            row = start + i
+            taken = (o for o in alike if _one_for_the_other(others[row], others[o], router.config))
+            # So many that the right one may not be among the nearest, whatever it is called.
+            other = alike[0] if len(alike) == CROWD else next(taken, None)
+            if other is not None:
+                pairs.append(f"{others[row].query!r} and {others[other].query!r}")
+    if pairs:
+        head = f"queries that the encoder hardly tells from another one's ({len(pairs)})"
+        warnings.warn(
+            f"{listing(head, pairs)}\nthey may get each other's answers; give each fact its "
+            "subject, reword them, or take an encoder that knows their language (encoder=..., "
+            "meg edit --encoder)",
+            stacklevel=3,
+        )
 
 
-def _one_for_the_other(one: Fact, other: Fact) -> bool:
-    """Whether a gate that finds two facts equally near may take either."""
-    apart = one.normalized_answer != other.normalized_answer
-    return apart and (other.is_named_in(one.query) or one.is_named_in(other.query))
+def _one_for_the_other(one: Fact, other: Fact, config: RoutingConfig) -> bool:
+    """Whether a gate that finds two facts equally near may take either, to another answer."""
+    if one.normalized_answer == other.normalized_answer:
+        return False
+    named = other.is_named_in(one.query) or one.is_named_in(other.query)
+    return named or not config.require_subject
 
 
 def usable_for_tuning(
@@ -251,8 +255,8 @@ def calibrated_gate(
         order = torch.randperm(len(negative), generator=rng)
         taught, negative = negative[order].chunk(2)
         gate.fit(conditions, taught, seed=config.seed, progress=progress)
-    named = sum(fact.named_subject is not None for fact in facts)
-    if gate.kind == SimilarityGate.kind and config.require_subject and 2 * named > len(facts):
+    named = bool(facts) and all(fact.named_subject is not None for fact in facts)
+    if gate.kind == SimilarityGate.kind and config.require_subject and named:
         calibration = _calibrated_by_name(held_out, len(conditions), config)
     else:
         scores = gate.score(positive), gate.score(negative)

@@ -91,9 +91,6 @@ _NUMBER = _Value("a finite number", _is_number)
 _SHARE = _Value("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 _SECONDS = _Value("a number from 0", _is_seconds)
 _TRUTH = _Value("true or false", lambda value: isinstance(value, bool))
-_TRUTH_OR_NONE = _Value(
-    "true, false or null", lambda value: value is None or isinstance(value, bool)
-)
 _TEXTS = _Value("a list of texts", lambda value: _each(value, list, _TEXT.fits))
 _CALIBRATION = dict.fromkeys((f.name for f in dataclasses.fields(Calibration)), _COUNT) | {
     "threshold": _NUMBER,
@@ -154,7 +151,7 @@ _CONFIG = {
     "gate": _one_of(SimilarityGate.kind, FamiliarityNetwork.kind),
     "generator": _Value("the configuration of a generator", _is_generator),
     "snap": _TRUTH,
-    "require_subject": _TRUTH_OR_NONE,
+    "require_subject": _TRUTH,
     "serve_unlearnt": _TRUTH,
 }
 

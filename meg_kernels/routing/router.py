@@ -71,8 +71,9 @@ class Routing:
 
     Args:
         accepted: [B] bool: whether the query is taken for an edited one, and has its neuron.
-        fact: [B] int64: the row of the edited fact nearest to it, of those whose subject it names
-            if there are any; -1 if nothing is edited.
+        fact: [B] int64: the row of the edited fact nearest to it; with a similarity gate, of the
+            nearest few, the first one whose subject it names, if there is any; -1 if nothing is
+            edited.
         score: [B] the gate's score, float32; of similarity to that fact.
         named: [B] bool: false where the query would have to name that fact's subject and does not.
         z: [B, dim] the queries' conditions.
@@ -340,10 +341,12 @@ class Router:
 
 def _respelt(found: Sequence[Span], spelling: Spelling) -> Iterator[Span]:
     """The spans that hold misspelt words, with those as they are meant."""
+    own = len(found) > FEW_SPANS
     for span in found:
-        text = spelling.corrected(span.text, own=len(found) > FEW_SPANS)
+        text = spelling.corrected(span.text, own)
         if text != span.text:
-            yield dataclasses.replace(span, text=text)
+            follows = spelling.corrected(span.follows, own)
+            yield dataclasses.replace(span, text=text, follows=follows)
 
 
 def _looked_at(
@@ -367,11 +370,9 @@ def _looked_at(
     if required:
         asked = [normalized_query(text) for text in texts]
         for place, near in enumerate(rows.tolist()):
-            subjects = (edits.subjects[row] for row in near)
-            able = (
-                i for i, name in enumerate(subjects) if name is None or names(asked[place], name)
-            )
-            found = next(able, None)
+            subjects = [edits.subjects[row] for row in near]
+            able = (i for i, name in enumerate(subjects) if name and names(asked[place], name))
+            found = 0 if subjects[0] is None else next(able, None)
             first[place], named[place] = found or 0, found is not None
     first = first.unsqueeze(1)
     return score.gather(1, first)[:, 0], rows.gather(1, first)[:, 0], named

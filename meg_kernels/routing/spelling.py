@@ -9,8 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from meg_kernels.texts import SPACED
+
 SHORTEST = 3  # letters of a word; shorter ones are too much like each other
+LONGEST = 24  # of more letters is hardly a word, and there is much that it may be like
 SHORTEST_NAME = 5  # of one of the queries' words: many a short name is another one but for a letter
+BEGINS = ("▁", "Ġ")
 _WORD = re.compile(rf"[^\W\d_]{{{SHORTEST},}}")
 
 
@@ -28,9 +32,11 @@ class Spelling:
         for query in queries:
             for word in _WORD.findall(query):
                 self.own.setdefault(word.casefold(), word)
+        # Some vocabularies mark where a word begins, and hold what is within one without a sign.
+        marked = {word[1:]: n for word, n in vocabulary.items() if word[:1] in BEGINS}
         self.known = {
             word.casefold(): number
-            for word, number in vocabulary.items()
+            for word, number in (marked or vocabulary).items()
             if len(word) >= SHORTEST and word.isalpha()
         }
         self._letters = sorted({letter for word in self.own for letter in word})
@@ -51,6 +57,8 @@ class Spelling:
     def _meant(self, word: str, own: bool) -> str:
         written = word.casefold()
         if written in self.own or written in self.known:
+            return word
+        if len(word) > LONGEST or not all(map(SPACED.match, word)):  # or no word at all
             return word
         near = self._near(written)
         for other in near:
