@@ -84,7 +84,7 @@ def defined(base, neurons, index=INDEX, layer=LAYER):
 
 
 @torch.no_grad()
-def assert_carries(model, ids, given=None, tolerance=TOLERANCE):
+def assert_carries(model, ids, given=None, tolerance=TOLERANCE, experts=False):
     """`model` with neurons says what `given`, the same model otherwise, says by definition."""
     attached = attach(model if given is None else given, LAYER)
     plain = model(ids).logits
@@ -97,7 +97,9 @@ def assert_carries(model, ids, given=None, tolerance=TOLERANCE):
         expected = model(ids).logits
     assert torch.equal(model(ids).logits, plain)
     torch.testing.assert_close(carried, expected, **tolerance)
-    assert torch.equal(carried[1], plain[1])
+    # An expert multiplies the tokens of all rows at once: how many those are may round otherwise.
+    alike = TOLERANCE if experts else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(carried[1], plain[1], **alike)
     for row in (0, 2, 3):
         assert (expected[row] - plain[row]).abs().max() > STRONG
     return attached
@@ -132,7 +134,7 @@ def loud(model):
 
 
 def test_a_mixture_of_experts_carries_linear_neurons(ids):
-    attached = assert_carries(mixtral(), ids)
+    attached = assert_carries(mixtral(), ids, experts=True)
     assert attached.layout.activation == "identity" and not attached.layout.has_bias
 
 
