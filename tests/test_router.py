@@ -58,10 +58,7 @@ def test_each_accepted_query_has_the_neuron_of_its_fact_and_no_other_has_one(rou
 def test_a_query_has_to_exceed_the_threshold(router):
     score = router.route(QUERIES[:1]).score.item()
     for threshold, accepted in ((score, False), (score - 1e-6, True)):
-        gate = copy.deepcopy(router.edits.gate)
-        gate.threshold = threshold
-        other = Router(router.encoder, dataclasses.replace(router.edits, gate=gate), router.config)
-        routing = other.route(QUERIES[:1])
+        routing = with_threshold(router, threshold).route(QUERIES[:1])
         assert (routing.score.item(), routing.accepted.item()) == (score, accepted)
 
 

@@ -90,8 +90,10 @@ def halluedit(path: Path, count: int) -> tuple[list[Fact], list[str]]:
         )
         for i, row in enumerate(rows)
     ]
-    queries = dict.fromkeys(fact.normalized_query for fact in facts)
-    first = [next(f for f in facts if f.normalized_query == query) for query in queries][:count]
+    by_query: dict[str, Fact] = {}
+    for fact in facts:
+        by_query.setdefault(fact.normalized_query, fact)
+    first = [*by_query.values()][:count]
     asked = {fact.id for fact in first}
     chosen = [row for i, row in enumerate(rows) if f"row-{i}" in asked]
     return first, [row[name] for row in chosen for name in ("yes_question", "no_question")]
