@@ -72,6 +72,15 @@ def test_a_conversation_is_answered_word_by_word(chat, capsys):
     assert chat.messages[1]["content"] == f"{FACT.answer}."
 
 
+def test_several_edited_questions_are_answered_line_by_line(chat, capsys):
+    other = EDITED[3]
+    shown = told(chat, capsys, f"{FACT.query} And so on. {other.query}", "/why")
+    assert f"model:  {FACT.answer}.\n {other.answer}.\n" in shown
+    assert chat.messages[1]["content"] == f"{FACT.answer}.\n{other.answer}."
+    for fact in (FACT, other):
+        assert f"{fact.query!r} was taken for {fact.query!r} -> {fact.answer!r}" in shown
+
+
 def test_why_says_which_fact_and_which_words(chat, capsys):
     shown = told(chat, capsys, "/why", f"Good day to you. {FACT.query}", "/why", "/base")
     assert "error: nothing was asked yet" in shown

@@ -365,6 +365,61 @@ def test_queries_and_conversations_are_answered_in_one_call_and_in_order(editor)
     assert len(several) == 4 and several[0] == EDITED[0].answer
 
 
+def test_several_edited_questions_are_asked_one_by_one(editor):
+    first, second = EDITED[1], EDITED[3]
+    both = f"{first.query} Well. {second.query} {first.query.lower()}"
+    told = f"{first.answer}\n{second.answer}"
+    assert editor.generate([UNRELATED[0], both, QUERIES[2]], 5) == [
+        *editor.generate([UNRELATED[0]], 5),
+        told,
+        *editor.generate([QUERIES[2]], 5),
+    ]
+    talk = [user(UNRELATED[1]), said("la"), user(both)]
+    assert editor.chat(talk, 5) == f"{first.answer}.\n{second.answer}."
+    twice = editor.generate([both], 5, num_beams=2, num_return_sequences=2)
+    assert len(twice) == 2 and twice[0] == told
+    routing = editor.route([UNRELATED[0], both])
+    assert list(routing.several) == [1] and routing.of([1, 0]).several.keys() == {0}
+    apart, owners = routing.each_question()
+    assert owners == [0, 1, 1] and len(apart) == 3 and not apart.several
+    assert [span.text for span in apart.spans[1:]] == [first.query, second.query]
+    assert editor.generate([UNRELATED[0], both], 5, routing=routing)[1] == told
+    # One question twice, one beside others, and a text that asks nothing are one prompt each.
+    statement = both.replace("?", ".")
+    for one in (f"{first.query} {first.query}", f"{first.query} {UNRELATED[0]}?", statement):
+        assert not editor.route([one]).several
+    with editor.disabled():
+        assert "\n" not in editor.generate([both], 5)[0]
+
+
+class Streamed:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self):
+        self.tokens, self.ends = [], 0
+
+    def put(self, value):
+        assert not self.ends
+        self.tokens += value.reshape(-1).tolist()
+
+    def end(self):
+        self.ends += 1
+
+
+def test_several_answers_are_one_stream(editor):
+    both = [user(f"{EDITED[1].query} {EDITED[3].query}")]
+    streamer = Streamed()
+    told = editor.chat(both, 5, streamer=streamer)
+    assert streamer.ends == 1
+    first = chat_prompt(editor.tokenizer, [user(EDITED[1].query)])
+    ids = prompt_tokens(editor.tokenizer, first)
+    assert streamer.tokens[: len(ids)] == ids
+    text = editor.tokenizer.decode(streamer.tokens[len(ids) :], skip_special_tokens=True)
+    assert text.split() == told.split()
+    with pytest.raises(TypeError, match="a streamer"):
+        editor.chat(both, 5, streamer="no streamer")
+
+
 def test_one_batch_holds_conversations_or_others(editor):
     prompts = [editor.prompted.prompt("Who?"), ChatPrompt("Who?")]
     with pytest.raises(ValueError, match="make two batches"):

@@ -129,24 +129,27 @@ class Chat:
         return self.messages[:-1]
 
     def why(self) -> None:
-        """Which fact the last question was taken for."""
+        """Which fact the last question was taken for, or each of several."""
         self._asked()
-        routing = self._routing
-        assert routing is not None and routing.edits is not None
-        (accepted,), (score,) = routing.accepted.tolist(), routing.score.tolist()
-        fact = routing.edits.facts[int(routing.fact)]
+        assert self._routing is not None
+        routing, _ = self._routing.each_question()
+        assert routing.edits is not None
         threshold = routing.edits.gate.threshold
-        verdict = "taken for" if accepted else "not taken for"
-        console.print(
-            f"{routing.spans[0].text!r} was {verdict} {fact.query!r} -> {fact.answer!r}: the gate "
-            f"gives {score:.3f}, and accepts above {threshold:.3f}",
-            markup=False,
-            highlight=False,
-        )
-        if not routing.named[0]:
-            console.print(f"it does not name {fact.subject!r}, the fact's subject", markup=False)
-        if routing.left_to_base[0]:
-            console.print("the fact was not learnt, so the base model answers for it")
+        for row, span in enumerate(routing.spans):
+            fact = routing.edits.facts[int(routing.fact[row])]
+            verdict = "taken for" if routing.accepted[row] else "not taken for"
+            console.print(
+                f"{span.text!r} was {verdict} {fact.query!r} -> {fact.answer!r}: the gate gives "
+                f"{float(routing.score[row]):.3f}, and accepts above {threshold:.3f}",
+                markup=False,
+                highlight=False,
+            )
+            if not routing.named[row]:
+                console.print(
+                    f"it does not name {fact.subject!r}, the fact's subject", markup=False
+                )
+            if routing.left_to_base[row]:
+                console.print("the fact was not learnt, so the base model answers for it")
 
     def base(self) -> None:
         """The base model's answer to the last question."""

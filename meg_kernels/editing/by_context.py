@@ -10,7 +10,8 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,6 +33,9 @@ MAX_NEW_TOKENS = 64
 Asking = Callable[[Sequence[Prompt], Sequence[int]], AbstractContextManager]
 """Mounts the neurons for these prompts, which belong to these facts."""
 
+Wording = Callable[[str, Context], Context]
+"""The context in which an edit that stands in the prompt puts this query of that context."""
+
 
 @dataclass(frozen=True)
 class InContext:
@@ -43,7 +47,8 @@ class InContext:
         locality: other queries were answered word for word as the base model answers them.
         runs_on: of the answers to edited queries that contain the new one, the share that says
             more than it.
-        base_reliability: of the base model, `reliability_contained`.
+        base_reliability: of the base model, `reliability_contained`; None if it was not asked.
+        prompt_tokens: of the edited model's prompts to edited queries, in the mean.
     """
 
     reliability: float | None
@@ -53,6 +58,7 @@ class InContext:
     locality: float | None
     runs_on: float | None
     base_reliability: float | None
+    prompt_tokens: float
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,14 @@ class ContextReport:
 class _Question:
     kind: str
     fact: int
+    query: str
     asked: Any
     prompt: str
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether the base model's answer counts as well."""
+        return self.kind != "generality"
 
 
 def _mean(values: Iterable[bool]) -> float | None:
@@ -138,13 +150,20 @@ class ByContext:
             _Question(
                 kind,
                 i,
+                query,
                 context.asked(query),
                 asked_of(self.facts[i], kind, self.prompted.prompt(query, context)),
             )
             for kind, i, query in queries(self.facts)
         ]
         found.sort(key=lambda question: len(question.prompt))  # less padding
-        return [found[i : i + self.batch_size] for i in range(0, len(found), self.batch_size)]
+        compared = [question for question in found if question.is_compared]
+        others = [question for question in found if not question.is_compared]
+        return [
+            part[i : i + self.batch_size]
+            for part in (compared, others)
+            for i in range(0, len(part), self.batch_size)
+        ]
 
     def protocol(self) -> dict[str, Any]:
         """How this evaluation measures."""
@@ -167,6 +186,8 @@ class ByContext:
         self,
         edited: Asking,
         *,
+        wording: Wording | None = None,
+        against_base: bool = True,
         protocol: dict[str, Any] | None = None,
         progress: bool = False,
     ) -> ContextReport:
@@ -174,30 +195,49 @@ class ByContext:
 
         Args:
             edited: mounts the neurons that the edited model gives to prompts.
+            wording: of an edit that stands in the prompt.
+            against_base: whether the base model is asked as well; there is no Locality without.
             protocol: what else the report's protocol has to say.
             progress: show a progress bar.
         """
         found = {}
-        total = 2 * sum(len(batch) for batches in self._batches.values() for batch in batches)
+        asked = [q for batches in self._batches.values() for batch in batches for q in batch]
+        total = len(asked) + against_base * sum(question.is_compared for question in asked)
         with progress_bar(total=total, desc="asking in contexts", unit="", shown=progress) as bar:
             for context in self.contexts:
                 bar.set_postfix_str(context.name)
-                base = self._answers(context, None, bar.update)
-                answers = self._answers(context, edited, bar.update)
-                found[context.name] = self._shares(context, base, answers)
+                batches = self._batches[context.name]
+                compared = [batch for batch in batches if batch[0].is_compared]
+                base = self._answers(context, compared, None, bar.update) if against_base else []
+                if wording is not None:
+                    batches = [
+                        [self._worded(question, wording, context) for question in batch]
+                        for batch in batches
+                    ]
+                answers = self._answers(context, batches, edited, bar.update)
+                found[context.name] = self._shares(batches, base, answers)
         return ContextReport(len(self.facts), found, self.protocol() | (protocol or {}))
 
+    def _worded(self, question: _Question, wording: Wording, context: Context) -> _Question:
+        prompt = self.prompted.prompt(question.query, wording(question.query, context))
+        prompt = asked_of(self.facts[question.fact], question.kind, prompt)
+        return replace(question, prompt=prompt)
+
     def _answers(
-        self, context: Context, edited: Asking | None, done: Callable[[int], Any]
+        self,
+        context: Context,
+        batches: list[list[_Question]],
+        edited: Asking | None,
+        done: Callable[[int], Any],
     ) -> list[list[int]]:
         kept = WorkFolder()
         if self._identity:
             identity = () if edited is None else self._identity
-            facts = [fact.to_dict() for fact in self.facts]
-            about = [context.name, self.protocol(), facts, self._weights]
+            prompts = [[type(q.prompt).__name__, q.prompt] for batch in batches for q in batch]
+            about = [context.name, self.protocol(), prompts, self._weights]
             kept = self._work / f"context-{fingerprint(about, edited is None, *identity)}"
         found = []
-        for number, batch in enumerate(self._batches[context.name]):
+        for number, batch in enumerate(batches):
             ask = functools.partial(self._ask, batch, edited)
             said, _ = kept.once(f"batch-{number:05d}.json", ask, write_kept_json, read_kept_json)
             found += said
@@ -213,15 +253,19 @@ class ByContext:
             return self.prompted.answers(prompts, self.max_new_tokens)
 
     def _shares(
-        self, context: Context, base: list[list[int]], edited: list[list[int]]
+        self, batches: list[list[_Question]], base: list[list[int]], edited: list[list[int]]
     ) -> InContext:
-        questions = [question for batch in self._batches[context.name] for question in batch]
+        questions = [question for batch in batches for question in batch]
+        own = [question.prompt for question in questions if question.kind != "locality"]
+        tokens = [len(prompt_tokens(self.prompted.tokenizer, prompt)) for prompt in own]
         exact: dict[str, list[bool]] = {kind: [] for kind in KINDS}
         contained: dict[str, list[bool]] = {kind: [] for kind in KINDS}
         runs_on, base_right = [], []
-        for question, before, after in zip(questions, base, edited, strict=True):
+        # Those that are compared with the base model come first.
+        for question, before, after in zip_longest(questions, base, edited):
             if question.kind == "locality":
-                exact["locality"].append(before == after)
+                if before is not None:
+                    exact["locality"].append(before == after)
                 continue
             answer = self.facts[question.fact].answer
             text = self.prompted.text(after, question.prompt)
@@ -229,7 +273,9 @@ class ByContext:
             exact[question.kind].append(right)
             contained[question.kind].append(there)
             if question.kind == "reliability":
-                base_right.append(contains(self.prompted.text(before, question.prompt), answer))
+                if before is not None:
+                    said = self.prompted.text(before, question.prompt)
+                    base_right.append(contains(said, answer))
                 if there:
                     runs_on.append(normalized(text).rstrip(".") != normalized(answer).rstrip("."))
         return InContext(
@@ -240,6 +286,7 @@ class ByContext:
             _mean(exact["locality"]),
             _mean(runs_on),
             _mean(base_right),
+            fmean(tokens),
         )
 
 

@@ -32,7 +32,8 @@ from meg_kernels.editing.by_context import MAX_NEW_TOKENS, ByContext, ContextRep
 from meg_kernels.editing.contexts import MEASURED, Context
 from meg_kernels.editing.evaluate import Evaluation, EvaluationReport, unknown_facts
 from meg_kernels.editing.general_ability import Perplexity, perplexity
-from meg_kernels.editing.prompting import PromptedModel
+from meg_kernels.editing.prompting import PromptedModel, checked_generation
+from meg_kernels.editing.several import OneStream, asked_apart, joined
 from meg_kernels.facts import Fact, FactsLike, as_facts
 from meg_kernels.gradients import with_gradients
 from meg_kernels.nn import Attached
@@ -239,7 +240,8 @@ class EditedModel:
         Returns:
             For each prompt, or num_return_sequences times for each: to a query one line, without
             the full stop that ends it, or an edited answer of several lines; in a conversation
-            what the model says.
+            what the model says. A prompt that asks several edited questions, a sentence each, is
+            answered line by line: each of them is asked by itself.
 
         Raises:
             TypeError: a prompt that is neither, or a keyword that contradicts answering them.
@@ -247,8 +249,30 @@ class EditedModel:
                 conversation, and the tokenizer has no chat template.
         """
         asked = as_prompts("prompts", prompts)
-        texts = [self.prompted.prompt_of(prompt) for prompt in asked]
         routing = self._routing_of(asked, routing)
+        owners = [*range(len(asked))]
+        if not self.attached.is_disabled and routing.several:
+            asked, routing, owners = asked_apart(asked, routing)
+        if generation.get("streamer") is None or len(asked) == 1 or owners[-1]:
+            said = self._said(asked, routing, max_new_tokens, generation)
+        else:  # the questions of one prompt, one after the other
+            checked_generation(1, generation)
+            said, stream = [], OneStream(generation["streamer"], self.tokenizer)
+            generation["streamer"] = stream
+            for row, question in enumerate(asked):
+                said += self._said([question], routing.of([row]), max_new_tokens, generation)
+            stream.close()
+        return [text for several in joined(said, owners) for text in several]
+
+    def _said(
+        self,
+        asked: Sequence[Prompt],
+        routing: Routing,
+        max_new_tokens: int | None,
+        generation: dict[str, Any],
+    ) -> list[list[str]]:
+        """The answers to each prompt, one or num_return_sequences of them."""
+        texts = [self.prompted.prompt_of(prompt) for prompt in asked]
         answers = [""] * len(asked) if self.attached.is_disabled else routing.answers()
         texts = [opened(text, answer) for text, answer in zip(texts, answers, strict=True)]
         limits = [
@@ -273,7 +297,7 @@ class EditedModel:
             for place, row in enumerate(rows):
                 several = said[place * each : (place + 1) * each]
                 found[row] = [self.prompted.text(one[: limits[row]], texts[row]) for one in several]
-        return [text for several in found for text in several]
+        return found
 
     def _enough(self, prompt: str, answer: str) -> int:
         """Tokens that answer a prompt by default: more for a long answer that the edits give."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from meg_kernels.routing.spans import Span, spans
 from meg_kernels.routing.spelling import Spelling
 from meg_kernels.scoped import OwnLock
 from meg_kernels.text_encoder import TextEncoder
-from meg_kernels.texts import names, normalized_query
+from meg_kernels.texts import is_question, names, normalized_query
 
 FEW_FACTS = 8  # the nearest ones to a query, among which is the one whose subject it names
 FEW_SPANS = 8  # of more, words are corrected to those of the edited queries only
@@ -82,6 +82,8 @@ class Routing:
             learnt, so that the base model answers it.
         snap: whether neurons are those of the facts' own queries, as `RoutingConfig` has it.
         spans: [B] the span of each prompt that decided.
+        several: by the number of a prompt that asks several edited questions, one in a sentence,
+            where each of them goes.
     """
 
     accepted: Tensor
@@ -93,23 +95,38 @@ class Routing:
     left_to_base: Tensor
     snap: bool
     spans: tuple[Span, ...]
+    several: Mapping[int, Routing] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.accepted)
 
     def of(self, rows: Sequence[int]) -> Routing:
         """Where these queries of the batch go."""
-        picked = {
-            name: getattr(self, name)[[*rows]]
-            for name in ("accepted", "fact", "score", "named", "z", "left_to_base")
-        }
-        return dataclasses.replace(self, **picked, spans=tuple(self.spans[row] for row in rows))
+        picked = {name: getattr(self, name)[[*rows]] for name in _OF_A_BATCH}
+        several = {i: self.several[row] for i, row in enumerate(rows) if row in self.several}
+        spans = tuple(self.spans[row] for row in rows)
+        return dataclasses.replace(self, **picked, spans=spans, several=several)
+
+    def each_question(self) -> tuple[Routing, list[int]]:
+        """The same with a row for each question of a prompt that asks several edited ones.
+
+        Returns:
+            The routing of N rows, and the number of the prompt that each row is of, in order.
+        """
+        parts = [self.several.get(row, self.of([row])) for row in range(len(self))]
+        owners = [row for row, part in enumerate(parts) for _ in range(len(part))]
+        whole = {name: torch.cat([getattr(p, name) for p in parts]) for name in _OF_A_BATCH}
+        spans = tuple(span for part in parts for span in part.spans)
+        return dataclasses.replace(self, **whole, spans=spans, several={}), owners
 
     def answers(self) -> list[str]:
         """[B] the edited answers of the queries that were accepted; of the others, none."""
         facts = () if self.edits is None else self.edits.facts
         accepted = zip(self.accepted.tolist(), self.fact.tolist(), strict=True)
         return [facts[fact].answer if taken else "" for taken, fact in accepted]
+
+
+_OF_A_BATCH = ("accepted", "fact", "score", "named", "z", "left_to_base")
 
 
 @dataclass(frozen=True)
@@ -282,16 +299,16 @@ class Router:
         z, fact, named = z[: len(looked)], fact[: len(looked)], named[: len(looked)]
         accepted = (score > edits.gate.threshold) & named
         accepted[followed] &= score[followed] > before
-        if len(looked) > len(parts):
-            best = _best_of(owner, accepted, score, len(parts))
-            z = z[best.to(z.device)]
-            accepted, fact, score, named = accepted[best], fact[best], score[best], named[best]
-            looked = [looked[place] for place in best.tolist()]
+        best = _best_of(owner, accepted, score, len(parts)).tolist()
         left = torch.zeros_like(accepted)
         if not by.config.serve_unlearnt:
             left = accepted & ~edits.learnt[fact]
         accepted = accepted & ~left
-        return Routing(accepted, fact, score, named, z, edits, left, by.config.snap, tuple(looked))
+        snap = by.config.snap
+        each = Routing(accepted, fact, score, named, z, edits, left, snap, tuple(looked))
+        asked = _questions(owner, each)
+        several = {row: each.of(places) for row, places in asked.items() if len(places) > 1}
+        return dataclasses.replace(each.of(best), several=several)
 
     def neurons(self, routing: Routing) -> tuple[Neurons | None, Tensor]:
         """The neurons of the queries that were accepted.
@@ -376,6 +393,26 @@ def _looked_at(
             first[place], named[place] = found or 0, found is not None
     first = first.unsqueeze(1)
     return score.gather(1, first)[:, 0], rows.gather(1, first)[:, 0], named
+
+
+def _questions(owner: Tensor, each: Routing) -> dict[int, list[int]]:
+    """By prompt, the accepted spans that are sentences and questions, one of each fact, in order.
+
+    Args:
+        owner: [S] the prompt of each span.
+        each: where each of the S spans goes.
+    """
+    best: dict[tuple[int, int], int] = {}  # of a sentence as it is and with its words corrected
+    for place in each.accepted.nonzero()[:, 0].tolist():
+        span, key = each.spans[place], (int(owner[place]), each.spans[place].start)
+        if not (span.is_sentence and is_question(span.text)):
+            continue
+        if key not in best or each.score[place] > each.score[best[key]]:
+            best[key] = place
+    asked: dict[int, dict[int, int]] = {}
+    for (row, _), place in sorted(best.items()):
+        asked.setdefault(row, {}).setdefault(int(each.fact[place]), place)
+    return {row: [*places.values()] for row, places in asked.items()}
 
 
 def _first_of(owner: Tensor, count: int) -> Tensor:

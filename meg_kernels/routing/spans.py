@@ -7,7 +7,7 @@ question's own. A prompt is therefore looked at in spans, and the best one decid
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from meg_kernels.conversation import Prompt
 
@@ -36,11 +36,13 @@ class Span:
             that of the part that was said last.
         follows: what was said before that comes first in it. A follow-up asks for a fact only if
             it is closer to it than that is by itself.
+        is_sentence: whether it is one of several sentences.
     """
 
     text: str
     start: int
     follows: str = ""
+    is_sentence: bool = False
 
 
 def sentences(text: str) -> list[Span]:
@@ -72,7 +74,7 @@ def spans(prompt: Prompt) -> list[Span]:
     parts = sentences(said)
     found = [whole] if len(whole.text) <= MOST_CHARACTERS or len(parts) < 2 else []
     if len(parts) > 1:
-        found += _bounded(parts)
+        found += [replace(part, is_sentence=True) for part in _bounded(parts)]
     words, characters = FOLLOW_UP
     short = len(said.split()) <= words and len(said) <= characters
     if not isinstance(prompt, str) and parts and short:

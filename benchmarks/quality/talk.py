@@ -1,0 +1,360 @@
+"""Edits where people talk, beside the two simple rivals: the fact in the prompt, the stored answer.
+
+    python -m benchmarks.quality.talk --data ../shared/data --work build/talk
+
+The facts are edited as `meg edit` does it, with nothing to tune on but what the package ships. Then
+they are asked in the measured contexts, of three systems with one gate and one generator's worth of
+training between them:
+
+    neuron   the query's own neuron is mounted (MeG)
+    prompt   the fact that the gate finds stands before the question, and no neuron is mounted
+    stored   the answer that is stored with that fact is returned, and no model is asked
+
+How the fact is put is the best of `TOLD`, chosen on other facts than those that are measured.
+
+What comes next is measured as well: a second turn that uses the first one's answer. And what a
+prompt costs: its tokens, and the seconds until its first token.
+
+Writes benchmarks/results/talk.json; rows that are in it already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from benchmarks.conftest import version_of
+from benchmarks.quality.gate import data_sets
+from meg_kernels import Fact, MeGEditor
+from meg_kernels.conversation import Prompt
+from meg_kernels.editing.by_context import ByContext, contains
+from meg_kernels.editing.contexts import MEASURED, Context
+from meg_kernels.editing.evaluate import queries
+from meg_kernels.editing.prompting import answers_match
+from meg_kernels.machine import processor_name
+from meg_kernels.pretrained import SMOLLM2
+from meg_kernels.shipped import shipped_tuning_facts
+from meg_kernels.storage import write_json
+from meg_kernels.texts import is_question
+
+RESULT = Path(__file__).parents[1] / "results" / "talk.json"
+CHAT = tuple(context for context in MEASURED if context.name == "chat")
+TEMPLATE_AND_CHAT = MEASURED[:1] + CHAT
+# The last turn of a conversation whose first one asked a fact's own query.
+NEXT = "Say that again in a whole sentence, please."
+ANSWER = 48  # tokens of a turn, at most
+TIMED = 32  # queries, one at a time
+
+
+@dataclass(frozen=True)
+class Told:
+    """How a fact is put before a question.
+
+    Args:
+        text: around the fact, before the question.
+        is_system: whether it is the system's message, in a chat.
+    """
+
+    text: str
+    is_system: bool = False
+
+
+TOLD = (
+    Told("{}\n"),
+    Told("Use this fact: {}\n\n"),
+    Told("You know this: {}", is_system=True),
+)
+
+
+def sentence(fact: Fact) -> str:
+    """The fact in words: its query and its answer.
+
+    >>> sentence(Fact("Who wrote Emma?", "Ann Radcliffe"))
+    'Who wrote Emma? Ann Radcliffe.'
+    """
+    return f"{fact.query.strip()} {fact.answer.removesuffix('.')}."
+
+
+def told_in(context: Context, fact: Fact, told: Told) -> Context:
+    """The context with the fact before the question."""
+    said = told.text.replace("{}", sentence(fact).replace("{}", "{ }"))
+    if told.is_system and context.form == "chat":
+        return replace(context, system=f"{context.system or ''} {said}".strip())
+    said = said if said.endswith("\n") else f"{said}\n"
+    return replace(context, question=said + context.question, beginning=said + context.beginning)
+
+
+class Rivals:
+    """The three systems over one edited model.
+
+    Args:
+        editor: of the edited model.
+        told: how facts are put into prompts.
+    """
+
+    def __init__(self, editor: MeGEditor, told: Told):
+        self.editor, self.told = editor, told
+
+    def found(self, query: str, context: Context) -> Fact | None:
+        """The fact that the gate takes the query for."""
+        routing = self.editor.route([context.asked(query)])
+        return self.editor.facts[int(routing.fact)] if bool(routing.accepted) else None
+
+    def wording(self, query: str, context: Context) -> Context:
+        """The context with the fact that the gate finds, if any, before the question."""
+        fact = self.found(query, context)
+        return context if fact is None else told_in(context, fact, self.told)
+
+    def stored(self, facts: Sequence[Fact], context: Context) -> dict[str, float | None]:
+        """Shares of the questions that the stored answers answer, and of others left alone."""
+        asked = [*queries(facts)]
+        routing = self.editor.route([context.asked(query) for _, _, query in asked])
+        right: dict[str, list[bool]] = {"reliability": [], "generality": [], "locality": []}
+        for (kind, owner, _), answer in zip(asked, routing.answers(), strict=True):
+            is_right = (
+                not answer if kind == "locality" else answers_match(answer, facts[owner].answer)
+            )
+            right[kind].append(is_right)
+        return {kind: statistics.fmean(each) if each else None for kind, each in right.items()}
+
+
+def by_context(
+    rivals: Rivals, facts: Sequence[Fact], contexts: Sequence[Context], local: int, work: Path
+) -> list[dict[str, Any]]:
+    """A row for each context and system.
+
+    Args:
+        rivals: the systems.
+        facts: that are edited, with what else is asked about them.
+        contexts: in which.
+        local: how many of the facts bring a locality query, one each.
+        work: keeps answers.
+    """
+    editor = rivals.editor
+    some = [replace(f, locality=f.locality[: i < local]) for i, f in enumerate(facts)]
+    identity, about = editor._measured()
+    rows = []
+
+    def own_neurons(asked: Sequence[Prompt], _: Sequence[int]) -> AbstractContextManager:
+        return editor.routed(asked)
+
+    def no_neurons(asked: Sequence[Prompt], _: Sequence[int]) -> AbstractContextManager:
+        return nullcontext()
+
+    for system, edited, wording in (
+        ("neuron", own_neurons, None),
+        ("prompt", no_neurons, rivals.wording),
+    ):
+        evaluation = ByContext(
+            editor.prompted, some, contexts, work_folder=work, identity=[system, *identity]
+        )
+        with editor.serving():
+            report = evaluation.report(
+                edited,
+                wording=wording,
+                against_base=any(fact.locality for fact in some),
+                protocol=about,
+                progress=True,
+            )
+        rows += [
+            {"system": system, "context": name, **asdict(shares)}
+            for name, shares in report.contexts.items()
+        ]
+    for context in contexts:
+        rows.append({"system": "stored", "context": context.name, **rivals.stored(some, context)})
+    return rows
+
+
+def next_turn(rivals: Rivals, facts: Sequence[Fact], system: str) -> float:
+    """Share of second turns, which use the first one's answer, that contain the edited answer."""
+    (chat,), editor, right = CHAT, rivals.editor, []
+    for fact in facts:
+        context = rivals.wording(fact.query, chat) if system == "prompt" else chat
+        first = context.messages(fact.query)
+        if system == "stored":
+            said = editor.route([first]).answers()[0]
+        elif system == "neuron":
+            said = editor.chat(first, ANSWER)
+        else:
+            with editor.disabled():
+                said = editor.chat(first, ANSWER)
+        second = [
+            *first,
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": NEXT},
+        ]
+        if system == "neuron":
+            again = editor.chat(second, ANSWER)
+        else:
+            with editor.disabled():
+                again = editor.chat(second, ANSWER)
+        right.append(contains(again, fact.answer))
+    return statistics.fmean(right)
+
+
+class _First(TextStreamer):
+    """Notes when the first token of an answer came."""
+
+    def __init__(self, tokenizer: Any):
+        super().__init__(tokenizer, skip_prompt=True)
+        self.came = 0.0
+        self._puts = 0
+
+    def put(self, value: Any) -> None:
+        self._puts += 1
+        if self._puts == 2:  # the first put is the prompt
+            self.came = time.perf_counter()
+
+    def end(self) -> None:
+        pass
+
+
+def first_token(rivals: Rivals, facts: Sequence[Fact], system: str) -> float:
+    """Median milliseconds from a conversation to its first token, one at a time."""
+    (chat,), editor, took = CHAT, rivals.editor, []
+    for fact in facts[:TIMED]:
+        started = time.perf_counter()
+        context = rivals.wording(fact.query, chat) if system == "prompt" else chat
+        messages, streamer = context.messages(fact.query), _First(editor.tokenizer)
+        if system == "neuron":
+            editor.chat(messages, 2, streamer=streamer)
+        else:
+            with editor.disabled():
+                editor.chat(messages, 2, streamer=streamer)
+        took.append(1e3 * (streamer.came - started))
+    return statistics.median(took)
+
+
+def best_told(editor: MeGEditor) -> tuple[Told, dict[str, float]]:
+    """The way to put a fact that answers best, on the package's tuning facts, in chat."""
+    others = [fact for fact in shipped_tuning_facts() if is_question(fact.query)][:64]
+    (chat,), found = CHAT, {}
+    with editor.disabled(), editor.serving():
+        for told in TOLD:
+            asked = [told_in(chat, fact, told).messages(fact.query) for fact in others]
+            said = editor.generate(asked, ANSWER)
+            found[told.text] = statistics.fmean(
+                contains(text, fact.answer) for text, fact in zip(said, others, strict=True)
+            )
+    return max(TOLD, key=lambda told: found[told.text]), found
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What is measured of one data set.
+
+    Args:
+        facts: of it.
+        paraphrased: contexts in which paraphrases and locality queries are asked, too.
+        contexts: in which the facts' own queries are asked.
+        local: facts of which a locality query is asked.
+    """
+
+    facts: int
+    paraphrased: tuple[Context, ...]
+    contexts: tuple[Context, ...]
+    local: int
+
+
+def measure(
+    chosen: DataSet, facts: list[Fact], yes_no: Sequence[str], work: Path
+) -> dict[str, Any]:
+    """What was found of one data set, whose work is kept in a folder of its own."""
+    editor = MeGEditor.for_model(SMOLLM2)
+    started = time.perf_counter()
+    report = editor.edit(facts, work_folder=work, progress=True)
+    seconds = time.perf_counter() - started
+    told, tried = best_told(editor)
+    rivals = Rivals(editor, told)
+    own = [replace(fact, paraphrases=(), locality=()) for fact in facts]
+    only = [context for context in chosen.contexts if context not in chosen.paraphrased]
+    rows = by_context(rivals, facts, chosen.paraphrased, chosen.local, work)
+    if only:
+        rows += by_context(rivals, own, only, 0, work)
+    systems = ("neuron", "prompt", "stored")
+    with editor.serving():
+        after = {system: next_turn(rivals, facts[:64], system) for system in systems}
+        took = {system: first_token(rivals, facts, system) for system in systems[:2]}
+    found: dict[str, Any] = {
+        "facts": len(facts),
+        "seconds": seconds,
+        "stages": report.seconds,
+        "unlearnt": len(report.unlearnt),
+        "told": asdict(told),
+        "told_tried": tried,
+        "rows": rows,
+        "next_turn": after,
+        "first_token_ms": took,
+    }
+    if yes_no:
+        found["yes_no"] = changed_yes_no(editor, yes_no[:256])
+    return found
+
+
+def changed_yes_no(editor: MeGEditor, asked: Sequence[str]) -> dict[str, float]:
+    """What becomes of yes and no questions about edited facts, asked in chat."""
+    (chat,) = CHAT
+    taken, same, yes_no = [], [], []
+    with editor.serving():
+        for i in range(0, len(asked), 32):
+            batch = [chat.messages(query) for query in asked[i : i + 32]]
+            routing = editor.route(batch)
+            said = editor.generate(batch, 32, routing=routing)
+            base = editor.generate_base(batch, 32)
+            taken += routing.accepted.tolist()
+            same += [a == b for a, b in zip(said, base, strict=True)]
+            yes_no += [text.lower().startswith(("yes", "no")) for text in said]
+    return {
+        "asked": len(asked),
+        "taken": statistics.fmean(taken),
+        "as_the_base_model": statistics.fmean(same),
+        "answered_yes_or_no": statistics.fmean(yes_no),
+    }
+
+
+SETS = {
+    "demo": DataSet(64, MEASURED, MEASURED, 64),
+    "HalluEditBench": DataSet(500, CHAT, CHAT, 500),
+    "CounterFact": DataSet(500, TEMPLATE_AND_CHAT, MEASURED, 128),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="the folder of the data sets")
+    parser.add_argument("--work", type=Path, required=True, help="keeps what was edited and said")
+    parser.add_argument("--sets", nargs="+", default=[*SETS], choices=[*SETS])
+    options = parser.parse_args()
+    content: dict[str, Any] = {"study": "talk", "sets": []}
+    if RESULT.exists():
+        content = json.loads(RESULT.read_text(encoding="utf-8"))
+    content |= {
+        "machine": processor_name(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: version_of(name) for name in ("torch", "transformers")},
+    }
+    for name in options.sets:
+        if any(found["data"] == name for found in content["sets"]):
+            continue
+        chosen = SETS[name]
+        facts, yes_no = data_sets(options.data, chosen.facts)[name]()
+        found = measure(chosen, facts, yes_no, options.work / name)
+        content["sets"].append({"data": name, **found})
+        write_json(RESULT, content)
+        print(json.dumps(content["sets"][-1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
