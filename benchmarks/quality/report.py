@@ -467,6 +467,75 @@ def gate(studies: Studies, plots: Path) -> str:
     )
 
 
+SYSTEMS = {"neuron": "MeG", "prompt": "in the prompt", "stored": "stored answer"}
+
+
+def talk(studies: Studies, plots: Path) -> str:
+    """Edits in conversations, beside the fact in the prompt and the stored answer."""
+    parts, costs = [], []
+    for found in (found for study in studies["talk"] for found in study["sets"]):
+        lines = []
+        for row in sorted(
+            found["rows"], key=lambda row: (row["context"], [*SYSTEMS].index(row["system"]))
+        ):
+            exact = [f"{kind}" for kind in ("reliability", "generality")]
+            lines.append(
+                {
+                    "context": row["context"],
+                    "": SYSTEMS[row["system"]],
+                    **{kind.capitalize(): share(row[kind]) for kind in exact},
+                    **{
+                        f"{kind}, contained": share(row.get(f"{kind}_contained", row[kind]))
+                        for kind in exact
+                    },
+                    "Locality": share(row["locality"]),
+                    "runs on": share(row.get("runs_on", 0.0)),
+                    "base contained": share(row.get("base_reliability")),
+                    "prompt tokens": f"{row['prompt_tokens']:.0f}"
+                    if "prompt_tokens" in row
+                    else "",
+                }
+            )
+        name = f"{found['data']}, {found['facts']} facts"
+        parts.append(markdown(f"{name}, {found['unlearnt']} not learnt", lines))
+        for system, title in SYSTEMS.items():
+            took = found["first_token_ms"].get(system)
+            costs.append(
+                {
+                    "data": name,
+                    "": title,
+                    "next turn, contained": share(found["next_turn"][system]),
+                    "first token": "" if took is None else f"{took:.0f} ms",
+                }
+            )
+        if yes_no := found.get("yes_no"):
+            parts.append(
+                f"Of {yes_no['asked']} yes and no questions about these facts, "
+                f"{yes_no['taken']:.1%} were taken for the edited one; "
+                f"{yes_no['as_the_base_model']:.1%} were answered as by the base model, and "
+                f"{yes_no['answered_yes_or_no']:.1%} with a yes or a no."
+            )
+    if costs:
+        parts.append(markdown("A second turn that uses the answer, and the wait", costs))
+    return paragraphs(*parts)
+
+
+def lengths(studies: Studies, plots: Path) -> str:
+    """Which answers were learnt, by their tokens."""
+    lines = [
+        {
+            "tokens of the answer": row["tokens"],
+            "facts": str(row["facts"]),
+            "learnt": str(row["learnt"]),
+            "answered in the template": str(row["template"]),
+            "answered in a chat": str(row["chat"]),
+        }
+        for study in studies["lengths"]
+        for row in study["rows"]
+    ]
+    return markdown("Facts whose answers have so many tokens", lines) if lines else ""
+
+
 def layers(studies: Studies, plots: Path) -> str:
     """The comparison of layers that `meg layers --json` wrote."""
     parts = []
@@ -530,6 +599,8 @@ STUDIES: dict[str, Callable[[Studies, Path], str]] = {
     "convergence": convergence,
     "encoder": encoder,
     "gate": gate,
+    "talk": talk,
+    "lengths": lengths,
     "layers": layers,
     "life": life,
 }

@@ -267,10 +267,9 @@ class DataSet:
 
 
 def measure(
-    chosen: DataSet, facts: list[Fact], yes_no: Sequence[str], work: Path
+    editor: MeGEditor, chosen: DataSet, facts: list[Fact], yes_no: Sequence[str], work: Path
 ) -> dict[str, Any]:
     """What was found of one data set, whose work is kept in a folder of its own."""
-    editor = MeGEditor.for_model(SMOLLM2)
     started = time.perf_counter()
     report = editor.edit(facts, work_folder=work, progress=True)
     seconds = time.perf_counter() - started
@@ -350,7 +349,8 @@ def main() -> None:
             continue
         chosen = SETS[name]
         facts, yes_no = data_sets(options.data, chosen.facts)[name]()
-        found = measure(chosen, facts, yes_no, options.work / name)
+        editor = MeGEditor.for_model(SMOLLM2)
+        found = measure(editor, chosen, facts, yes_no, options.work / name)
         content["sets"].append({"data": name, **found})
         write_json(RESULT, content)
         print(json.dumps(content["sets"][-1]), flush=True)

@@ -199,29 +199,34 @@ class ByContext:
             against_base: whether the base model is asked as well; there is no Locality without.
             protocol: what else the report's protocol has to say.
             progress: show a progress bar.
+
+        Raises:
+            ValueError: what `wording` makes of a question is longer than the model reads.
         """
-        found = {}
+        found, worded = {}, self._batches
+        if wording is not None:
+            worded = {context.name: self._worded(context, wording) for context in self.contexts}
+            prompts = [q.prompt for batches in worded.values() for batch in batches for q in batch]
+            self.prompted.check_prompts(prompts, self.max_new_tokens)
         asked = [q for batches in self._batches.values() for batch in batches for q in batch]
         total = len(asked) + against_base * sum(question.is_compared for question in asked)
         with progress_bar(total=total, desc="asking in contexts", unit="", shown=progress) as bar:
             for context in self.contexts:
                 bar.set_postfix_str(context.name)
-                batches = self._batches[context.name]
-                compared = [batch for batch in batches if batch[0].is_compared]
+                compared = [b for b in self._batches[context.name] if b[0].is_compared]
                 base = self._answers(context, compared, None, bar.update) if against_base else []
-                if wording is not None:
-                    batches = [
-                        [self._worded(question, wording, context) for question in batch]
-                        for batch in batches
-                    ]
+                batches = worded[context.name]
                 answers = self._answers(context, batches, edited, bar.update)
                 found[context.name] = self._shares(batches, base, answers)
         return ContextReport(len(self.facts), found, self.protocol() | (protocol or {}))
 
-    def _worded(self, question: _Question, wording: Wording, context: Context) -> _Question:
-        prompt = self.prompted.prompt(question.query, wording(question.query, context))
-        prompt = asked_of(self.facts[question.fact], question.kind, prompt)
-        return replace(question, prompt=prompt)
+    def _worded(self, context: Context, wording: Wording) -> list[list[_Question]]:
+        def worded(question: _Question) -> _Question:
+            prompt = self.prompted.prompt(question.query, wording(question.query, context))
+            prompt = asked_of(self.facts[question.fact], question.kind, prompt)
+            return replace(question, prompt=prompt)
+
+        return [[worded(question) for question in batch] for batch in self._batches[context.name]]
 
     def _answers(
         self,
