@@ -420,6 +420,21 @@ def test_several_answers_are_one_stream(editor):
         editor.chat(both, 5, streamer="no streamer")
 
 
+def test_an_answer_takes_what_room_is_left(editor):
+    most = editor.prompted.positions
+    fact = EDITED[1]
+    talk = [user(UNRELATED[0]), said("la " * (most - 40)), user(fact.query)]
+    left = most - len(prompt_tokens(editor.tokenizer, chat_prompt(editor.tokenizer, talk)))
+    assert 3 < left < 256
+    told = editor.chat(talk)
+    assert told == editor.chat(talk, left) and told.startswith(fact.answer)
+    with pytest.raises(ValueError, match="lower max_new_tokens"):
+        editor.chat(talk, left + 1)
+    talk[1] = said("la " * most)
+    with pytest.raises(ValueError, match=r"more than the 64 that the model reads: shorten it$"):
+        editor.chat(talk)
+
+
 def test_one_batch_holds_conversations_or_others(editor):
     prompts = [editor.prompted.prompt("Who?"), ChatPrompt("Who?")]
     with pytest.raises(ValueError, match="make two batches"):

@@ -232,7 +232,7 @@ class EditedModel:
             prompts: queries, without the template, and conversations, which get the tokenizer's
                 chat template: lists of messages, dicts with role and content.
             max_new_tokens: the longest answer; default: 32, and 256 in a conversation, or what an
-                edited answer needs.
+                edited answer needs, as far as the model has room for it behind the longest prompt.
             routing: of these prompts; default: what `route` says.
             generation: keyword arguments of `model.generate`; greedy without. Those that contradict
                 answers in texts raise a TypeError that names them.
@@ -284,7 +284,10 @@ class EditedModel:
             rows = [
                 row for row, text in enumerate(texts) if isinstance(text, ChatPrompt) is in_chat
             ]
-            kinds.append((rows, max((limits[row] for row in rows), default=1)))
+            most = max((limits[row] for row in rows), default=1)
+            if max_new_tokens is None:
+                most = self.prompted.room([texts[row] for row in rows], most)
+            kinds.append((rows, most))
         for rows, most in kinds:
             self.prompted.check_prompts([texts[row] for row in rows], most, **generation)
         found: list[list[str]] = [[] for _ in asked]

@@ -485,8 +485,7 @@ class PromptedModel:
         for place, prompt in enumerate(as_texts("prompts", prompts)):
             if reason := self._surely_too_long(prompt):
                 raise ValueError(f"prompts[{place}], {_shortened(prompt)}, {reason}: shorten it")
-            # Few tokens stand for less than a byte: most prompts need not be tokenized for this.
-            if most is None or 2 * len(prompt.encode()) + max_new_tokens <= most:
+            if most is None or self._surely_fits(prompt, max_new_tokens):
                 continue
             length = len(prompt_tokens(self.tokenizer, prompt))
             if length + max_new_tokens > most:
@@ -496,6 +495,32 @@ class PromptedModel:
                     "reads: shorten it" + (", or lower max_new_tokens" if length < most else "")
                 )
         return checked
+
+    def _surely_fits(self, prompt: str, more: int) -> bool:
+        """Whether the model reads the prompt and so many tokens more, told without tokenizing it.
+
+        Few tokens stand for less than a byte.
+        """
+        most = self.positions
+        return most is None or 2 * len(prompt.encode()) + more <= most
+
+    def room(self, prompts: Sequence[str], wanted: int) -> int:
+        """How many tokens the answers to these prompts may all have: `wanted`, or what is left.
+
+        Args:
+            prompts: texts as the model gets them.
+            wanted: most tokens of an answer.
+
+        Returns:
+            At least 1, even if that is more than is left.
+        """
+        for prompt in prompts:
+            if self._surely_too_long(prompt) or self._surely_fits(prompt, wanted):
+                continue
+            assert self.positions is not None  # or everything fits
+            left = self.positions - len(prompt_tokens(self.tokenizer, prompt))
+            wanted = max(1, min(wanted, left))
+        return wanted
 
     def target(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """Token ids of `prompt` and of its target, as `target_tokens` has them."""
