@@ -39,6 +39,7 @@ def edit():
         patch.setattr(editor, "edit", edit)
         patch.setattr(talk, "shipped_tuning_facts", lambda: OTHER_FACTS)
         patch.setattr(talk, "ANSWER", 5)
+        patch.setattr(talk, "shipped_passages", lambda: UNRELATED)
         yield editor
 
 
@@ -61,6 +62,8 @@ def test_three_systems_are_asked_in_each_context(found):
     assert rows["neuron", "chat"]["locality"] is not None
     assert rows["neuron", "template"]["locality"] is None
     assert found["yes_no"]["taken"] == 0.5
+    long = found["long_talks"]
+    assert long["asked"] == 5 and long["as_the_base_model"] >= 1 - long["taken"]
     assert found["next_turn"].keys() == {"neuron", "prompt", "stored"}
     assert all(took > 0 for took in found["first_token_ms"].values())
 

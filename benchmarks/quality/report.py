@@ -508,6 +508,12 @@ def talk(studies: Studies, plots: Path) -> str:
                     "first token": "" if took is None else f"{took:.0f} ms",
                 }
             )
+        long = found["long_talks"]
+        parts.append(
+            f"Of {long['asked']} conversations of {long['prompt_tokens']:.0f} tokens that mention "
+            f"an edited subject in every turn and ask for something else, {long['taken']:.1%} were "
+            f"taken for an edit; {long['as_the_base_model']:.1%} were answered as before."
+        )
         if yes_no := found.get("yes_no"):
             parts.append(
                 f"Of {yes_no['asked']} yes and no questions about these facts, "

@@ -36,14 +36,14 @@ from transformers import TextStreamer
 from benchmarks.conftest import version_of
 from benchmarks.quality.gate import data_sets
 from meg_kernels import Fact, MeGEditor
-from meg_kernels.conversation import Prompt
+from meg_kernels.conversation import Message, Prompt, prompt_tokens
 from meg_kernels.editing.by_context import ByContext, contains
 from meg_kernels.editing.contexts import MEASURED, Context
 from meg_kernels.editing.evaluate import queries
 from meg_kernels.editing.prompting import answers_match
 from meg_kernels.machine import processor_name
 from meg_kernels.pretrained import SMOLLM2
-from meg_kernels.shipped import shipped_tuning_facts
+from meg_kernels.shipped import shipped_passages, shipped_tuning_facts
 from meg_kernels.storage import write_json
 from meg_kernels.texts import is_question
 
@@ -54,6 +54,7 @@ TEMPLATE_AND_CHAT = MEASURED[:1] + CHAT
 NEXT = "Say that again in a whole sentence, please."
 ANSWER = 48  # tokens of a turn, at most
 TIMED = 32  # queries, one at a time
+LONG = 4  # turns before the last one, in a long conversation
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,9 @@ def measure(
     with editor.serving():
         after = {system: next_turn(rivals, facts[:64], system) for system in systems}
         took = {system: first_token(rivals, facts, system) for system in systems[:2]}
+        passages = shipped_passages()
+        talks = [talks_about(fact, passages, i) for i, fact in enumerate(facts[:64])]
+        long = left_alone(editor, talks)
     found: dict[str, Any] = {
         "facts": len(facts),
         "seconds": seconds,
@@ -294,10 +298,43 @@ def measure(
         "rows": rows,
         "next_turn": after,
         "first_token_ms": took,
+        "long_talks": long,
     }
     if yes_no:
         found["yes_no"] = changed_yes_no(editor, yes_no[:256])
     return found
+
+
+def talks_about(fact: Fact, passages: Sequence[str], number: int) -> list[Message]:
+    """A long conversation that mentions the fact's subject and asks for something else about it."""
+    about = fact.subject or fact.query
+    turns = []
+    for turn in range(LONG):
+        turns += [
+            {"role": "user", "content": f"I am reading about {about}, part {turn + 1}. Go on."},
+            {"role": "assistant", "content": passages[(number * LONG + turn) % len(passages)]},
+        ]
+    return [*turns, {"role": "user", "content": f"What else should one know about {about}?"}]
+
+
+def left_alone(editor: MeGEditor, talks: Sequence[list[Message]]) -> dict[str, float]:
+    """Share of conversations that are not taken for an edit, and of those answered as before."""
+    accepted = editor.route(talks).accepted.tolist()
+    same = []
+    for i in range(0, len(talks), 16):
+        said = editor.generate(talks[i : i + 16], 32)
+        same += [
+            a == b for a, b in zip(said, editor.generate_base(talks[i : i + 16], 32), strict=True)
+        ]
+    tokens = [
+        len(prompt_tokens(editor.tokenizer, editor.prompted.prompt_of(talk))) for talk in talks
+    ]
+    return {
+        "asked": len(talks),
+        "prompt_tokens": statistics.fmean(tokens),
+        "taken": statistics.fmean(accepted),
+        "as_the_base_model": statistics.fmean(same),
+    }
 
 
 def changed_yes_no(editor: MeGEditor, asked: Sequence[str]) -> dict[str, float]:
