@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import tiny
 import torch
 from tiny import CONTEXTS, FACTS, LAYER, make_model, make_tokenizer, widened
 
@@ -286,6 +287,21 @@ def test_work_of_another_configuration_model_fact_or_start_is_not_taken(build, t
         mixed = collected(model, tokenizer, asked, config, work_folder=tmp_path, **more)
         assert_same(mixed, clean)
         assert len(finished_batches(tmp_path)) == number + 2
+
+
+def test_work_goes_on_where_the_start_is_rounded_otherwise(build, tokenizer, tmp_path, monkeypatch):
+    """Another number of threads, or another processor, sums in another order."""
+    model, start = build(), initial_neuron
+    whole = collected(model, tokenizer, FACTS[:2], BRIEF, work_folder=tmp_path)
+
+    def rounded(*args):
+        neuron = start(*args)
+        return dataclasses.replace(neuron, key=neuron.key * (1 + 1e-6))
+
+    monkeypatch.setattr(collecting, "initial_neuron", rounded)
+    monkeypatch.setattr(collecting._Fit, "run", tiny.interrupt)
+    again = collected(model, tokenizer, FACTS[:2], BRIEF, work_folder=tmp_path)
+    assert torch.equal(again.neurons.key, whole.neurons.key)
 
 
 def test_without_a_work_folder_nothing_is_written(build, tokenizer, tmp_path, monkeypatch):

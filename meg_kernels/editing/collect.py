@@ -462,6 +462,8 @@ def fit_neurons(
         frozen_products([model], dtype) if dtype == model.dtype else nullcontext(),
         progress_bar(total=len(targets), desc="collecting", unit="fact", shown=progress) as bar,
     ):
+        # Computed from the rest, it is as others round it where work goes on with more threads.
+        given = [] if initial is None else [initial.layout.pack(initial)]
         if initial is None:
             middle = batches[len(batches) // 2][:INITIAL_FACTS]
             batch = prompted.batch([pair for i in middle for pair in targets[i]])
@@ -470,7 +472,7 @@ def fit_neurons(
         identity = fingerprint(
             [dataclasses.asdict(config), targets, attached.layer, prefixes],
             *attached.ffn.weights(),
-            initial.layout.pack(initial),
+            *given,
         )
         work = WorkFolder.of(work_folder) / f"collect-{identity}"
         for number, rows in enumerate(batches):
