@@ -8,10 +8,12 @@ Three rules, each on top of the one before:
     normalized_answer   nor the full stop behind an answer: 'Ana Vee.', 'Ana Vee'
 
 Signs inside a text count, so that C and C++, 5 and -5, 10² and 102, Århus and Arhus stay apart.
+Marks that a script may as well leave out do not: vowels of Arabic and Hebrew, the dots of ё.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -23,7 +25,9 @@ _ALIKE = {
     '"': "“”„‟«»″〝〞〟",
     "-": "‐‑‒–—―−﹣",
     "...": "…",
-    ".": "。",
+    ".": "。۔",
+    ",": "،、",
+    ";": "؛",
     "?": "؟",
     # Zero width: they say how a line breaks or which way it is written.
     "": "\u00ad\u061c\u200b\u200c\u200e\u200f\u2060\ufe0e\ufe0f\ufeff"
@@ -33,8 +37,23 @@ _ALIKE = {
 _JOINER = re.compile(r"\u200d(?=[\w\s\x00-\x7f]|$)")
 _QUOTED = re.compile(r"""(?<!\S)(["'])((?:(?!\1).)+)\1(?=[?!.:;,]*(?:\s|$))""")
 _BEFORE_QUERY, _BEHIND_QUERY = "¿¡ ", "?!.:;,। "
-# A letter or digit of a script that puts spaces between words; Chinese, Japanese and Thai put none.
-SPACED = re.compile(r"[^\W_\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]")
+# A letter or digit of a script that puts spaces between words. Thai, Lao, Tibetan, Burmese, Khmer,
+# Japanese and Chinese put none.
+SPACED = re.compile(
+    r"[^\W_\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    r"\U00020000-\U0003ffff]"
+)
+# Of decomposed text: vowels and lengthening signs of Arabic and Hebrew; what alif carries, ё's dots
+_VOWELS = re.compile("[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c7\u0640\u064b-\u0652\u0670]")
+_CARRIED = re.compile("(?<=\u0627)[\u0653-\u0655]+|(?<=[\u0415\u0435])\u0308+")
+# The ending by which a Russian word is declined, what may stand in its place, and a vowel before
+# the last consonant, which may drop out.
+_DECLINED = re.compile(r"(?<=[а-я]{3})(?:[иоы]й|[ая]я|[еоы]е|[аеийоуыьэюя])$")
+_ENDING = "[аеийоуыьэюягмхв]{0,3}(?!\\w)"
+_FLEETING = re.compile(r"(?<=[а-я]{2})[ео](?=[бвгджзклмнпрстфхцчшщ]$)")
+# What Arabic writes in one word with a name: and, so; by, like, for; the.
+_ARTICLE = re.compile(r"(?:\u0627\u0644)?(?=[\u0621-\u064a]{2})")
+_ATTACHED = "[\u0648\u0641]?[\u0628\u0643\u0644]?(?:\u0627\u0644|\u0644)?"
 _FULL_STOP = re.compile(r"(?<!\.)\.$")
 
 
@@ -55,7 +74,7 @@ def normalized(text: str) -> str:
     """The text as it is compared with others, whatever way it is written.
 
     Case and white space do not count, nor the form of quotes and dashes, the width of characters,
-    how accents are composed, and characters of no width.
+    how accents are composed, marks that may be left out, and characters of no width.
 
     >>> normalized(" Who  wrote ‘EMMA’?")
     "who wrote 'emma'?"
@@ -72,8 +91,9 @@ def plain(text: str) -> str:
     """
     if text.isascii():
         return " ".join(text.replace("`", "'").split())
-    text = unicodedata.normalize("NFD", text).translate(_TABLE)
-    return " ".join(unicodedata.normalize("NFC", _JOINER.sub("", text)).split())
+    text = _VOWELS.sub("", unicodedata.normalize("NFD", text).translate(_TABLE))
+    text = _CARRIED.sub("", _JOINER.sub("", text))
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def is_question(text: str) -> bool:
@@ -113,15 +133,33 @@ def _unquoted(text: str) -> str:
 def names(text: str, name: str) -> bool:
     """Whether a text holds a name, and not just as the end of another word; both normalized.
 
-    What follows may belong to the same word, as an ending does.
+    What follows each of its words may belong to them, as an ending does. Russian words may be
+    declined, and Arabic ones have an article and prepositions before them.
 
     >>> [names(text, "emma") for text in ("who wrote emma?", "emmas author", "lemma 3", "写emma")]
     [True, True, False, True]
+    >>> [names(text, "австрия") for text in ("столица австрии", "столица австралии")]
+    [True, False]
     """
     place = text.find(name)
     while place > 0 and SPACED.match(text[place - 1]) and SPACED.match(name):
         place = text.find(name, place + 1)
-    return place >= 0
+    has_forms = " " in name or not name.isascii()
+    return place >= 0 or (has_forms and _in_any_form(name).search(text) is not None)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _in_any_form(name: str) -> re.Pattern[str]:
+    """A name's words with whatever endings and prefixes they may have."""
+    return re.compile(r"\b" + " ".join(map(_any_form, name.split())))
+
+
+def _any_form(word: str) -> str:
+    if article := _ARTICLE.match(word):
+        return _ATTACHED + word[article.end() :] + r"\w*"
+    if stem := _DECLINED.split(word)[:-1]:
+        return stem[0] + _ENDING
+    return _FLEETING.sub(r"\g<0>?", re.escape(word)) + r"\w*"
 
 
 def is_ordered(value: Any) -> TypeGuard[Iterable[Any]]:

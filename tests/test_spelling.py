@@ -58,3 +58,10 @@ def test_long_words_and_scripts_without_spaces_stay():
 def test_vocabularies_that_mark_the_beginnings_of_words_are_read(sign):
     marked = Spelling(["the Rhine"], {f"{sign}house": 0, f"{sign}rivers": 1, "ouse": 2, "##x": 3})
     assert marked.corrected("house rivers") == "house rivers"
+
+
+def test_names_of_a_script_that_the_vocabulary_has_no_words_of_stay():
+    russian = Spelling(["Где столица Ирана?"], {"where": 0, "capital": 1})
+    assert russian.corrected("Где столица Ирака? Wheree?") == "Где столица Ирака? where?"
+    known = Spelling(["Где столица Ирана?"], {"где": 0, "столица": 1})
+    assert known.corrected("Где столица Иранаа?") == "Где столица Ирана?"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from properties import given, st
 
-from meg_kernels.texts import as_texts, normalized, normalized_answer, normalized_query
+from meg_kernels.texts import as_texts, names, normalized, normalized_answer, normalized_query
 
 ORDERED = {
     "list": ["a", "b"],
@@ -77,6 +77,13 @@ ASK_THE_SAME = [
     ("¿Quién es Ana?", "quién es Ana"),
     ("誰ですか。", "誰ですか"),
     ("من هي آنا؟", "من هي آنا"),
+    ("أين وُلِدَ محمّد؟", "اين ولد محمد"),
+    ("أين تقع مصر؟", "أيـن تقع مصـر؟"),
+    ("מי כתב אֶת הספר?", "מי כתב את הספר"),
+    ("Где живёт Пётр?", "где живет Петр"),
+    ("谁发明了飞机？", "谁发明了飞机"),
+    ("पेरिस कहाँ है।", "पेरिस कहाँ है"),
+    ("پیرس کہاں ہے۔", "پیرس کہاں ہے"),
     ("ガーナの首都は", "ｶﾞｰﾅの首都は"),
 ]
 SAY_THE_SAME = [
@@ -104,6 +111,43 @@ APART = [
     ("What does print('a') print?", "What does print(a) print?"),
     ("½", "12"),
     ("x", "χ"),
+    ("Где чай?", "Где чаи?"),
+    ("が", "か"),
+    ("한국", "한글"),
+    ("हिन्दी", "हिन्द"),
+]
+NAMED = [
+    ("Wie heißt Österreichs Hauptstadt?", "Österreich"),
+    ("Hauptstadt der Vereinigten Staaten", "Vereinigte Staaten"),
+    ("Столица Франции", "Франция"),
+    ("О Москве", "Москва"),
+    ("Рассказы Чеховым написаны", "Чехов"),
+    ("Романы Льва Толстого", "Толстой"),
+    ("Столица Новой Зеландии", "Новая Зеландия"),
+    ("Кто создал «Войну и мир»?", "Война и мир"),
+    ("Территория Египта", "Египет"),
+    ("Пёс", "Пес"),
+    ("عاصمة لفرنسا", "فرنسا"),
+    ("عاصمة للمغرب", "المغرب"),
+    ("وبالمغرب", "المغرب"),
+    ("مدينة البتراء", "بتراء"),
+    ("《红楼梦》的作者是谁", "红楼梦"),
+    ("フランスの首都", "フランス"),
+    ("เมืองหลวงของไทยคือ", "ไทย"),
+    ("프랑스의 수도", "프랑스"),
+]
+NOT_NAMED = [
+    ("Wie heißt Frankreichs Hauptstadt?", "Österreich"),
+    ("столица австралии", "Австрия"),
+    ("столица Ирака", "Иран"),
+    ("столица Мальты", "Мали"),
+    ("столица Персии", "Перу"),
+    ("столица Новой Гвинеи", "Новая Зеландия"),
+    ("президент", "Резиден"),
+    ("عاصمة تونس", "المغرب"),
+    ("مدرسة", "درس"),
+    ("谁发明了电话", "飞机"),
+    ("the vereinigten", "Vereinigte Staaten"),
 ]
 OTHER_ANSWERS = [("gold", "gold.."), ("gold", "gold!"), ("gold", "gold. It is"), ("no", "no.1")]
 
@@ -133,6 +177,21 @@ def test_signs_that_mean_something_keep_texts_apart(one, other):
 @pytest.mark.parametrize("text", ["", "?", "...", "''", '"', "¿?", "\u200b", "\u200d"])
 def test_texts_of_signs_alone_are_compared_too(rule, text):
     assert rule(rule(text)) == rule(text)
+
+
+@pytest.mark.parametrize(("text", "name"), NAMED)
+def test_a_name_is_found_with_its_languages_endings_and_prefixes(text, name):
+    assert names(normalized(text), normalized(name))
+
+
+@pytest.mark.parametrize(("text", "name"), NOT_NAMED)
+def test_another_name_with_the_same_beginning_or_end_is_not_taken_for_it(text, name):
+    assert not names(normalized(text), normalized(name))
+
+
+@given(st.text(), st.text(min_size=1))
+def test_a_name_is_found_as_it_is_written(text, name):
+    assert names(f"{text} {name}", name)
 
 
 @given(st.text())

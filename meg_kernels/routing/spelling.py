@@ -7,6 +7,8 @@ words of the edited queries, and those that the encoder has a token for.
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from meg_kernels.texts import SPACED
@@ -14,6 +16,7 @@ from meg_kernels.texts import SPACED
 SHORTEST = 3  # letters of a word; shorter ones are too much like each other
 LONGEST = 24  # of more letters is hardly a word, and there is much that it may be like
 SHORTEST_NAME = 5  # of one of the queries' words: many a short name is another one but for a letter
+FEWEST_OF_SCRIPT = 0.01  # of the known words, for a vocabulary that knows a script
 BEGINS = ("▁", "Ġ")
 _WORD = re.compile(rf"[^\W\d_]{{{SHORTEST},}}")
 
@@ -24,7 +27,9 @@ class Spelling:
     Args:
         queries: whose words are known, and are what others are most likely meant for.
         vocabulary: of a tokenizer: the tokens that are words are known, too, of the lower numbers
-            first, which in vocabularies are those of frequent words.
+            first, which in vocabularies are those of frequent words. A script that it has hardly a
+            word of is left alone: every name in it would be unknown, and many a name is another
+            one but for a letter.
     """
 
     def __init__(self, queries: Iterable[str], vocabulary: Mapping[str, int]):
@@ -38,6 +43,12 @@ class Spelling:
             word.casefold(): number
             for word, number in (marked or vocabulary).items()
             if len(word) >= SHORTEST and word.isalpha()
+        }
+        scripts = Counter(_script(word[0]) for word in self.known)
+        self._scripts = {
+            script
+            for script, count in scripts.items()
+            if count >= FEWEST_OF_SCRIPT * len(self.known)
         }
         self._letters = sorted({letter for word in self.own for letter in word})
 
@@ -60,6 +71,8 @@ class Spelling:
             return word
         if len(word) > LONGEST or not all(map(SPACED.match, word)):  # or no word at all
             return word
+        if _script(written[0]) not in self._scripts:
+            return word
         near = self._near(written)
         for other in near:
             if other in self.own and len(other) >= SHORTEST_NAME:
@@ -75,3 +88,8 @@ class Spelling:
         more = [before + one + rest for before, rest in parts for one in self._letters]
         other = [b + one + rest[1:] for b, rest in parts if rest for one in self._letters]
         return [*swapped, *fewer, *more, *other]
+
+
+def _script(letter: str) -> str:
+    """What a letter's name in Unicode begins with, such as LATIN."""
+    return unicodedata.name(letter, "").partition(" ")[0]
