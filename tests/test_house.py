@@ -13,7 +13,8 @@ PACKAGE = Path(meg_kernels.__path__[0])
 # From the ground up. A file may import from its own floor and from those below it.
 FLOORS = (
     ("texts", "arguments", "checks", "scoped", "locking", "storage", "facts"),
-    ("neuron", "progress", "machine", "precision", "gradients", "checkpoints", "pretrained"),
+    ("neuron", "progress", "machine", "precision", "gradients", "checkpoints", "packed_e5"),
+    ("pretrained",),
     ("shipped", "conversation", "kernels", "ops"),
     ("nn", "diffusion"),
     ("text_encoder", "familiarity"),

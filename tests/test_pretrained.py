@@ -178,7 +178,8 @@ def test_a_model_that_is_nowhere_is_named_with_what_it_may_be(tmp_path):
     with pytest.raises(OSError) as error:
         load_encoder(absent, local_files_only=True)
     assert str(error.value).startswith(
-        f"cannot load the encoder '{absent}': it must be 'all-MiniLM-L6-v2', a folder with"
+        f"cannot load the encoder '{absent}': it must be 'all-MiniLM-L6-v2' or "
+        "'multilingual-e5-small', a folder with"
     )
 
 

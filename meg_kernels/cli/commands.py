@@ -156,7 +156,13 @@ ServeUnlearnt = Annotated[
 Model = Annotated[
     str, typer.Option(help="Language model: smollm2, a folder, or a Hugging Face model id.")
 ]
-Encoder = Annotated[str, typer.Option(help="Text encoder: a folder or a Hugging Face model id.")]
+Encoder = Annotated[
+    str,
+    typer.Option(
+        help="Text encoder: all-MiniLM-L6-v2, which knows English; multilingual-e5-small, for "
+        "other languages; a folder, or a Hugging Face model id."
+    ),
+]
 Folder = Annotated[Path, typer.Argument(parser=path, help="Folder that `meg edit` saved.")]
 Out = Annotated[
     Path | None,

@@ -27,6 +27,7 @@ from meg_kernels.familiarity import (
     SimilarityGate,
     calibrate,
 )
+from meg_kernels.pretrained import MULTILINGUAL_ENCODER
 from meg_kernels.routing.edits import Edits, HeldOut
 from meg_kernels.routing.router import FEW_FACTS, Router, RoutingConfig
 from meg_kernels.scoped import seeded
@@ -99,8 +100,8 @@ def warn_of_alike(router: Router, facts: Sequence[Fact], kept: Edits | None = No
         head = f"queries that the encoder hardly tells from another one's ({len(pairs)})"
         warnings.warn(
             f"{listing(head, pairs)}\nthey may get each other's answers; give each fact its "
-            "subject, reword them, or take an encoder that knows their language (encoder=..., "
-            "meg edit --encoder)",
+            "subject, reword them, or take an encoder that knows their language "
+            f"(meg edit --encoder {MULTILINGUAL_ENCODER}, or encoder=...)",
             stacklevel=3,
         )
 
