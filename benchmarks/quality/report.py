@@ -542,6 +542,51 @@ def lengths(studies: Studies, plots: Path) -> str:
     return markdown("Facts whose answers have so many tokens", lines) if lines else ""
 
 
+def languages(studies: Studies, plots: Path) -> str:
+    """Facts in other languages: the gate and the answers, with each encoder."""
+    lines, encoders = [], []
+    for row in (row for study in studies["languages"] for row in study["rows"]):
+        found = row["languages"]
+        every = {"all": [*found.values()]} | {name: [one] for name, one in found.items()}
+        for language, parts in every.items():
+            line = {"encoder": row["encoder"], "language": language}
+            for title, where, name in _OF_A_LANGUAGE:
+                line[title] = share(fmean(part[where][name] for part in parts))
+            lines.append(line)
+        encoders.append(
+            {
+                "encoder": row["encoder"],
+                "tuned in": f"{row['seconds']['encoder']:.0f} s",
+                "milliseconds a query": f"{1e3 * row['seconds_a_query']:.0f}",
+                "nearest to other wordings is their fact": share(row["nearest_is_own"]),
+                "calibrated": share(row["calibration"]["acceptance"]),
+                "not learnt": f"{len(row['unlearnt'])} of {row['facts']}",
+            }
+        )
+    if not lines:
+        return ""
+    return paragraphs(
+        markdown("Twenty facts in each language, all edited at once", lines),
+        markdown("The encoders", encoders),
+    )
+
+
+# A column's title, and where its share stands in what was measured in a language.
+_OF_A_LANGUAGE = (
+    ("found: own", "gate", "own"),
+    ("paraphrases", "gate", "paraphrases"),
+    ("look-alikes left alone", "gate", "locality"),
+    ("no names: paraphrases", "without_names", "paraphrases"),
+    ("no names: look-alikes", "without_names", "locality"),
+    ("Reliability", "metrics", "reliability_ag"),
+    ("Generality", "metrics", "generality_ag"),
+    ("Locality", "metrics", "locality_ag"),
+    ("ceiling: Generality", "collected", "generality_ag"),
+    ("chat: Reliability", "chat", "reliability"),
+    ("chat: Locality", "chat", "locality"),
+)
+
+
 def layers(studies: Studies, plots: Path) -> str:
     """The comparison of layers that `meg layers --json` wrote."""
     parts = []
@@ -607,6 +652,7 @@ STUDIES: dict[str, Callable[[Studies, Path], str]] = {
     "gate": gate,
     "talk": talk,
     "lengths": lengths,
+    "languages": languages,
     "layers": layers,
     "life": life,
 }
