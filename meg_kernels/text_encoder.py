@@ -35,6 +35,7 @@ from meg_kernels.scoped import seeded
 from meg_kernels.texts import as_texts, plain
 
 MAX_TOKENS = 128  # of a text, at most
+PADDED = 512  # characters of padding in a batch, at most, on a CPU: another batch costs about that
 
 
 @dataclass(frozen=True)
@@ -265,10 +266,11 @@ class TextEncoder(nn.Module):
             return torch.empty(0, self.dim, device=self.model.device)
         # Texts of one length together: padding costs as much as text.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        starts = range(0, len(texts), batch_size)
+        most = PADDED if self.model.device.type == "cpu" else None
+        batches = _of_like_length([len(texts[i]) for i in order], batch_size, most)
         parts = [
-            self([texts[i] for i in order[start : start + batch_size]])
-            for start in progress_bar(starts, shown=progress, desc="encoding", leave=False)
+            self([texts[i] for i in order[batch.start : batch.stop]])
+            for batch in progress_bar(batches, shown=progress, desc="encoding", leave=False)
         ]
         back = torch.empty(len(texts), dtype=torch.int64)
         back[torch.tensor(order)] = torch.arange(len(texts))
@@ -344,6 +346,27 @@ class TextEncoder(nn.Module):
             similarity = anchors @ torch.cat([others, apart]).T / config.temperature
             loss = loss + F.cross_entropy(similarity, target)
         return loss / 2
+
+
+def _of_like_length(lengths: Sequence[int], size: int, most: int | None) -> list[range]:
+    """Batches of texts in the order of their lengths, none of which is padded by much.
+
+    Args:
+        lengths: [N] of the texts, ascending.
+        size: most texts in a batch.
+        most: how much padding a batch may have; None: any, where another batch costs more.
+
+    >>> _of_like_length([1, 2, 2, 9, 9], 4, 3)
+    [range(0, 3), range(3, 5)]
+    """
+    found, start, padding = [], 0, 0
+    for end in range(1, len(lengths)):
+        more = (end - start) * (lengths[end] - lengths[end - 1])
+        if end - start == size or (most is not None and padding + more > most):
+            found.append(range(start, end))
+            start, more, padding = end, 0, 0
+        padding += more
+    return [*found, range(start, len(lengths))]
 
 
 def _batches(

@@ -115,7 +115,9 @@ class Routing:
         """
         parts = [self.several.get(row, self.of([row])) for row in range(len(self))]
         owners = [row for row, part in enumerate(parts) for _ in range(len(part))]
-        whole = {name: torch.cat([getattr(p, name) for p in parts]) for name in _OF_A_BATCH}
+        whole: dict[str, Any] = {
+            name: torch.cat([getattr(p, name) for p in parts]) for name in _OF_A_BATCH
+        }
         spans = tuple(span for part in parts for span in part.spans)
         return dataclasses.replace(self, **whole, spans=spans, several={}), owners
 
