@@ -133,8 +133,9 @@ def _unquoted(text: str) -> str:
 def names(text: str, name: str) -> bool:
     """Whether a text holds a name, and not just as the end of another word; both normalized.
 
-    What follows each of its words may belong to them, as an ending does. Russian words may be
-    declined, and Arabic ones have an article and prepositions before them.
+    What follows it may belong to the same word, as an ending does, and so may two letters behind
+    each of its other words. Russian words may be declined, and Arabic ones have an article and
+    prepositions before them.
 
     >>> [names(text, "emma") for text in ("who wrote emma?", "emmas author", "lemma 3", "写emma")]
     [True, True, False, True]
@@ -159,7 +160,7 @@ def _any_form(word: str) -> str:
         return _ATTACHED + word[article.end() :] + r"\w*"
     if stem := _DECLINED.split(word)[:-1]:
         return stem[0] + _ENDING
-    return _FLEETING.sub(r"\g<0>?", re.escape(word)) + r"\w*"
+    return _FLEETING.sub(r"\g<0>?", re.escape(word)) + r"\w{0,2}"
 
 
 def is_ordered(value: Any) -> TypeGuard[Iterable[Any]]:

@@ -148,6 +148,7 @@ NOT_NAMED = [
     ("مدرسة", "درس"),
     ("谁发明了电话", "飞机"),
     ("the vereinigten", "Vereinigte Staaten"),
+    ("Who was Johnson Smith?", "John Smith"),
 ]
 OTHER_ANSWERS = [("gold", "gold.."), ("gold", "gold!"), ("gold", "gold. It is"), ("no", "no.1")]
 
