@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 
-from meg_kernels.routing.spelling import Spelling
+from meg_kernels.routing.spelling import Spelling, Vocabulary, vocabulary_of
 
 SPELLING = Spelling(
     ["Who wrote Middlemarch?", "Where is Zürich?", "谁发明了飞机?"],
-    {"who": 5, "wrote": 9, "where": 4, "here": 3, "the": 1, "##ing": 2, "rode": 8, "code": 7},
+    Vocabulary(
+        {"who": 5, "wrote": 9, "where": 4, "here": 3, "the": 1, "##ing": 2, "rode": 8, "code": 7}
+    ),
 )
 
 
@@ -39,29 +42,38 @@ def test_the_words_of_the_queries_come_first():
 
 
 def test_short_names_are_too_much_like_each_other():
-    names = Spelling(["Who is Ebo?", "Who is Marten?"], {"gold": 0})
+    names = Spelling(["Who is Ebo?", "Who is Marten?"], Vocabulary({"gold": 0}))
     assert names.corrected("Bebo, Abo and Martin") == "Bebo, Abo and Marten"
 
 
 def test_a_known_word_stays():
-    assert Spelling(["the cede"], {"cude": 0}).corrected("cude") == "cude"
+    assert Spelling(["the cede"], Vocabulary({"cude": 0})).corrected("cude") == "cude"
 
 
 def test_long_words_and_scripts_without_spaces_stay():
     assert SPELLING.corrected("a" * 10**6) == "a" * 10**6
     assert SPELLING.corrected("谁发明了飞机啊?") == "谁发明了飞机啊?"
-    long = Spelling(["Donaudampfschifffahrtskapitän"], {})
+    long = Spelling(["Donaudampfschifffahrtskapitän"], Vocabulary({}))
     assert long.corrected("Donaudampfschiffahrtskapitän") == "Donaudampfschiffahrtskapitän"
 
 
 @pytest.mark.parametrize("sign", ["▁", "Ġ"])
 def test_vocabularies_that_mark_the_beginnings_of_words_are_read(sign):
-    marked = Spelling(["the Rhine"], {f"{sign}house": 0, f"{sign}rivers": 1, "ouse": 2, "##x": 3})
+    marked = Spelling(
+        ["the Rhine"], Vocabulary({f"{sign}house": 0, f"{sign}rivers": 1, "ouse": 2, "##x": 3})
+    )
     assert marked.corrected("house rivers") == "house rivers"
 
 
 def test_names_of_a_script_that_the_vocabulary_has_no_words_of_stay():
-    russian = Spelling(["Где столица Ирана?"], {"where": 0, "capital": 1})
+    russian = Spelling(["Где столица Ирана?"], Vocabulary({"where": 0, "capital": 1}))
     assert russian.corrected("Где столица Ирака? Wheree?") == "Где столица Ирака? where?"
-    known = Spelling(["Где столица Ирана?"], {"где": 0, "столица": 1})
+    known = Spelling(["Где столица Ирана?"], Vocabulary({"где": 0, "столица": 1}))
     assert known.corrected("Где столица Иранаа?") == "Где столица Ирана?"
+
+
+def test_a_vocabulary_is_read_once(monkeypatch):
+    tokenizer = tiny.make_encoder().tokenizer
+    first = vocabulary_of(tokenizer)
+    monkeypatch.setattr(type(tokenizer), "get_vocab", tiny.interrupt)
+    assert vocabulary_of(tokenizer) is first and "color" in first.words

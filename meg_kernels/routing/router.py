@@ -28,7 +28,7 @@ from meg_kernels.routing.edits import Edits, condition_keys
 from meg_kernels.routing.neuron_cache import NeuronCache, Served
 from meg_kernels.routing.saving import load_edited
 from meg_kernels.routing.spans import Span, spans
-from meg_kernels.routing.spelling import Spelling
+from meg_kernels.routing.spelling import Spelling, vocabulary_of
 from meg_kernels.scoped import OwnLock
 from meg_kernels.text_encoder import TextEncoder
 from meg_kernels.texts import is_question, names, normalized_query
@@ -151,7 +151,7 @@ class _By:
     def spelling(self) -> Spelling:
         """What misspelt words are corrected by."""
         facts = () if self.edits is None else self.edits.facts
-        return Spelling((fact.query for fact in facts), self.encoder.tokenizer.get_vocab())
+        return Spelling((fact.query for fact in facts), vocabulary_of(self.encoder.tokenizer))
 
 
 class Router:

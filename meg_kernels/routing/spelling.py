@@ -6,10 +6,13 @@ words of the edited queries, and those that the encoder has a token for.
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
+
+from transformers import PreTrainedTokenizerBase
 
 from meg_kernels.texts import SPACED
 
@@ -21,35 +24,51 @@ BEGINS = ("▁", "Ġ")
 _WORD = re.compile(rf"[^\W\d_]{{{SHORTEST},}}")
 
 
+class Vocabulary:
+    """The words that a tokenizer has a token for.
+
+    Args:
+        tokens: of the tokenizer, with their numbers.
+
+    Attributes:
+        words: case-folded, with their numbers, which are low for frequent words.
+        scripts: those that it has more than a few words of. In others every name is unknown, and
+            many a name is another one but for a letter.
+    """
+
+    def __init__(self, tokens: Mapping[str, int]):
+        # Some vocabularies mark where a word begins, and hold what is within one without a sign.
+        marked = {word[1:]: n for word, n in tokens.items() if word[:1] in BEGINS}
+        self.words = {
+            word.casefold(): number
+            for word, number in (marked or tokens).items()
+            if len(word) >= SHORTEST and word.isalpha()
+        }
+        scripts = Counter(_script(word[0]) for word in self.words)
+        fewest = FEWEST_OF_SCRIPT * len(self.words)
+        self.scripts = {script for script, count in scripts.items() if count >= fewest}
+
+
+@functools.lru_cache(maxsize=4)
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    """The tokenizer's words, read once: some have hundreds of thousands."""
+    return Vocabulary(tokenizer.get_vocab())
+
+
 class Spelling:
     """Corrects words that differ by one letter from one that is known.
 
     Args:
         queries: whose words are known, and are what others are most likely meant for.
-        vocabulary: of a tokenizer: the tokens that are words are known, too, of the lower numbers
-            first, which in vocabularies are those of frequent words. A script that it has hardly a
-            word of is left alone: every name in it would be unknown, and many a name is another
-            one but for a letter.
+        vocabulary: whose words are known, too, the most frequent first.
     """
 
-    def __init__(self, queries: Iterable[str], vocabulary: Mapping[str, int]):
+    def __init__(self, queries: Iterable[str], vocabulary: Vocabulary):
         self.own: dict[str, str] = {}
         for query in queries:
             for word in _WORD.findall(query):
                 self.own.setdefault(word.casefold(), word)
-        # Some vocabularies mark where a word begins, and hold what is within one without a sign.
-        marked = {word[1:]: n for word, n in vocabulary.items() if word[:1] in BEGINS}
-        self.known = {
-            word.casefold(): number
-            for word, number in (marked or vocabulary).items()
-            if len(word) >= SHORTEST and word.isalpha()
-        }
-        scripts = Counter(_script(word[0]) for word in self.known)
-        self._scripts = {
-            script
-            for script, count in scripts.items()
-            if count >= FEWEST_OF_SCRIPT * len(self.known)
-        }
+        self.known, self._scripts = vocabulary.words, vocabulary.scripts
         self._letters = sorted({letter for word in self.own for letter in word})
 
     def corrected(self, text: str, own: bool = False) -> str:
@@ -59,7 +78,8 @@ class Spelling:
             text: in which a word that is like no other stays as it is.
             own: correct to words of the queries only.
 
-        >>> spelling = Spelling(["Who wrote Middlemarch?"], {"who": 0, "wrote": 1, "the": 2})
+        >>> vocabulary = Vocabulary({"who": 0, "wrote": 1, "the": 2})
+        >>> spelling = Spelling(["Who wrote Middlemarch?"], vocabulary)
         >>> spelling.corrected("Who wroet Midlemarch?")
         'Who wrote Middlemarch?'
         """
