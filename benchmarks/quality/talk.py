@@ -50,10 +50,11 @@ from meg_kernels.texts import is_question
 RESULT = Path(__file__).parents[1] / "results" / "talk.json"
 CHAT = tuple(context for context in MEASURED if context.name == "chat")
 TEMPLATE_AND_CHAT = MEASURED[:1] + CHAT
+PROMPTED = TEMPLATE_AND_CHAT  # in which a fact is put into the prompt as well
 # The last turn of a conversation whose first one asked a fact's own query.
 NEXT = "Say that again in a whole sentence, please."
 ANSWER = 48  # tokens of a turn, at most
-TIMED = 32  # queries, one at a time
+TIMED = 32  # facts that are asked about one at a time
 LONG = 4  # turns before the last one, in a long conversation
 
 
@@ -152,12 +153,14 @@ def by_context(
     def no_neurons(asked: Sequence[Prompt], _: Sequence[int]) -> AbstractContextManager:
         return nullcontext()
 
-    for system, edited, wording in (
-        ("neuron", own_neurons, None),
-        ("prompt", no_neurons, rivals.wording),
+    for system, asked_in, edited, wording in (
+        ("neuron", contexts, own_neurons, None),
+        ("prompt", [c for c in contexts if c in PROMPTED], no_neurons, rivals.wording),
     ):
+        if not asked_in:
+            continue
         evaluation = ByContext(
-            editor.prompted, some, contexts, work_folder=work, identity=[system, *identity]
+            editor.prompted, some, asked_in, work_folder=work, identity=[system, *identity]
         )
         with editor.serving():
             report = evaluation.report(
@@ -283,7 +286,7 @@ def measure(
         rows += by_context(rivals, own, only, 0, work)
     systems = ("neuron", "prompt", "stored")
     with editor.serving():
-        after = {system: next_turn(rivals, facts[:64], system) for system in systems}
+        after = {system: next_turn(rivals, facts[:TIMED], system) for system in systems}
         took = {system: first_token(rivals, facts, system) for system in systems[:2]}
         passages = shipped_passages()
         talks = [talks_about(fact, passages, i) for i, fact in enumerate(facts[:64])]
