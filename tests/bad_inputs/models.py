@@ -1065,7 +1065,7 @@ CASES = [
     ),
     Case(
         "a prompt a little longer than the model reads",
-        _asks(["Abo " * 60]),
+        _asks(["Abo " * 70]),
         ValueError,
         ("prompts\\[0\\].* has \\d+ tokens", "shorten it"),
     ),
