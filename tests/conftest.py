@@ -55,6 +55,7 @@ SLOW = {
     "test_modulated_norm",
     "test_quality_baselines",
     "test_quality_study",
+    "test_quality_talk",
     "test_short_attention",
     "test_answers",
     "test_smollm2",

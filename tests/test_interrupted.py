@@ -20,6 +20,7 @@ def interrupted(module, *rest, **more):
         os.kill(os.getpid(), signal.SIGINT)
     return plain(module, *rest, **more)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it
 builtins.__import__ = interrupted
 from meg_kernels.cli import main
 main()
