@@ -27,12 +27,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.conftest import version_of
+from benchmarks.quality.kept import kept
 from meg_kernels import EditorConfig, Fact, GeneratorConfig, TextEncoder
 from meg_kernels.editing.tuning import calibrated_gate, tuned_router, usable_for_tuning
 from meg_kernels.facts import read_facts
 from meg_kernels.familiarity import Calibration
-from meg_kernels.machine import processor_name
 from meg_kernels.neuron import NeuronLayout, Neurons
 from meg_kernels.routing.edits import EditReport, Edits
 from meg_kernels.routing.generators import build_generator
@@ -242,14 +241,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder of the data sets")
     parser.add_argument("--facts", type=int, nargs="+", default=[64, 500])
     options = parser.parse_args()
-    content: dict[str, Any] = {"study": "gate", "rows": []}
-    if RESULT.exists():
-        content = json.loads(RESULT.read_text(encoding="utf-8"))
-    content |= {
-        "machine": processor_name(),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version_of(name) for name in ("torch", "transformers")},
-    }
+    content = kept(RESULT, "gate")
     for count in options.facts:
         for name, facts_of in data_sets(options.data, count).items():
             facts, yes_no = facts_of()

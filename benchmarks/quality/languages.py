@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,12 +23,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.conftest import version_of
 from benchmarks.quality.gate import found, taken
+from benchmarks.quality.kept import CHAT, kept
 from meg_kernels import Fact, MeGEditor
-from meg_kernels.editing.contexts import MEASURED
 from meg_kernels.facts import read_facts
-from meg_kernels.machine import processor_name
 from meg_kernels.pretrained import DEFAULT_ENCODER, MULTILINGUAL_ENCODER
 from meg_kernels.routing.router import Router
 from meg_kernels.storage import write_json
@@ -122,13 +119,12 @@ def measure(encoder: str, facts: Sequence[Fact], work: Path) -> dict[str, Any]:
         "seconds_a_query": seconds_a_query(router, facts),
         "languages": {},
     }
-    (chat,) = [context for context in MEASURED if context.name == "chat"]
     for language, places in by_language(facts).items():
         chosen = [facts[i] for i in places]
         answers = editor.evaluate(chosen, work_folder=work, progress=True)
         own = [dataclasses.replace(fact, paraphrases=()) for fact in chosen]
         talked = editor.evaluate_by_context(
-            own, [chat], max_new_tokens=CHAT_TOKENS, work_folder=work, progress=True
+            own, [CHAT], max_new_tokens=CHAT_TOKENS, work_folder=work, progress=True
         )
         row["languages"][language] = {
             "gate": gate_shares(router, facts, places),
@@ -150,14 +146,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="keeps finished work")
     parser.add_argument("--encoders", nargs="+", default=[DEFAULT_ENCODER, MULTILINGUAL_ENCODER])
     options = parser.parse_args()
-    content: dict[str, Any] = {"study": "languages", "rows": []}
-    if RESULT.exists():
-        content = json.loads(RESULT.read_text(encoding="utf-8"))
-    content |= {
-        "machine": processor_name(),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version_of(name) for name in ("torch", "transformers")},
-    }
+    content = kept(RESULT, "languages")
     facts = read_facts(FACTS)
     for encoder in options.encoders:
         if any(row["encoder"] == encoder for row in content["rows"]):

@@ -17,13 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.conftest import version_of
+from benchmarks.quality.kept import CHAT, kept
 from meg_kernels import Fact, MeGEditor
-from meg_kernels.editing.contexts import MEASURED
 from meg_kernels.editing.prompting import answers_match
-from meg_kernels.machine import processor_name
 from meg_kernels.pretrained import SMOLLM2, tokenized
 from meg_kernels.shipped import demo_facts, shipped_passages
 from meg_kernels.storage import write_json
@@ -48,9 +44,8 @@ def measure(editor: MeGEditor, facts: Sequence[Fact], work: Path | None) -> list
     """Rows of facts whose answers have about as many tokens."""
     report = editor.edit(facts, work_folder=work, progress=True)
     unlearnt = {fact.query for fact in report.unlearnt}
-    (chat,) = [context for context in MEASURED if context.name == "chat"]
     said = editor.generate([fact.query for fact in facts])
-    talked = editor.generate([chat.messages(fact.query) for fact in facts])
+    talked = editor.generate([CHAT.messages(fact.query) for fact in facts])
     rows: dict[int, list[dict[str, Any]]] = {}
     for fact, plain, spoken in zip(facts, said, talked, strict=True):
         ids = tokenized(editor.tokenizer, fact.answer, add_special_tokens=False).input_ids
@@ -79,13 +74,9 @@ def main() -> None:
     options = parser.parse_args()
     editor = MeGEditor.for_model(SMOLLM2)
     facts = of_lengths(demo_facts(), shipped_passages(), editor.tokenizer)
-    content = {
-        "study": "lengths",
+    content = kept(RESULT, "lengths") | {
         "facts": len(facts),
         "rows": measure(editor, facts, options.work),
-        "machine": processor_name(),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version_of(name) for name in ("torch", "transformers")},
     }
     write_json(RESULT, content)
     print(json.dumps(content))

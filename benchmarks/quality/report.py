@@ -478,7 +478,7 @@ def talk(studies: Studies, plots: Path) -> str:
         for row in sorted(
             found["rows"], key=lambda row: (row["context"], [*SYSTEMS].index(row["system"]))
         ):
-            exact = [f"{kind}" for kind in ("reliability", "generality")]
+            exact = ("reliability", "generality")
             lines.append(
                 {
                     "context": row["context"],

@@ -30,26 +30,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TextStreamer
 
-from benchmarks.conftest import version_of
 from benchmarks.quality.gate import data_sets
+from benchmarks.quality.kept import CHAT, kept
 from meg_kernels import Fact, MeGEditor
 from meg_kernels.conversation import Message, Prompt, prompt_tokens
 from meg_kernels.editing.by_context import ByContext, contains
 from meg_kernels.editing.contexts import MEASURED, Context
 from meg_kernels.editing.evaluate import queries
 from meg_kernels.editing.prompting import answers_match
-from meg_kernels.machine import processor_name
 from meg_kernels.pretrained import SMOLLM2
 from meg_kernels.shipped import shipped_passages, shipped_tuning_facts
 from meg_kernels.storage import write_json
 from meg_kernels.texts import is_question
 
 RESULT = Path(__file__).parents[1] / "results" / "talk.json"
-CHAT = tuple(context for context in MEASURED if context.name == "chat")
-TEMPLATE_AND_CHAT = MEASURED[:1] + CHAT
+TEMPLATE_AND_CHAT = (*MEASURED[:1], CHAT)
 PROMPTED = TEMPLATE_AND_CHAT  # in which a fact is put into the prompt as well
 # The last turn of a conversation whose first one asked a fact's own query.
 NEXT = "Say that again in a whole sentence, please."
@@ -117,6 +114,15 @@ class Rivals:
         fact = self.found(query, context)
         return context if fact is None else told_in(context, fact, self.told)
 
+    def first_turn(self, query: str, system: str) -> list[Message]:
+        """The conversation in which a system is asked a query."""
+        context = self.wording(query, CHAT) if system == "prompt" else CHAT
+        return context.messages(query)
+
+    def answering(self, system: str) -> AbstractContextManager:
+        """Inside, the model answers as a part of this system: only one of them mounts neurons."""
+        return nullcontext() if system == "neuron" else self.editor.disabled()
+
     def stored(self, facts: Sequence[Fact], context: Context) -> dict[str, float | None]:
         """Shares of the questions that the stored answers answer, and of others left alone."""
         asked = [*queries(facts)]
@@ -181,27 +187,21 @@ def by_context(
 
 def next_turn(rivals: Rivals, facts: Sequence[Fact], system: str) -> float:
     """Share of second turns, which use the first one's answer, that contain the edited answer."""
-    (chat,), editor, right = CHAT, rivals.editor, []
+    editor, right = rivals.editor, []
     for fact in facts:
-        context = rivals.wording(fact.query, chat) if system == "prompt" else chat
-        first = context.messages(fact.query)
+        first = rivals.first_turn(fact.query, system)
         if system == "stored":
             said = editor.route([first]).answers()[0]
-        elif system == "neuron":
-            said = editor.chat(first, ANSWER)
         else:
-            with editor.disabled():
+            with rivals.answering(system):
                 said = editor.chat(first, ANSWER)
         second = [
             *first,
             {"role": "assistant", "content": said},
             {"role": "user", "content": NEXT},
         ]
-        if system == "neuron":
+        with rivals.answering(system):
             again = editor.chat(second, ANSWER)
-        else:
-            with editor.disabled():
-                again = editor.chat(second, ANSWER)
         right.append(contains(again, fact.answer))
     return statistics.fmean(right)
 
@@ -225,16 +225,13 @@ class _First(TextStreamer):
 
 def first_token(rivals: Rivals, facts: Sequence[Fact], system: str) -> float:
     """Median milliseconds from a conversation to its first token, one at a time."""
-    (chat,), editor, took = CHAT, rivals.editor, []
+    took = []
     for fact in facts[:TIMED]:
         started = time.perf_counter()
-        context = rivals.wording(fact.query, chat) if system == "prompt" else chat
-        messages, streamer = context.messages(fact.query), _First(editor.tokenizer)
-        if system == "neuron":
-            editor.chat(messages, 2, streamer=streamer)
-        else:
-            with editor.disabled():
-                editor.chat(messages, 2, streamer=streamer)
+        messages = rivals.first_turn(fact.query, system)
+        streamer = _First(rivals.editor.tokenizer)
+        with rivals.answering(system):
+            rivals.editor.chat(messages, 2, streamer=streamer)
         took.append(1e3 * (streamer.came - started))
     return statistics.median(took)
 
@@ -242,10 +239,10 @@ def first_token(rivals: Rivals, facts: Sequence[Fact], system: str) -> float:
 def best_told(editor: MeGEditor) -> tuple[Told, dict[str, float]]:
     """The way to put a fact that answers best, on the package's tuning facts, in chat."""
     others = [fact for fact in shipped_tuning_facts() if is_question(fact.query)][:64]
-    (chat,), found = CHAT, {}
+    found = {}
     with editor.disabled(), editor.serving():
         for told in TOLD:
-            asked = [told_in(chat, fact, told).messages(fact.query) for fact in others]
+            asked = [told_in(CHAT, fact, told).messages(fact.query) for fact in others]
             said = editor.generate(asked, ANSWER)
             found[told.text] = statistics.fmean(
                 contains(text, fact.answer) for text, fact in zip(said, others, strict=True)
@@ -274,9 +271,7 @@ def measure(
     editor: MeGEditor, chosen: DataSet, facts: list[Fact], yes_no: Sequence[str], work: Path
 ) -> dict[str, Any]:
     """What was found of one data set, whose work is kept in a folder of its own."""
-    started = time.perf_counter()
     report = editor.edit(facts, work_folder=work, progress=True)
-    seconds = time.perf_counter() - started
     told, tried = best_told(editor)
     rivals = Rivals(editor, told)
     own = [replace(fact, paraphrases=(), locality=()) for fact in facts]
@@ -293,7 +288,6 @@ def measure(
         long = left_alone(editor, talks)
     found: dict[str, Any] = {
         "facts": len(facts),
-        "seconds": seconds,
         "stages": report.seconds,
         "unlearnt": len(report.unlearnt),
         "told": asdict(told),
@@ -320,15 +314,23 @@ def talks_about(fact: Fact, passages: Sequence[str], number: int) -> list[Messag
     return [*turns, {"role": "user", "content": f"What else should one know about {about}?"}]
 
 
+def both_answers(
+    editor: MeGEditor, talks: Sequence[list[Message]], batch_size: int
+) -> tuple[list[bool], list[str], list[str]]:
+    """Of each conversation, whether it is taken for an edit, and what both models answer."""
+    accepted, said, base = [], [], []
+    for i in range(0, len(talks), batch_size):
+        batch = talks[i : i + batch_size]
+        routing = editor.route(batch)
+        accepted += routing.accepted.tolist()
+        said += editor.generate(batch, 32, routing=routing)
+        base += editor.generate_base(batch, 32)
+    return accepted, said, base
+
+
 def left_alone(editor: MeGEditor, talks: Sequence[list[Message]]) -> dict[str, float]:
     """Share of conversations that are not taken for an edit, and of those answered as before."""
-    accepted = editor.route(talks).accepted.tolist()
-    same = []
-    for i in range(0, len(talks), 16):
-        said = editor.generate(talks[i : i + 16], 32)
-        same += [
-            a == b for a, b in zip(said, editor.generate_base(talks[i : i + 16], 32), strict=True)
-        ]
+    accepted, said, base = both_answers(editor, talks, 16)
     tokens = [
         len(prompt_tokens(editor.tokenizer, editor.prompted.prompt_of(talk))) for talk in talks
     ]
@@ -336,34 +338,27 @@ def left_alone(editor: MeGEditor, talks: Sequence[list[Message]]) -> dict[str, f
         "asked": len(talks),
         "prompt_tokens": statistics.fmean(tokens),
         "taken": statistics.fmean(accepted),
-        "as_the_base_model": statistics.fmean(same),
+        "as_the_base_model": statistics.fmean(a == b for a, b in zip(said, base, strict=True)),
     }
 
 
 def changed_yes_no(editor: MeGEditor, asked: Sequence[str]) -> dict[str, float]:
     """What becomes of yes and no questions about edited facts, asked in chat."""
-    (chat,) = CHAT
-    taken, same, yes_no = [], [], []
     with editor.serving():
-        for i in range(0, len(asked), 32):
-            batch = [chat.messages(query) for query in asked[i : i + 32]]
-            routing = editor.route(batch)
-            said = editor.generate(batch, 32, routing=routing)
-            base = editor.generate_base(batch, 32)
-            taken += routing.accepted.tolist()
-            same += [a == b for a, b in zip(said, base, strict=True)]
-            yes_no += [text.lower().startswith(("yes", "no")) for text in said]
+        taken, said, base = both_answers(editor, [CHAT.messages(query) for query in asked], 32)
     return {
         "asked": len(asked),
         "taken": statistics.fmean(taken),
-        "as_the_base_model": statistics.fmean(same),
-        "answered_yes_or_no": statistics.fmean(yes_no),
+        "as_the_base_model": statistics.fmean(a == b for a, b in zip(said, base, strict=True)),
+        "answered_yes_or_no": statistics.fmean(
+            text.lower().startswith(("yes", "no")) for text in said
+        ),
     }
 
 
 SETS = {
     "demo": DataSet(64, MEASURED, MEASURED, 64),
-    "HalluEditBench": DataSet(500, CHAT, CHAT, 500),
+    "HalluEditBench": DataSet(500, (CHAT,), (CHAT,), 500),
     "CounterFact": DataSet(500, TEMPLATE_AND_CHAT, MEASURED, 128),
 }
 
@@ -376,14 +371,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="keeps what was edited and said")
     parser.add_argument("--sets", nargs="+", default=[*SETS], choices=[*SETS])
     options = parser.parse_args()
-    content: dict[str, Any] = {"study": "talk", "sets": []}
-    if RESULT.exists():
-        content = json.loads(RESULT.read_text(encoding="utf-8"))
-    content |= {
-        "machine": processor_name(),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version_of(name) for name in ("torch", "transformers")},
-    }
+    content = kept(RESULT, "talk", "sets")
     for name in options.sets:
         if any(found["data"] == name for found in content["sets"]):
             continue
