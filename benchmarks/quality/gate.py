@@ -1,6 +1,6 @@
 """What the gate makes of people's questions, with nothing to tune on but what the package ships.
 
-    python -m benchmarks.quality.gate --data ../shared/data [--facts 64 500]
+    python -m benchmarks.quality.gate --data ../shared/data [--facts 64 500] [--encoder hidden]
 
 A user has a file of facts and no others like them. The encoder is tuned and the gate calibrated as
 `meg edit` does it; then the facts' paraphrases and locality queries are asked: plain, misspelt, in
@@ -9,6 +9,9 @@ query that is not taken for its fact has the base model's answer, and so has one
 none: Generality and Locality are bounded by these shares. No language model is asked.
 
 Of HalluEditBench, yes and no questions about the edited facts are asked, too.
+
+With `--encoder hidden`, conditions are the language model's own hidden states, a mean over the
+tokens behind its middle layer, tuned in the same way.
 
 Writes benchmarks/results/gate.json; rows that are in it already are not measured again.
 """
@@ -33,6 +36,7 @@ from meg_kernels.editing.tuning import calibrated_gate, tuned_router, usable_for
 from meg_kernels.facts import read_facts
 from meg_kernels.familiarity import Calibration
 from meg_kernels.neuron import NeuronLayout, Neurons
+from meg_kernels.pretrained import SMOLLM2, load_language_model
 from meg_kernels.routing.edits import EditReport, Edits
 from meg_kernels.routing.generators import build_generator
 from meg_kernels.routing.router import Router, RoutingConfig
@@ -48,6 +52,18 @@ RESULT = Path(__file__).parents[1] / "results" / "gate.json"
 LENGTHS = (150, 500, 1500)  # tokens of other text around a question
 IN_DOCUMENTS = 64  # questions at each place of each length
 CONVERSATIONS = 200
+
+
+def hidden_states() -> TextEncoder:
+    """An encoder of the lower half of the language model."""
+    model, tokenizer = load_language_model(SMOLLM2)
+    lower: Any = model.base_model
+    lower.layers = lower.layers[: len(lower.layers) // 2]
+    lower.config.num_hidden_layers = len(lower.layers)
+    return TextEncoder(lower, tokenizer)
+
+
+ENCODERS = {"default": TextEncoder.from_pretrained, "hidden": hidden_states}
 
 
 def misspelt(kind: str, query: str, draw: random.Random) -> str:
@@ -80,7 +96,7 @@ def halluedit(path: Path, count: int) -> tuple[list[Fact], list[str]]:
     facts = [
         Fact(
             row["question"],
-            row["object"],
+            row["object"].rstrip("."),  # one has four of them behind it
             f"row-{i}",
             row["subject"],
             row["relation"],
@@ -240,16 +256,23 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="the folder of the data sets")
     parser.add_argument("--facts", type=int, nargs="+", default=[64, 500])
+    parser.add_argument("--sets", nargs="+", help="of the data sets; default: all")
+    parser.add_argument("--encoder", choices=[*ENCODERS], default="default")
     options = parser.parse_args()
     content = kept(RESULT, "gate")
     for count in options.facts:
         for name, facts_of in data_sets(options.data, count).items():
-            facts, yes_no = facts_of()
-            if any(row["data"] == name and row["facts"] == len(facts) for row in content["rows"]):
+            if name not in (options.sets or [name]):
                 continue
-            content["rows"].append({"data": name, **measure(facts, yes_no)})
+            facts, yes_no = facts_of()
+            about = {"data": name, "encoder": options.encoder, "facts": len(facts)}
+            if any(about.items() <= row.items() for row in content["rows"]):
+                continue
+            row = about | measure(facts, yes_no, ENCODERS[options.encoder]())
+            content = kept(RESULT, "gate")
+            content["rows"].append(row)
             write_json(RESULT, content)
-            print(json.dumps(content["rows"][-1]), flush=True)
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

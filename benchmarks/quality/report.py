@@ -439,7 +439,7 @@ def gate(studies: Studies, plots: Path) -> str:
     """What the gate makes of people's questions, tuned on the package's facts alone."""
     asked, changed, placed = [], [], []
     for row in (row for study in studies["gate"] for row in study["rows"]):
-        name = {"data": row["data"], "facts": str(row["facts"])}
+        name = {"data": row["data"], "encoder": row["encoder"], "facts": str(row["facts"])}
         calibration, plain = row["calibration"], row["without_names"]
         asked.append(
             name

@@ -379,6 +379,7 @@ def main() -> None:
         facts, yes_no = data_sets(options.data, chosen.facts)[name]()
         editor = MeGEditor.for_model(SMOLLM2)
         found = measure(editor, chosen, facts, yes_no, options.work / name)
+        content = kept(RESULT, "talk", "sets")  # another process may have written its own sets
         content["sets"].append({"data": name, **found})
         write_json(RESULT, content)
         print(json.dumps(content["sets"][-1]), flush=True)
