@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 from benchmarks.baselines import WidenedFFN
 from benchmarks.measure import Case, Passed, Race, Way, name_of
 from benchmarks.models import twin
-from meg_kernels.editing.collect import CollectionConfig, collect, initial_neuron
+from meg_kernels.editing.collect import collect, initial_neuron
+from meg_kernels.editing.neuron_fit import CollectionConfig
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.facts import Fact
 from meg_kernels.neuron import Neurons

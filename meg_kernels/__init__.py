@@ -20,13 +20,14 @@ if TYPE_CHECKING:
         sample,
     )
     from meg_kernels.editing.by_context import ContextReport, InContext
-    from meg_kernels.editing.collect import Collection, CollectionConfig, collect
+    from meg_kernels.editing.collect import Collection, collect
     from meg_kernels.editing.config import EditorConfig
     from meg_kernels.editing.contexts import Context
     from meg_kernels.editing.distill import Distillation
     from meg_kernels.editing.editor import MeGEditor
     from meg_kernels.editing.evaluate import EvaluationReport, Metrics
     from meg_kernels.editing.general_ability import Perplexity
+    from meg_kernels.editing.neuron_fit import CollectionConfig
     from meg_kernels.editing.prompting import PromptedModel, PromptTemplate
     from meg_kernels.facts import (
         Fact,
@@ -59,7 +60,7 @@ _MODULES = {
         "sample",
     ),
     "editing.by_context": ("ContextReport", "InContext"),
-    "editing.collect": ("Collection", "CollectionConfig", "collect"),
+    "editing.collect": ("Collection", "collect"),
     "editing.config": ("EditorConfig",),
     "editing.contexts": ("Context",),
     "editing.distill": ("Distillation",),
@@ -74,6 +75,7 @@ _MODULES = {
         "write_facts",
     ),
     "editing.general_ability": ("Perplexity",),
+    "editing.neuron_fit": ("CollectionConfig",),
     "routing.generators": ("GeneratorConfig",),
     "editing.prompting": ("PromptTemplate", "PromptedModel"),
     "familiarity": ("Calibration", "FamiliarityNetwork", "SimilarityGate"),

@@ -18,7 +18,8 @@ from meg_kernels import (
     MeGEditor,
 )
 from meg_kernels.conversation import ChatPrompt, OpenPrompt, opened
-from meg_kernels.editing import collect as collecting
+from meg_kernels.editing import neuron_fit
+from meg_kernels.editing.collect import collect
 from meg_kernels.editing.contexts import Context
 from meg_kernels.editing.prompting import target_tokens
 from meg_kernels.editing.tuning import warn_of_alike
@@ -115,11 +116,11 @@ def test_a_long_answer_may_take_more_steps_than_a_short_one():
     editor = make_editor(dataclasses.replace(BANK, collection=config, serve_unlearnt=True))
     report = edit(editor, [LONG, EDITED[2]])
     assert report.unlearnt  # with these, nothing is
-    collected = collecting.collect(editor.prompted, editor.attached, [LONG, EDITED[2]], config)
+    collected = collect(editor.prompted, editor.attached, [LONG, EDITED[2]], config)
     steps = collected.steps.tolist()
     longest = len(target_tokens(editor.tokenizer, editor.prompted.prompt("a"), LONG.answer)[1])
-    assert longest > collecting.SHORT_ANSWER
-    assert steps == [math.ceil(3 * longest / collecting.SHORT_ANSWER), 3]
+    assert longest > neuron_fit.SHORT_ANSWER
+    assert steps == [math.ceil(3 * longest / neuron_fit.SHORT_ANSWER), 3]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import torch
 import transformers
 from torch import nn
 
-from meg_kernels.editing.collect import CollectionConfig, collect
+from meg_kernels.editing.collect import collect
+from meg_kernels.editing.neuron_fit import CollectionConfig
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.neuron import Neurons
 from meg_kernels.nn import LowerLayers, attach, input_of

@@ -628,7 +628,7 @@ def test_an_interrupted_edit_goes_on_where_it_was(
     assert "start it again with the same arguments" in " ".join(capsys.readouterr().err.split())
     assert [path.name for path in out.iterdir()] == [".meg-work"]
     with monkeypatch.context() as patch:
-        patch.setattr("meg_kernels.editing.collect._Fit.run", interrupt)
+        patch.setattr("meg_kernels.editing.neuron_fit.NeuronFit.run", interrupt)
         run(*arguments)
     assert MeGEditor.from_pretrained(out).facts == EDITED
     assert [path.name for path in out.parent.iterdir()] == ["edited"]

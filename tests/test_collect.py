@@ -12,8 +12,9 @@ import tiny
 import torch
 from tiny import CONTEXTS, FACTS, LAYER, make_model, make_tokenizer, widened
 
-from meg_kernels.editing import collect as collecting
-from meg_kernels.editing.collect import CollectionConfig, collect, initial_neuron
+from meg_kernels.editing import neuron_fit
+from meg_kernels.editing.collect import collect, initial_neuron
+from meg_kernels.editing.neuron_fit import CollectionConfig
 from meg_kernels.editing.prompting import PromptedModel, PromptTemplate, target_tokens
 from meg_kernels.nn import attach
 from meg_kernels.nn.families import decoder_layers
@@ -219,7 +220,7 @@ def finished_batches(folder) -> list:
 def test_an_interrupted_collection_goes_on_with_the_first_unfinished_batch(
     build, tokenizer, tmp_path, monkeypatch
 ):
-    model, run, fits = build(), collecting._Fit.run, []
+    model, run, fits = build(), neuron_fit.NeuronFit.run, []
     whole = collected(model, tokenizer, config=BRIEF)
 
     def until_third(fit, config):
@@ -228,14 +229,14 @@ def test_an_interrupted_collection_goes_on_with_the_first_unfinished_batch(
         fits.append(fit)
         run(fit, config)
 
-    monkeypatch.setattr(collecting._Fit, "run", until_third)
+    monkeypatch.setattr(neuron_fit.NeuronFit, "run", until_third)
     with pytest.raises(KeyboardInterrupt):
         collected(model, tokenizer, config=BRIEF, work_folder=tmp_path)
     assert len(finished_batches(tmp_path)) == 2
 
     fits.clear()
     monkeypatch.setattr(
-        collecting._Fit, "run", lambda fit, config: (fits.append(fit), run(fit, config))
+        neuron_fit.NeuronFit, "run", lambda fit, config: (fits.append(fit), run(fit, config))
     )
     resumed = collected(model, tokenizer, config=BRIEF, work_folder=tmp_path)
     assert len(fits) == 1  # of three batches, for 10 facts
@@ -298,8 +299,8 @@ def test_work_goes_on_where_the_start_is_rounded_otherwise(build, tokenizer, tmp
         neuron = start(*args)
         return dataclasses.replace(neuron, key=neuron.key * (1 + 1e-6))
 
-    monkeypatch.setattr(collecting, "initial_neuron", rounded)
-    monkeypatch.setattr(collecting._Fit, "run", tiny.interrupt)
+    monkeypatch.setattr("meg_kernels.editing.collect.initial_neuron", rounded)
+    monkeypatch.setattr(neuron_fit.NeuronFit, "run", tiny.interrupt)
     again = collected(model, tokenizer, FACTS[:2], BRIEF, work_folder=tmp_path)
     assert torch.equal(again.neurons.key, whole.neurons.key)
 

@@ -851,7 +851,7 @@ def test_an_interrupted_edit_resumes_with_the_work_that_was_done(tmp_path, monke
             edit(resumed, work_folder=tmp_path)
     (path,) = tmp_path.glob("encoder-*.safetensors")
     tuned = float(read_tensors(path)[1]["seconds"])
-    monkeypatch.setattr("meg_kernels.editing.collect._Fit.run", interrupt)
+    monkeypatch.setattr("meg_kernels.editing.neuron_fit.NeuronFit.run", interrupt)
     monkeypatch.setattr(TextEncoder, "tune", interrupt)
     edit(resumed, work_folder=tmp_path)
     took = resumed.edits.report.seconds["encoder"]

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 import transformers
 from tiny import EDITED, make_language_model, make_tokenizer
 
-from meg_kernels.editing import collect as collecting
-from meg_kernels.editing.collect import CollectionConfig, collect, shared_prefix
+from meg_kernels.editing import neuron_fit
+from meg_kernels.editing.collect import collect, shared_prefix
 from meg_kernels.editing.contexts import Context
+from meg_kernels.editing.neuron_fit import CollectionConfig
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.nn import SharedPrefix, attach
 
@@ -103,9 +104,9 @@ def test_a_prefix_is_what_the_prompts_of_all_queries_begin_with():
 @pytest.mark.parametrize("length", [1, 10**6])
 def test_facts_are_learnt_whether_or_not_prefixes_are_read_once(length, monkeypatch):
     made = []
-    real = collecting.SharedPrefix
-    monkeypatch.setattr(collecting, "SharedPrefix", lambda *a: made.append(0) or real(*a))
-    monkeypatch.setattr(collecting, "SHORTEST_PREFIX", length)
+    real = neuron_fit.SharedPrefix
+    monkeypatch.setattr(neuron_fit, "SharedPrefix", lambda *a: made.append(0) or real(*a))
+    monkeypatch.setattr(neuron_fit, "SHORTEST_PREFIX", length)
     tokenizer = make_tokenizer()
     prompted = PromptedModel.of(make_language_model(tokenizer), tokenizer)
     attached = attach(prompted.model, LAYER)

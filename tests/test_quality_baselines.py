@@ -21,8 +21,8 @@ from benchmarks.quality.baselines import (
     TrainingConfig,
 )
 from benchmarks.quality.memit import MemitConfig, least_squares_update
-from meg_kernels.editing.collect import CollectionConfig
 from meg_kernels.editing.evaluate import Evaluation
+from meg_kernels.editing.neuron_fit import CollectionConfig
 from meg_kernels.editing.prompting import PromptTemplate, target_tokens
 from meg_kernels.facts import Fact
 

@@ -37,9 +37,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.conftest import version_of
 from benchmarks.quality.memit import MemitConfig, apply_memit, output_projection, seeded
-from meg_kernels.editing.collect import CollectionConfig
 from meg_kernels.editing.evaluate import Evaluation, Metrics, Prompting, unknown_facts
 from meg_kernels.editing.layers import default_layer
+from meg_kernels.editing.neuron_fit import CollectionConfig
 from meg_kernels.editing.prompting import (
     PromptedModel,
     PromptTemplate,

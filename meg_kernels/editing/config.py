@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from meg_kernels.checks import SEED, check_fields, from_fields, instance_of, integer, number, one_of
-from meg_kernels.editing.collect import CollectionConfig
 from meg_kernels.editing.contexts import Context
+from meg_kernels.editing.neuron_fit import CollectionConfig
 from meg_kernels.editing.prompting import PromptTemplate
 from meg_kernels.routing.generators import GeneratorConfig
 from meg_kernels.routing.router import RoutingConfig

@@ -19,8 +19,9 @@ import torch
 from transformers import PreTrainedModel
 
 from meg_kernels.checks import shown
-from meg_kernels.editing.collect import CollectionConfig, collect
+from meg_kernels.editing.collect import collect
 from meg_kernels.editing.evaluate import Evaluation
+from meg_kernels.editing.neuron_fit import CollectionConfig
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.facts import Fact
 from meg_kernels.nn import attach

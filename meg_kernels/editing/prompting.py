@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,10 +162,14 @@ class TargetScores:
     Args:
         losses: [B] mean cross-entropy of each row's target tokens, in nats.
         hits: [B, K] bool: the target tokens that the argmax gets right; True where ignored.
+        margins: [B] by how much more, in nats, each row's target tokens are expected than any
+            other, at the token where it is least; negative where another is the argmax. None
+            unless they were asked for.
     """
 
     losses: Tensor
     hits: Tensor
+    margins: Tensor | None = None
 
     @property
     def right(self) -> Tensor:
@@ -172,7 +177,9 @@ class TargetScores:
         return self.hits.all(1)
 
 
-def score_targets(model: PreTrainedModel, batch: TargetBatch) -> TargetScores:
+def score_targets(
+    model: PreTrainedModel, batch: TargetBatch, with_margins: bool = False
+) -> TargetScores:
     """One forward pass of `model` over `batch`; differentiable where the model is."""
     counted = batch.labels != IGNORED  # [B, K]
 
@@ -192,7 +199,13 @@ def score_targets(model: PreTrainedModel, batch: TargetBatch) -> TargetScores:
     token_losses = F.cross_entropy(logits, labels, reduction="none")
     losses = token_losses.new_zeros(len(batch)).index_add(0, rows, token_losses)
     hits = torch.ones_like(counted).masked_scatter(counted, logits.argmax(-1) == labels)
-    return TargetScores(losses / counted.sum(1), hits)
+    margins = None
+    if with_margins:
+        logits, own = logits.detach(), labels.unsqueeze(1)
+        other = logits.scatter(1, own, -math.inf).amax(1)
+        token_margins = logits.gather(1, own)[:, 0] - other
+        margins = losses.detach().scatter_reduce(0, rows, token_margins, "amin", include_self=False)
+    return TargetScores(losses / counted.sum(1), hits, margins)
 
 
 @functools.lru_cache(maxsize=8)
@@ -547,13 +560,17 @@ class PromptedModel:
             inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
         return TargetBatch(inputs, pad_left(labels, IGNORED))
 
-    def score(self, batch: TargetBatch) -> TargetScores:
+    def score(self, batch: TargetBatch, with_margins: bool = False) -> TargetScores:
         """How well the model predicts the targets: one forward pass, differentiable.
 
+        Args:
+            batch: that `batch` made.
+            with_margins: whether the scores have margins, which take as long as losses.
+
         Raises:
-            TypeError: it is no batch that `batch` made.
+            TypeError: it is no such batch.
         """
-        return score_targets(self.model, instance_of(TargetBatch)("batch", batch))
+        return score_targets(self.model, instance_of(TargetBatch)("batch", batch), with_margins)
 
     @property
     def ends(self) -> list[int]:

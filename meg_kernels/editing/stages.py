@@ -21,7 +21,7 @@ import torch
 
 from meg_kernels.checks import instance_of
 from meg_kernels.editing.answered import answers_with
-from meg_kernels.editing.collect import Collection, Targets, collectable, fit_neurons
+from meg_kernels.editing.collect import Collection, Targets, collectable, fit_neurons, said_for
 from meg_kernels.editing.config import EditorConfig
 from meg_kernels.editing.distill import Distillation, distill
 from meg_kernels.editing.prompting import PromptedModel
@@ -213,11 +213,13 @@ class Stages:
         self, facts: Sequence[Fact], initial: Neurons | None, stopwatch: Stopwatch
     ) -> Collection:
         with stopwatch.stage("collect"):
+            targets, config = [self.targets[fact.id] for fact in facts], self.config.collection
             collection = fit_neurons(
                 self.prompted,
                 self.attached,
-                [self.targets[fact.id] for fact in facts],
-                self.config.collection,
+                targets,
+                config,
+                said=said_for(self.prompted, self.router.encoder, facts, targets, config),
                 initial=initial,
                 work_folder=self.work_folder,
                 progress=self.progress,

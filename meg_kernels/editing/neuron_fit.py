@@ -1,0 +1,320 @@
+"""`NeuronFit`: the neurons of one batch of facts, fitted by SGD on the frozen model.
+
+The layers below the edited one run once for each prompt, and so do the parts of the edited one that
+its neurons do not reach. Products may be rounded to bfloat16 meanwhile: where that could decide
+whether a fact is answered, the model is asked again as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from meg_kernels.checks import Check, check_fields, integer, number
+from meg_kernels.conversation import has_chat
+from meg_kernels.editing.contexts import FITTED, Context, usable
+from meg_kernels.editing.prompting import IGNORED, PromptedModel, TargetBatch, TargetScores
+from meg_kernels.nn import Attached, LowerLayers, SharedPrefix
+
+log = logging.getLogger(__name__)
+
+PROMPTS_AT_ONCE_ON_CPU = 16
+HIDDEN = ""  # the whole layer's name, among its parts'
+SHORTEST_PREFIX = 8  # tokens from which on it pays to read them once
+SHORT_ANSWER = 12  # tokens; longer ones take more steps
+# Nats by which rounding of products to bfloat16 may move a margin: six standard deviations of what
+# it does in SmolLM2.
+ROUNDED = 0.5
+# Nats by which a predicted neuron must make each token of an answer expected more than any other.
+SURE = 1.0
+
+
+@dataclass(frozen=True)
+class CollectionConfig:
+    """How neurons are fitted.
+
+    Args:
+        learning_rate: of plain SGD.
+        max_steps: after this many steps a fact is left as it is, if its answer has up to 12 tokens
+            with those that end it; a longer one may take as many more as it is longer.
+        target_loss: a fact is fitted until in every context its target tokens are the model's
+            argmax and their mean cross-entropy is below this, in nats.
+        overshoot: the fitted value is multiplied by this, unless the fact is lost by it.
+        contexts: in which a query is fitted; those of a chat are left out where the model has no
+            chat template.
+        initial_response: x . key of the initial neuron at the end of a prompt, positive.
+        batch_size: facts fitted at once.
+        pilot: facts that are fitted before the others start from what a hypernetwork, which learns
+            from these, makes of what they say; None: all start from one neuron.
+
+    Raises:
+        ValueError: a field is out of range or of the wrong type; it is named.
+    """
+
+    learning_rate: float = 1.0
+    max_steps: int = 60
+    target_loss: float = 0.1
+    overshoot: float = 1.25
+    contexts: tuple[Context, ...] = FITTED
+    initial_response: float = 3.0
+    batch_size: int = 64
+    pilot: int | None = 128
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            learning_rate=number(above=0),
+            max_steps=integer(1),
+            target_loss=number(above=0),
+            overshoot=number(above=0),
+            contexts=Check("contexts, at least one", _contexts, TypeError),
+            initial_response=number(above=0),
+            batch_size=integer(1),
+            pilot=integer(1).or_none(),
+        )
+
+    def contexts_of(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Context, ...]:
+        """Those in which a model with this tokenizer is fitted.
+
+        Raises:
+            ValueError: none, since it has no chat template and all of them are chats.
+        """
+        if not (found := usable(self.contexts, has_chat(tokenizer))):
+            raise ValueError(
+                "all contexts to fit in are chats, and the tokenizer has no chat template; add one "
+                "of form 'template' or 'raw'"
+            )
+        return found
+
+
+def _contexts(value: Any) -> tuple[Context, ...]:
+    contexts = tuple(value)
+    if not contexts or not all(isinstance(context, Context) for context in contexts):
+        raise TypeError
+    return contexts
+
+
+class NeuronFit:
+    """Neurons of one batch of facts, being fitted by SGD.
+
+    Each step looks at one context of every fact, in turn; a fact is fitted when all its contexts,
+    one after the other, needed no update, and learnt when its final neuron answers them all. The
+    final neuron is the fitted one with its value lengthened, unless the fact is lost by that.
+
+        fit = NeuronFit(...)
+        fit.run(config)      # products may be rounded
+        fit.settle()         # as the model answers
+        fit.flat, fit.learnt, fit.steps
+
+    Args:
+        prompted: the language model.
+        attached: where in it the neurons sit.
+        lower: the layers below.
+        batch: [R] prompts with their targets.
+        owner: [R] the fact that each prompt belongs to, 0 to F - 1, each fact's together.
+        start: [F, dim] or [1, dim] what the facts start from.
+        prefixes: token ids that the prompts of each context begin with, as `shared_prefix` has
+            them.
+        is_predicted: whether `start` may answer facts already, without a step.
+        is_rounded: whether products are rounded while it runs.
+    """
+
+    def __init__(
+        self,
+        prompted: PromptedModel,
+        attached: Attached,
+        lower: LowerLayers,
+        batch: TargetBatch,
+        owner: Tensor,
+        start: Tensor,
+        prefixes: Sequence[Sequence[int]],
+        *,
+        is_predicted: bool = False,
+        is_rounded: bool = False,
+    ):
+        self.prompted, self.attached, self.lower, self.batch = prompted, attached, lower, batch
+        self.is_predicted, self.unsure = is_predicted, ROUNDED if is_rounded else 0.0
+        self.lengths = batch.inputs["attention_mask"].sum(1)  # [R]
+        everything = torch.arange(len(batch), device=owner.device)
+        # What enters the edited layer, and what its parts return, by name: [R, T, ...].
+        self.known: dict[str, Tensor] = {}
+        for rows in self._by_length(everything):
+            inputs = batch[rows].inputs
+            hidden = lower.run(**inputs)
+            known = {HIDDEN: hidden, **lower.outputs(hidden, **inputs)}
+            for name, part in known.items():
+                shape = *batch.inputs["input_ids"].shape, part.shape[-1]
+                whole = self.known.setdefault(name, part.new_zeros(shape))
+                whole[rows, -part.shape[1] :] = part
+        self.contexts = owner.bincount()  # [F] how many each fact has
+        self.first_row = self.contexts.cumsum(0) - self.contexts  # [F]
+        self.prefixes = [self._read_once(i, tokens) for i, tokens in enumerate(prefixes)]
+        facts = len(self.contexts)
+        targets = (batch.labels != IGNORED).sum(1)
+        self.longest = targets.new_zeros(facts).scatter_reduce_(0, owner, targets, "amax")  # [F]
+        self.flat = start.to(owner.device).expand(facts, -1).clone()
+        self.longer = self.flat
+        # The least of each fact's margins with its lengthened neuron, in all its contexts.
+        self.margins = torch.full((facts,), -torch.inf, device=owner.device)
+        self.steps = torch.zeros(facts, dtype=torch.int64, device=owner.device)
+        self.learnt = torch.zeros(facts, dtype=torch.bool, device=owner.device)
+
+    def _read_once(self, context: int, tokens: Sequence[int]) -> SharedPrefix | None:
+        """The prefix of a context's prompts; None if it is too short, or the model cannot."""
+        rows = self.first_row + context
+        ids, most = self.batch.inputs["input_ids"], self.batch.inputs["input_ids"].shape[1]
+        targets = (self.batch.labels[rows] != IGNORED).sum(1)
+        if len(tokens) < SHORTEST_PREFIX or int((self.lengths[rows] - targets).min()) < len(tokens):
+            return None
+        place = (most - self.lengths[rows]).unsqueeze(1) + torch.arange(
+            len(tokens), device=ids.device
+        )
+        if not bool((ids[rows].gather(1, place) == ids.new_tensor([*tokens])).all()):
+            return None
+        # The shortest and the longest, between which most is padding, and that where one is alone.
+        rows = rows[self.lengths[rows].argsort()[[0, -1]]]
+        some = self.batch[rows]
+        try:
+            layer = self.attached.layer if self.lower.skips else 0
+            prefix = SharedPrefix(self.attached.model, tokens, layer)
+            with torch.no_grad():
+                whole = self.prompted.score(some).losses
+                rest = self._score(some, rows, prefix).losses
+        except Exception as error:  # in whatever way a model keeps what it has read
+            log.debug("prefixes cannot be read once: %r", error)
+            return None
+        same = torch.allclose(whole.float(), rest.float(), rtol=0.02, atol=0.02)
+        return prefix if same else None
+
+    def _score(
+        self,
+        batch: TargetBatch,
+        rows: Tensor,
+        prefix: SharedPrefix | None,
+        with_margins: bool = False,
+    ) -> TargetScores:
+        """What the layers above make of these rows, with the neurons that are mounted."""
+        if prefix is not None:
+            inputs = prefix.inputs(batch.inputs, self.lengths[rows])
+            batch = TargetBatch(inputs, batch.labels)
+        columns = batch.inputs["input_ids"].shape[1]
+        known = {name: whole[rows, -columns:] for name, whole in self.known.items()}
+        with self.lower.replaced_by(known.pop(HIDDEN), known):
+            return self.prompted.score(batch, with_margins)
+
+    def run(self, config: CollectionConfig) -> None:
+        """Fit the facts, and see what their neurons answer when lengthened."""
+        active = torch.arange(len(self.flat), device=self.flat.device)
+        if self.is_predicted:
+            self._lengthen(active, config.overshoot)
+            active = active[self.margins < SURE]
+        taught = active
+        passed = torch.zeros_like(self.contexts)  # contexts in a row that needed no update
+        longer = (self.longest / SHORT_ANSWER).clamp(min=1)  # [F]
+        most = (config.max_steps * longer).ceil()
+        for step in range(int(most.max())):
+            if not len(active):
+                break
+            looked = self._look(active, self.flat[active], step, with_gradient=True)
+            good = looked.right & (looked.losses < config.target_loss)
+            update = config.learning_rate * looked.gradient * ~good.unsqueeze(1)
+            self.flat[active] -= update
+            self.steps[active] += ~good
+            passed[active] = torch.where(good, passed[active] + 1, 0)
+            goes_on = (passed[active] < self.contexts[active]) & (step + 1 < most[active])
+            active = active[goes_on]
+        self._lengthen(taught, config.overshoot)
+
+    def settle(self) -> None:
+        """Decide on the final neurons, by the model as it is where rounding could have decided."""
+        facts = torch.arange(len(self.flat), device=self.flat.device)
+        self.learnt = self.margins > 0
+        unsure = facts[self.margins.abs() <= self.unsure]
+        self.learnt[unsure] = self._answered(unsure, self.longer[unsure])
+        failed = facts[~self.learnt]
+        recovered = failed[self._answered(failed, self.flat[failed])]
+        self.longer[recovered] = self.flat[recovered]
+        self.learnt[recovered] = True
+        self.flat = self.longer
+
+    def _lengthen(self, facts: Tensor, overshoot: float) -> None:
+        """Multiply these facts' values, and note how surely they are answered then."""
+        fitted = self.attached.layout.unpack(self.flat)
+        longer = dataclasses.replace(fitted, value=fitted.value * overshoot)
+        self.longer = self.attached.layout.pack(longer)
+        margins = torch.full((len(facts),), torch.inf, device=facts.device)
+        left = torch.arange(len(facts), device=facts.device)
+        for turn in range(self._turns(facts)):
+            if not len(left):
+                break
+            some = facts[left]
+            margins[left] = margins[left].minimum(
+                self._look(some, self.longer[some], turn, with_gradient=False).margins
+            )
+            left = left[margins[left] >= -self.unsure]  # the others are lost already
+        self.margins[facts] = margins
+
+    def _answered(self, facts: Tensor, flat: Tensor) -> Tensor:
+        """[F] bool: which of these facts the model itself answers in all their contexts."""
+        right = torch.ones_like(facts, dtype=torch.bool)
+        for turn in range(self._turns(facts)):
+            rows = self.first_row[facts] + turn % self.contexts[facts]
+            for some in self._by_length(rows):
+                neurons = self.attached.layout.unpack(flat[some])
+                with torch.no_grad(), self.attached.neurons(neurons):
+                    right[some] &= self.prompted.score(self.batch[rows[some]]).right
+        return right
+
+    def _turns(self, facts: Tensor) -> int:
+        """The most contexts that one of these facts has."""
+        return int(self.contexts[facts].max()) if len(facts) else 0
+
+    def _look(self, facts: Tensor, flat: Tensor, turn: int, with_gradient: bool) -> _Look:
+        """One context of each of these facts, with the neurons `flat`.
+
+        Without a gradient, the neurons act on whole prompts, as they do when they answer.
+        """
+        rows = self.first_row[facts] + turn % self.contexts[facts]
+        prefix = self.prefixes[turn % len(self.prefixes)] if with_gradient else None
+        losses, margins = torch.empty(2, len(facts), device=flat.device)
+        right = torch.empty_like(facts, dtype=torch.bool)
+        gradient = torch.zeros_like(flat)
+        for some in self._by_length(rows):
+            part = flat[some].requires_grad_(with_gradient)
+            with (
+                torch.set_grad_enabled(with_gradient),
+                self.attached.neurons(self.attached.layout.unpack(part)),
+            ):
+                scores = self._score(self.batch[rows[some]], rows[some], prefix, not with_gradient)
+            if with_gradient:
+                (gradient[some],) = torch.autograd.grad(scores.losses.sum(), part)
+            losses[some], right[some] = scores.losses.detach(), scores.right
+            if scores.margins is not None:
+                margins[some] = scores.margins
+        return _Look(losses, right, margins, gradient)
+
+    def _by_length(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Places in `rows` of prompts that go through the model at once, of like length."""
+        # Like lengths need little padding; a CPU's caches hold some prompts' activations only.
+        at_once = PROMPTS_AT_ONCE_ON_CPU if rows.device.type == "cpu" else max(len(rows), 1)
+        return self.lengths[rows].argsort().split(at_once)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What facts give with some neurons.
+
+    [F] losses, [F] whether right, [F] margins (without a gradient), [F, dim] gradient.
+    """
+
+    losses: Tensor
+    right: Tensor
+    margins: Tensor
+    gradient: Tensor
