@@ -157,9 +157,9 @@ def _in_any_form(name: str) -> re.Pattern[str]:
 
 def _any_form(word: str) -> str:
     if article := _ARTICLE.match(word):
-        return _ATTACHED + word[article.end() :] + r"\w*"
+        return _ATTACHED + re.escape(word[article.end() :]) + r"\w*"
     if stem := _DECLINED.split(word)[:-1]:
-        return stem[0] + _ENDING
+        return re.escape(stem[0]) + _ENDING
     return _FLEETING.sub(r"\g<0>?", re.escape(word)) + r"\w{0,2}"
 
 
