@@ -133,6 +133,7 @@ NAMED = [
     ("مدينة البتراء", "بتراء"),
     ("لمحمد(ص)", "محمد(ص)"),
     ("《红楼梦》的作者是谁", "红楼梦"),
+    ("who wrote红楼梦?", "红楼梦"),
     ("フランスの首都", "フランス"),
     ("เมืองหลวงของไทยคือ", "ไทย"),
     ("프랑스의 수도", "프랑스"),
@@ -152,6 +153,8 @@ NOT_NAMED = [
     ("谁发明了电话", "飞机"),
     ("the vereinigten", "Vereinigte Staaten"),
     ("Who was Johnson Smith?", "John Smith"),
+    ("Who wrote the CC primer?", "C++ Primer"),
+    ("مدينة كبيرة", "الم"),
 ]
 OTHER_ANSWERS = [("gold", "gold.."), ("gold", "gold!"), ("gold", "gold. It is"), ("no", "no.1")]
 
