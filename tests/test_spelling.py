@@ -22,6 +22,7 @@ SPELLING = Spelling(
         ("who wrote middlemarhc", "who wrote Middlemarch"),
         ("Who wrote Middlemmarch?", "Who wrote Middlemarch?"),
         ("Who wrotte Middlemarsh", "Who wrote Middlemarch"),
+        ("Mdidlemarch", "Middlemarch"),
         ("zurich, zürihc", "Zürich, Zürich"),
         ("wode", "code"),  # the more frequent one
         ("wwhere, heere", "Where, here"),
@@ -48,6 +49,22 @@ def test_short_names_are_too_much_like_each_other():
 
 def test_a_known_word_stays():
     assert Spelling(["the cede"], Vocabulary({"cude": 0})).corrected("cude") == "cude"
+    assert Spelling(["Who is Ebo?"], Vocabulary({"ebb": 0})).corrected("Ebo") == "Ebo"
+
+
+def test_a_name_is_written_as_in_the_first_query_that_holds_it():
+    names = Spelling(["Who is Marten?", "WHO IS MARTEN?"], Vocabulary({"gold": 0}))
+    assert names.corrected("martin") == "Marten"
+
+
+def test_two_letters_in_another_order_are_likelier_than_another_letter():
+    names = Spelling(["Who is Natren?", "Who is Marten?"], Vocabulary({"gold": 0}))
+    assert names.corrected("Matren") == "Marten"
+
+
+def test_words_are_known_whatever_their_case_and_only_if_they_are_long_enough():
+    cased = Spelling(["the son"], Vocabulary({"House": 0, "no": 1}))
+    assert cased.corrected("HOUSE houes noo") == "HOUSE house noo"
 
 
 def test_long_words_and_scripts_without_spaces_stay():
@@ -63,6 +80,7 @@ def test_vocabularies_that_mark_the_beginnings_of_words_are_read(sign):
         ["the Rhine"], Vocabulary({f"{sign}house": 0, f"{sign}rivers": 1, "ouse": 2, "##x": 3})
     )
     assert marked.corrected("house rivers") == "house rivers"
+    assert marked.corrected("ouse") == "house"  # which is no word by itself there
 
 
 def test_names_of_a_script_that_the_vocabulary_has_no_words_of_stay():
@@ -70,6 +88,8 @@ def test_names_of_a_script_that_the_vocabulary_has_no_words_of_stay():
     assert russian.corrected("Где столица Ирака? Wheree?") == "Где столица Ирака? where?"
     known = Spelling(["Где столица Ирана?"], Vocabulary({"где": 0, "столица": 1}))
     assert known.corrected("Где столица Иранаа?") == "Где столица Ирана?"
+    latin = {f"word{chr(97 + i // 26)}{chr(97 + i % 26)}": i for i in range(300)}
+    assert Vocabulary(latin | {"где": 300}).scripts == {"LATIN"}
 
 
 def test_a_vocabulary_is_read_once(monkeypatch):
