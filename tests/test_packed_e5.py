@@ -16,8 +16,9 @@ from meg_kernels.pretrained import MULTILINGUAL_ENCODER, load_encoder, tokenized
 from meg_kernels.storage import CorruptFileError
 from meg_kernels.text_encoder import TextEncoder
 
-PIECES = ["<s>", "<pad>", "</s>", "<unk>", "▁谁", "▁who", "▁wrote", "▁", "x", "é"]
+PIECES = ["<s>", "<pad>", "</s>", "<unk>", "▁", "x", "▁谁", "▁who", "▁wrote", "é", "▁x"]
 WIDTH, LAYERS, INNER, POSITIONS = 32, 2, 64, 40
+HEADS, EPSILON = 4, 0.5  # more than any model's, so that it shows
 NAMES = {
     "emb.word": "embeddings.word_embeddings.weight",
     "emb.pos": "embeddings.position_embeddings.weight",
@@ -66,10 +67,12 @@ def write(path, block: int = BLOCK) -> transformers.BertModel:
                 vocab_size=len(PIECES),
                 hidden_size=WIDTH,
                 num_hidden_layers=LAYERS,
-                num_attention_heads=4,
+                num_attention_heads=HEADS,
                 intermediate_size=INNER,
                 max_position_embeddings=POSITIONS,
                 type_vocab_size=2,
+                layer_norm_eps=EPSILON,
+                initializer_range=1.0,  # heads look at one token rather than at all alike
             ),
             add_pooling_layer=False,
         ).eval()
@@ -78,8 +81,8 @@ def write(path, block: int = BLOCK) -> transformers.BertModel:
     for piece in PIECES:
         places.append(places[-1] + len(piece.encode()))
     head = b"E5S1" + struct.pack("<I", 1)
-    head += struct.pack("<7i", WIDTH, LAYERS, 4, INNER, len(PIECES), POSITIONS, 2)
-    head += struct.pack("<fi", 1e-12, block)
+    head += struct.pack("<7i", WIDTH, LAYERS, HEADS, INNER, len(PIECES), POSITIONS, 2)
+    head += struct.pack("<fi", EPSILON, block)
     head += struct.pack("<5iQ", len(PIECES), 0, 2, 1, 3, len(text))
     head += struct.pack(f"<{len(places)}I", *places)
     head += struct.pack(f"<{len(PIECES)}f", *(-float(i) for i in range(len(PIECES)))) + text
@@ -111,6 +114,15 @@ def test_the_weights_are_those_in_the_file(tmp_path):
         assert torch.equal(weight, read[name]), name
 
 
+def test_the_model_computes_with_them_what_the_packed_one_does(tmp_path):
+    expected = write(tmp_path / "file")
+    model, _ = read_packed_e5(tmp_path / "file")
+    ids = torch.arange(len(PIECES)).unsqueeze(0)
+    with torch.no_grad():
+        vectors, others = (each(ids).last_hidden_state for each in (model, expected))
+    torch.testing.assert_close(vectors, others)
+
+
 def test_the_tokenizer_takes_the_likeliest_pieces_of_normalised_text(tmp_path):
     write(tmp_path / "file")
     _, tokenizer = read_packed_e5(tmp_path / "file")
@@ -121,6 +133,8 @@ def test_the_tokenizer_takes_the_likeliest_pieces_of_normalised_text(tmp_path):
         "</s>",
     ]
     assert tokenizer.tokenize("谁 e\u0301") == ["▁谁", "▁", "é"]
+    assert tokenizer.tokenize("x") == ["▁", "x"]  # together likelier than the one piece
+    assert tokenizer("z").input_ids == [0, PIECES.index("▁"), PIECES.index("<unk>"), 2]
     assert tokenizer.pad_token_id == 1 and tokenizer.model_max_length == POSITIONS
 
 
