@@ -163,14 +163,52 @@ def test_a_batch_is_decided_with_one_copy_from_the_device(router, monkeypatch):
 
 
 def test_a_follow_up_is_compared_with_what_it_follows_as_both_are_meant(router):
-    query = next(query for query in QUERIES if "color" in query)
-    turns = [{"role": "user", "content": query.replace("color", "coler")}]
-    turns.append({"role": "assistant", "content": "red"})
-    for said in ("gold gray", "pink"):
-        asked = [*turns, {"role": "user", "content": said}]
-        right = [{"role": "user", "content": query}, *asked[1:]]
-        wrong, meant = router.route(asked), router.route(right)
-        assert torch.equal(wrong.accepted, meant.accepted)
+    query = next(query for query in QUERIES if query.startswith("Which color has"))
+    misspelt = query.replace("Which color has", "Whichh coler hass")
+    other = with_threshold(router, 0.95)
+    # A word makes the question less like the fact's, but not as little as the misspelt ones do.
+    texts = [query, f"{query} pink", misspelt]
+    alone, followed, unknown = (router.encode(texts) @ router.encode([query]).T)[:, 0].tolist()
+    assert alone > followed > 0.95 > unknown
+    turns = [{"role": "assistant", "content": "red"}, {"role": "user", "content": "pink"}]
+    for asked in (query, misspelt):
+        assert not other.route([{"role": "user", "content": asked}, *turns]).accepted.any()
+
+
+def test_of_several_misspelt_questions_each_is_asked_as_it_is_meant_and_in_its_place(router):
+    first, second = (query for query in QUERIES if query.startswith("Which color has"))
+    other = with_threshold(router, 0.95)
+    for near in ("Which coler has", "Whichh coler hass"):  # taken for edited as it is, and not
+        text = f"{first.replace('Which color has', near)} {second}"
+        (found,) = other.route([text]).several.values()
+        assert [span.text for span in found.spans] == [first, second]
+
+
+def test_among_many_sentences_words_are_corrected_to_those_of_the_queries_only(router, monkeypatch):
+    read, real = [], type(router.encoder).encode
+    monkeypatch.setattr(
+        type(router.encoder), "encode", lambda self, texts: read.extend(texts) or real(self, texts)
+    )
+    for sentences in (2, 12):
+        read.clear()
+        router.route([" ".join(["The coler is paintde."] * sentences)])
+        assert "The color is paintde." in read or sentences == 2
+        assert ("The color is painted." in read) == (sentences == 2)
+
+
+def test_a_subject_is_named_whatever_way_it_is_written(router):
+    query = next(query for query in QUERIES if query.startswith("Which color has"))
+    name = query.removeprefix("Which color has ").removesuffix("?")
+    wide = "".join(chr(ord(letter) + 0xFEE0) for letter in name)
+    right, other = router.route([query]), router.route([f"Which color has “{wide}”?", query])
+    assert right.named.all() and other.named.all() and (other.fact == right.fact).all()
+
+
+def test_without_edits_the_conditions_are_those_of_whole_prompts(router):
+    prompts = ["Good day. Sing a song. How tall is a house?", *QUERIES[:2]]
+    routing = Router(router.encoder).route(prompts)
+    torch.testing.assert_close(routing.z, router.encode(prompts))
+    assert [span.text for span in routing.spans] == prompts
 
 
 def test_a_fact_without_a_subject_is_taken_only_where_it_is_the_nearest(router):
