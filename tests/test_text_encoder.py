@@ -13,13 +13,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny import make_encoder as tiny_encoder
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from meg_kernels import pretrained, text_encoder
-from meg_kernels.text_encoder import MAX_TOKENS, EncoderTuningConfig, TextEncoder, Wordings
+from meg_kernels.text_encoder import (
+    MAX_TOKENS,
+    EncoderTuningConfig,
+    TextEncoder,
+    Wordings,
+    _of_like_length,
+)
 
 WORDS = 80
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # two float32 layers of width 32
@@ -99,6 +105,29 @@ def test_texts_keep_their_order_whatever_their_lengths_and_batches(encoder, leng
     texts = [text(length, start=i) for i, length in enumerate(lengths)]
     vectors = encoder.encode(texts, batch_size)
     torch.testing.assert_close(vectors, torch.cat([encoder([t]) for t in texts]), **TOLERANCE)
+
+
+@given(st.lists(st.integers(0, 30), min_size=1), st.integers(1, 9), st.integers(0, 40))
+@example([1, 2, 2, 9, 9, 9, 10], 4, 3)
+def test_a_batch_ends_where_one_text_more_would_be_too_many_or_pad_too_much(lengths, size, most):
+    lengths = sorted(lengths)
+
+    def fits(batch):
+        read = lengths[batch.start : batch.stop]
+        return len(read) <= size and sum(read[-1] - length for length in read) <= most
+
+    batches = _of_like_length(lengths, size, most)
+    assert [*itertools.chain(*batches)] == [*range(len(lengths))]
+    assert all(map(fits, batches))
+    assert not any(fits(range(batch.start, batch.stop + 1)) for batch in batches[:-1])
+
+
+def test_where_padding_costs_little_batches_are_full():
+    assert _of_like_length([1, 1, 50, 900, 901], 2, None) == [range(2), range(2, 4), range(4, 5)]
+
+
+def test_texts_that_are_written_in_another_way_have_the_same_vector(encoder):
+    torch.testing.assert_close(encoder(["ｗ1  w2\u200b"]), encoder(["w1 w2"]))
 
 
 def test_no_texts_give_no_vectors(encoder):
