@@ -10,7 +10,7 @@ import torch
 from tiny import EDITED, FACTS, OTHER_FACTS, QUERIES, UNRELATED
 from tokenizers import AddedToken
 
-from meg_kernels import CollectionConfig, EditorConfig, MeGEditor
+from meg_kernels import CollectionConfig, EditorConfig, Fact, MeGEditor
 from meg_kernels.conversation import (
     ChatPrompt,
     as_messages,
@@ -22,6 +22,7 @@ from meg_kernels.conversation import (
 from meg_kernels.editing.by_context import ByContext, contains
 from meg_kernels.editing.contexts import FITTED, MEASURED, Context, usable
 from meg_kernels.editing.prompting import PromptedModel, target_tokens
+from meg_kernels.editing.several import OneStream, asked_apart
 from meg_kernels.routing.spans import MOST_SPANS, sentences, spans
 
 TEMPLATES = {
@@ -256,9 +257,14 @@ def test_the_whole_comes_first_and_a_follow_up_is_read_with_what_it_follows():
         "Tell me about France. And its capital?",
     ]
     assert spans(talk)[-1].follows == "Tell me about France."
-    assert len(spans([*talk[:2], user("word " * 13)])) == 1
+    for short, longer in (("word " * 12, "word " * 13), ("a" * 80, "a" * 81)):
+        assert len(spans([*talk[:2], user(short)])) == 2
+        assert len(spans([*talk[:2], user(longer)])) == 1
+    further = [user("I know Spain. It is warm."), said("It is."), talk[2]]
+    assert spans([*talk[:2], *further])[-1].text == "It is warm. And its capital?"
     assert [span.text for span in spans("A b. C d.")] == ["A b. C d.", "A b.", "C d."]
     assert [span.text for span in spans(" one ")] == ["one"]
+    assert [span.text for span in spans("a" * 10_000)] == ["a" * 10_000]
     long = " ".join(f"Sentence number {i} is here." for i in range(2 * MOST_SPANS))
     parts = spans(long)
     assert len(parts) == MOST_SPANS
@@ -306,16 +312,17 @@ def test_what_is_said_after_an_edited_question_is_not_taken_for_it(editor):
 def test_an_evaluation_by_context_resumes_and_knows_the_model(editor, tmp_path, monkeypatch):
     contexts = [Context("plain"), Context("chat", "chat")]
 
-    def report(**more):
+    def report(facts=EDITED[:2], **more):
         how = {"max_new_tokens": 5, "work_folder": tmp_path, "identity": ["edits"], **more}
-        evaluation = ByContext(editor.prompted, EDITED[:2], contexts, **how)
+        evaluation = ByContext(editor.prompted, facts, contexts, **how)
         return evaluation.report(lambda asked, facts: editor.routed(asked))
 
     first = report()
     with monkeypatch.context() as patch:
         patch.setattr(PromptedModel, "answers", tiny.interrupt)
         assert report() == first
-        for other in ({"identity": ["others"]}, {"max_new_tokens": 4}):
+        others = {"identity": ["others"]}, {"max_new_tokens": 4}, {"facts": EDITED[2:4]}
+        for other in others:
             with pytest.raises(KeyboardInterrupt):
                 report(**other)
     weight = editor.model.model.layers[0].mlp.up_proj.weight
@@ -392,6 +399,15 @@ def test_several_edited_questions_are_asked_one_by_one(editor):
         assert "\n" not in editor.generate([both], 5)[0]
 
 
+def test_what_asks_one_question_among_others_is_asked_whole(editor):
+    both = f"{EDITED[1].query} {EDITED[3].query}"
+    around = f"Good day to you. {EDITED[1].query} Sing a song."
+    talk = [user(UNRELATED[1]), said("la"), user(around)]
+    prompts = [around, both, talk]
+    asked, _, owners = asked_apart(prompts, editor.route(prompts))
+    assert asked == [around, EDITED[1].query, EDITED[3].query, talk] and owners == [0, 1, 1, 2]
+
+
 class Streamed:
     """A streamer that keeps what it is given."""
 
@@ -420,6 +436,24 @@ def test_several_answers_are_one_stream(editor):
         editor.chat(both, 5, streamer="no streamer")
 
 
+def test_between_two_streamed_answers_no_text_begins(editor):
+    tokenizer = chatty("inst")
+    processor = pytest.importorskip("tokenizers.processors")
+    begin = tokenizer.convert_tokens_to_ids("<s>")
+    tokenizer.backend_tokenizer.post_processor = processor.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", begin)]
+    )
+    streamer = Streamed()
+    stream = OneStream(streamer, tokenizer)
+    for prompt, answer in (([7, 8], 9), ([10, 11], 12)):
+        stream.put(torch.tensor([prompt]))
+        stream.put(torch.tensor([answer]))
+        stream.end()
+    stream.close()
+    assert streamer.tokens == [7, 8, 9, tokenizer.convert_tokens_to_ids("\n"), 12]
+    assert streamer.ends == 1
+
+
 def test_an_answer_takes_what_room_is_left(editor):
     most = editor.prompted.positions
     fact = EDITED[1]
@@ -428,6 +462,8 @@ def test_an_answer_takes_what_room_is_left(editor):
     assert 3 < left < 256
     told = editor.chat(talk)
     assert told == editor.chat(talk, left) and told.startswith(fact.answer)
+    prompt = chat_prompt(editor.tokenizer, talk)
+    assert [editor.prompted.room(["Q: Who?", prompt], n) for n in (2, 10**6)] == [2, left]
     with pytest.raises(ValueError, match="lower max_new_tokens"):
         editor.chat(talk, left + 1)
     talk[1] = said("la " * most)
@@ -449,6 +485,13 @@ def test_an_evaluation_by_context_says_what_asking_says(editor):
     found = found.contexts
     assert [*found] == ["plain", "chat", "raw"]
     assert found["plain"].reliability == found["chat"].reliability == 1.0
+    assert found["plain"].runs_on == found["chat"].runs_on == 0.0  # a full stop is no more
+    own = [user(query) for fact in EDITED for query in (fact.query, *fact.paraphrases)]
+    tokens = [
+        len(prompt_tokens(editor.tokenizer, chat_prompt(editor.tokenizer, [message])))
+        for message in own
+    ]
+    assert found["chat"].prompt_tokens == pytest.approx(sum(tokens) / len(tokens))
     said = editor.generate([[user(query)] for f in EDITED for query in f.paraphrases], 5)
     answers = [f.answer for f in EDITED for _ in f.paraphrases]
     exact = [text.rstrip(".") == answer for text, answer in zip(said, answers, strict=True)]
@@ -456,6 +499,59 @@ def test_an_evaluation_by_context_says_what_asking_says(editor):
     nothing = evaluation.report(lambda asked, facts: editor.disabled()).contexts
     assert all(shares.locality == 1.0 for shares in nothing.values())
     assert nothing["plain"].reliability_contained == nothing["plain"].base_reliability
+
+
+def test_the_base_models_answer_counts_if_it_contains_the_new_one(editor):
+    asked = [query for fact in FACTS + OTHER_FACTS for query in (fact.query, *fact.paraphrases)]
+    said = zip(asked, map(str.split, editor.generate_base(asked, 5)), strict=True)
+    query, words = next((q, words) for q, words in said if len(words) > 1 and words[-1].isalpha())
+    evaluation = ByContext(
+        editor.prompted, [Fact(query, words[-1])], [Context("plain")], max_new_tokens=5
+    )
+    found = evaluation.report(lambda asked, facts: editor.disabled()).contexts["plain"]
+    assert found.base_reliability == found.reliability_contained == 1.0
+    assert found.reliability == 0.0 and found.runs_on == 1.0
+
+
+def test_an_evaluation_by_context_asks_for_no_more_than_the_model_has_room_for(editor):
+    fact, contexts = EDITED[0], [Context("plain"), Context("chat", "chat")]
+    evaluation = ByContext(editor.prompted, [fact], contexts, max_new_tokens=10**6)
+    queries = [fact.query, *fact.paraphrases, *(other.query for other in fact.locality)]
+    longest = max(
+        len(prompt_tokens(editor.tokenizer, editor.prompted.prompt(query, context)))
+        for query in queries
+        for context in contexts
+    )
+    assert evaluation.max_new_tokens == editor.prompted.positions - longest
+    evaluation.report(lambda asked, facts: editor.routed(asked))
+    long = dataclasses.replace(fact, query="red " * editor.prompted.positions)
+    with pytest.raises(ValueError, match="shorten it"):
+        ByContext(editor.prompted, [long], contexts)
+
+
+def test_an_edit_in_the_prompt_is_worded_by_query_and_context(editor, monkeypatch):
+    read, real = [], PromptedModel.answers
+    monkeypatch.setattr(
+        PromptedModel, "answers", lambda self, p, n: read.extend(p) or real(self, p, n)
+    )
+    contexts = [Context("plain"), Context("chat", "chat")]
+    evaluation = ByContext(editor.prompted, EDITED[:2], contexts, max_new_tokens=3)
+    evaluation.report(
+        lambda asked, facts: editor.disabled(),
+        wording=lambda query, context: Context("told", context.form, f"{query.upper()} {{}}"),
+    )
+    query = EDITED[1].query
+    for context in contexts:
+        plain = editor.prompted.prompt(query, context)
+        worded = plain.replace(query, f"{query.upper()} {query}")
+        assert read.count(plain) == read.count(worded) == 1
+    read.clear()
+    with pytest.raises(ValueError, match="shorten it"):
+        evaluation.report(
+            lambda asked, facts: editor.disabled(),
+            wording=lambda query, context: Context("long", context.form, "red " * 64 + "{}"),
+        )
+    assert not read  # it is said before the work
 
 
 @pytest.mark.parametrize(
