@@ -129,6 +129,8 @@ def test_a_long_answer_may_take_more_steps_than_a_short_one():
         ("red", "."),
         ("red 5", "."),
         ('"red"', "."),
+        ("हिन्दी", "."),  # its last sign is a vowel's
+        ("red ", "."),
         ("red?", ""),
         ("red.", ""),
         ("red;", ""),

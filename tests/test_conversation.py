@@ -426,7 +426,7 @@ def test_several_answers_are_one_stream(editor):
     both = [user(f"{EDITED[1].query} {EDITED[3].query}")]
     streamer = Streamed()
     told = editor.chat(both, 5, streamer=streamer)
-    assert streamer.ends == 1
+    assert streamer.ends == 1 and told == editor.chat(both, 5)
     first = chat_prompt(editor.tokenizer, [user(EDITED[1].query)])
     ids = prompt_tokens(editor.tokenizer, first)
     assert streamer.tokens[: len(ids)] == ids
@@ -471,6 +471,19 @@ def test_an_answer_takes_what_room_is_left(editor):
         editor.chat(talk)
 
 
+def test_an_answer_is_as_long_as_it_is_alone_beside_one_that_needs_more(editor):
+    asked = [query for fact in OTHER_FACTS for query in (fact.query, *fact.paraphrases)]
+    said = zip(asked, editor.generate_base(asked, 48), strict=True)
+    query = next(q for q, text in said if len(editor.tokenizer(text).input_ids) > 40)
+    before = editor.edits
+    long = dataclasses.replace(before.facts[0], answer=" ".join(["red"] * 40))
+    try:
+        editor.router.put(dataclasses.replace(before, facts=(long, *before.facts[1:])))
+        assert editor.generate([QUERIES[0], query])[1:] == editor.generate([query])
+    finally:
+        editor.router.put(before)
+
+
 def test_one_batch_holds_conversations_or_others(editor):
     prompts = [editor.prompted.prompt("Who?"), ChatPrompt("Who?")]
     with pytest.raises(ValueError, match="make two batches"):
@@ -499,6 +512,13 @@ def test_an_evaluation_by_context_says_what_asking_says(editor):
     nothing = evaluation.report(lambda asked, facts: editor.disabled()).contexts
     assert all(shares.locality == 1.0 for shares in nothing.values())
     assert nothing["plain"].reliability_contained == nothing["plain"].base_reliability
+
+
+def test_a_model_without_a_chat_template_is_evaluated_in_the_other_contexts():
+    tokenizer = tiny.make_tokenizer()
+    prompted = PromptedModel.of(chat_model(tokenizer), tokenizer)
+    evaluation = ByContext(prompted, EDITED[:1], [Context("chat", "chat"), Context("raw", "raw")])
+    assert [context.name for context in evaluation.contexts] == ["raw"]
 
 
 def test_the_base_models_answer_counts_if_it_contains_the_new_one(editor):

@@ -23,6 +23,7 @@ SPELLING = Spelling(
         ("Who wrote Middlemmarch?", "Who wrote Middlemarch?"),
         ("Who wrotte Middlemarsh", "Who wrote Middlemarch"),
         ("Mdidlemarch", "Middlemarch"),
+        ("middlemarc, iddlemarch", "Middlemarch, Middlemarch"),
         ("zurich, zürihc", "Zürich, Zürich"),
         ("wode", "code"),  # the more frequent one
         ("wwhere, heere", "Where, here"),
