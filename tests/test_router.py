@@ -147,6 +147,8 @@ def test_a_misspelt_word_is_read_as_it_is_meant(router):
     torch.testing.assert_close(wrong.score, right.score)
     assert wrong.accepted.all()
     assert wrong.spans[0].text == query
+    batch = router.route([UNRELATED[0], query.replace("color", "coler")])
+    assert batch.spans[1].text == query
     name = router.edits.facts[0].subject  # too short
     assert "X" + name not in {span.text for span in router.route(["X" + name]).spans[1:]}
 
@@ -182,6 +184,15 @@ def test_of_several_misspelt_questions_each_is_asked_as_it_is_meant_and_in_its_p
         text = f"{first.replace('Which color has', near)} {second}"
         (found,) = other.route([text]).several.values()
         assert [span.text for span in found.spans] == [first, second]
+
+
+def test_several_questions_are_sentences_even_where_all_of_them_are_nearer(router):
+    _, query = (query for query in QUERIES if query.startswith("Which color has"))
+    text = f"Bebo? {query}"
+    whole, part = (router.encode([text, "Bebo?"]) @ router.edits.conditions.T).max(1).values
+    assert whole > part
+    (found,) = with_threshold(router, -1.0).route([text]).several.values()
+    assert [span.text for span in found.spans] == ["Bebo?", query]
 
 
 def test_among_many_sentences_words_are_corrected_to_those_of_the_queries_only(router, monkeypatch):

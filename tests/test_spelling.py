@@ -43,6 +43,12 @@ def test_the_words_of_the_queries_come_first():
     assert SPELLING.corrected("wode thee", own=True) == "wode thee"
 
 
+def test_of_known_words_the_most_frequent_one_is_meant():
+    for first, second in (("code", "rode"), ("rode", "code")):
+        spelling = Spelling(["the record"], Vocabulary({first: 0, second: 1}))
+        assert spelling.corrected("wode") == first
+
+
 def test_short_names_are_too_much_like_each_other():
     names = Spelling(["Who is Ebo?", "Who is Marten?"], Vocabulary({"gold": 0}))
     assert names.corrected("Bebo, Abo and Martin") == "Bebo, Abo and Marten"
@@ -71,6 +77,7 @@ def test_words_are_known_whatever_their_case_and_only_if_they_are_long_enough():
 def test_long_words_and_scripts_without_spaces_stay():
     assert SPELLING.corrected("a" * 10**6) == "a" * 10**6
     assert SPELLING.corrected("谁发明了飞机啊?") == "谁发明了飞机啊?"
+    assert SPELLING.corrected("Middlemarch啊") == "Middlemarch啊"
     long = Spelling(["Donaudampfschifffahrtskapitän"], Vocabulary({}))
     assert long.corrected("Donaudampfschiffahrtskapitän") == "Donaudampfschiffahrtskapitän"
 
