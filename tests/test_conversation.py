@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -163,6 +164,10 @@ def test_special_tokens_of_a_template_are_not_added_twice():
     assert prompt_tokens(tokenizer, prompt).count(begin) == 1
     assert prompt_tokens(tokenizer, "Which color has Abo?").count(begin) == 1
     assert target_tokens(tokenizer, prompt, "red")[0] == prompt_tokens(tokenizer, prompt)
+    streamer = Streamed()
+    prompted = PromptedModel.of(chat_model(tokenizer), tokenizer)
+    prompted.answers([prompt], 1, streamer=streamer)
+    assert streamer.tokens[:-1] == prompt_tokens(tokenizer, prompt)
 
 
 def test_a_model_without_a_chat_template_has_no_conversations():
@@ -512,6 +517,22 @@ def test_an_evaluation_by_context_says_what_asking_says(editor):
     nothing = evaluation.report(lambda asked, facts: editor.disabled()).contexts
     assert all(shares.locality == 1.0 for shares in nothing.values())
     assert nothing["plain"].reliability_contained == nothing["plain"].base_reliability
+
+
+def test_locality_is_of_whole_answers(editor, monkeypatch):
+    last = []
+
+    @contextlib.contextmanager
+    def edited(asked, facts):
+        last.append(8)
+        yield
+        last.clear()
+
+    monkeypatch.setattr(
+        PromptedModel, "answers", lambda self, prompts, most: [[5, 6, *last] for _ in prompts]
+    )
+    evaluation = ByContext(editor.prompted, EDITED[:2], [Context("plain")], max_new_tokens=5)
+    assert evaluation.report(edited).contexts["plain"].locality == 0.0
 
 
 def test_a_model_without_a_chat_template_is_evaluated_in_the_other_contexts():
