@@ -47,7 +47,6 @@ from meg_kernels.texts import is_question
 
 RESULT = Path(__file__).parents[1] / "results" / "talk.json"
 TEMPLATE_AND_CHAT = (*MEASURED[:1], CHAT)
-PROMPTED = TEMPLATE_AND_CHAT  # in which a fact is put into the prompt as well
 # The last turn of a conversation whose first one asked a fact's own query.
 NEXT = "Say that again in a whole sentence, please."
 ANSWER = 48  # tokens of a turn, at most
@@ -137,7 +136,11 @@ class Rivals:
 
 
 def by_context(
-    rivals: Rivals, facts: Sequence[Fact], contexts: Sequence[Context], local: int, work: Path
+    rivals: Rivals,
+    facts: Sequence[Fact],
+    contexts: Sequence[Context],
+    chosen: DataSet,
+    work: Path,
 ) -> list[dict[str, Any]]:
     """A row for each context and system.
 
@@ -145,11 +148,12 @@ def by_context(
         rivals: the systems.
         facts: that are edited, with what else is asked about them.
         contexts: in which.
-        local: how many of the facts bring a locality query, one each.
+        chosen: how many of the facts bring a locality query, one each, and where a fact is put
+            into the prompt as well.
         work: keeps answers.
     """
     editor = rivals.editor
-    some = [replace(f, locality=f.locality[: i < local]) for i, f in enumerate(facts)]
+    some = [replace(f, locality=f.locality[: i < chosen.local]) for i, f in enumerate(facts)]
     identity, about = editor._measured()
     rows = []
 
@@ -161,7 +165,7 @@ def by_context(
 
     for system, asked_in, edited, wording in (
         ("neuron", contexts, own_neurons, None),
-        ("prompt", [c for c in contexts if c in PROMPTED], no_neurons, rivals.wording),
+        ("prompt", [c for c in contexts if c in chosen.prompted], no_neurons, rivals.wording),
     ):
         if not asked_in:
             continue
@@ -259,12 +263,14 @@ class DataSet:
         paraphrased: contexts in which paraphrases and locality queries are asked, too.
         contexts: in which the facts' own queries are asked.
         local: facts of which a locality query is asked.
+        prompted: contexts in which a fact is put into the prompt as well.
     """
 
     facts: int
     paraphrased: tuple[Context, ...]
     contexts: tuple[Context, ...]
     local: int
+    prompted: tuple[Context, ...] = (CHAT,)
 
 
 def measure(
@@ -276,9 +282,9 @@ def measure(
     rivals = Rivals(editor, told)
     own = [replace(fact, paraphrases=(), locality=()) for fact in facts]
     only = [context for context in chosen.contexts if context not in chosen.paraphrased]
-    rows = by_context(rivals, facts, chosen.paraphrased, chosen.local, work)
+    rows = by_context(rivals, facts, chosen.paraphrased, chosen, work)
     if only:
-        rows += by_context(rivals, own, only, 0, work)
+        rows += by_context(rivals, own, only, chosen, work)
     systems = ("neuron", "prompt", "stored")
     with editor.serving():
         after = {system: next_turn(rivals, facts[:TIMED], system) for system in systems}
@@ -357,7 +363,7 @@ def changed_yes_no(editor: MeGEditor, asked: Sequence[str]) -> dict[str, float]:
 
 
 SETS = {
-    "demo": DataSet(64, MEASURED, MEASURED, 64),
+    "demo": DataSet(64, MEASURED, MEASURED, 64, TEMPLATE_AND_CHAT),
     "HalluEditBench": DataSet(500, (CHAT,), (CHAT,), 500),
     "CounterFact": DataSet(500, TEMPLATE_AND_CHAT, MEASURED, 128),
 }
