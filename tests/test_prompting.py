@@ -307,16 +307,31 @@ def test_scores_equal_those_of_the_full_logits_of_one_row_at_a_time(tiny_model, 
     model, pairs = tiny_model(family), random_pairs(9)
     # Some targets that the model hits: its own continuations.
     pairs += [(prompt, said) for prompt, _ in pairs[:3] for said in [argmax_tokens(model, prompt)]]
-    scores = score_targets(model, PromptedModel.of(model, tokenizer).batch(pairs))
+    prompted = PromptedModel.of(model, tokenizer)
+    scores = prompted.score(prompted.batch(pairs), with_margins=True)
     right = []
-    for (prompt, target), loss, hits in zip(pairs, scores.losses, scores.hits, strict=True):
+    for (prompt, target), loss, hits, margin in zip(
+        pairs, scores.losses, scores.hits, scores.margins, strict=True
+    ):
         expected_loss, expected_hits = plain_scores(model, prompt, target)
         assert float(loss) == pytest.approx(float(expected_loss), rel=2e-4, abs=3e-5)
         ignored = len(hits) - len(target)
         assert hits.tolist() == [True] * ignored + expected_hits
         right.append(all(expected_hits))
-    assert scores.right.tolist() == right
+        assert float(margin) == pytest.approx(plain_margin(model, prompt, target), abs=1e-3)
+    assert scores.right.tolist() == right == (scores.margins > 0).tolist()
+    assert score_targets(model, prompted.batch(pairs)).margins is None
     assert True in right and False in right
+
+
+def plain_margin(model, prompt, target):
+    """By how much the target's tokens are ahead of all others, where it is least."""
+    logits = model(torch.tensor([prompt + target]), use_cache=False).logits[0]
+    ahead = []
+    for row, token in zip(logits[len(prompt) - 1 :], target, strict=False):
+        others = torch.cat([row[:token], row[token + 1 :]])
+        ahead.append(float(row[token] - others.max()))
+    return min(ahead)
 
 
 def argmax_tokens(model, prompt, count=3):
