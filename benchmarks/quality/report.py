@@ -542,6 +542,24 @@ def lengths(studies: Studies, plots: Path) -> str:
     return markdown("Facts whose answers have so many tokens", lines) if lines else ""
 
 
+def documents(studies: Studies, plots: Path) -> str:
+    """Edited questions within other text, and the base model's own there."""
+    lines = [
+        {
+            "tokens of other text": str(row["tokens"]),
+            "the question": {"start": "first", "middle": "in the middle", "end": "last"}[
+                row["place"]
+            ],
+            "edited: found": share(row["found"]),
+            "edited: answered": share(row["answered"]),
+            "base model, what it knows": share(row["base"]),
+        }
+        for study in studies["documents"]
+        for row in study["rows"]
+    ]
+    return markdown("Answered within other text, in a chat, contained", lines) if lines else ""
+
+
 def languages(studies: Studies, plots: Path) -> str:
     """Facts in other languages: the gate and the answers, with each encoder."""
     lines, encoders = [], []
@@ -652,6 +670,7 @@ STUDIES: dict[str, Callable[[Studies, Path], str]] = {
     "gate": gate,
     "talk": talk,
     "lengths": lengths,
+    "documents": documents,
     "languages": languages,
     "layers": layers,
     "life": life,
