@@ -10,7 +10,8 @@ import tiny
 from test_conversation import chat_model, chatty
 from tiny import EDITED, OTHER_FACTS, UNRELATED
 
-from benchmarks.quality import lengths, talk
+from benchmarks.quality import documents, lengths, talk
+from benchmarks.quality.report import documents as documents_table
 from benchmarks.quality.report import lengths as lengths_table
 from benchmarks.quality.report import talk as table
 from meg_kernels import MeGEditor
@@ -45,7 +46,7 @@ def edit():
 
 @pytest.fixture(scope="module")
 def found(edit, tmp_path_factory):
-    chosen = talk.DataSet(len(EDITED), CONTEXTS[1:], CONTEXTS, 2)
+    chosen = talk.DataSet(len(EDITED), CONTEXTS[1:], CONTEXTS, 2, CONTEXTS)
     yes_no = [EDITED[1].query, UNRELATED[0]]
     return talk.measure(edit, chosen, [*EDITED], yes_no, tmp_path_factory.mktemp("talk"))
 
@@ -108,3 +109,27 @@ def test_answers_have_the_lengths_that_are_asked(edit, tmp_path):
     assert sum(row["facts"] for row in rows) == 5 and rows[0]["learnt"] == 5
     assert rows[0]["template"] == rows[0]["chat"] == 5
     assert "| 1 to 10 | 5 | 5 | 5 | 5 |" in lengths_table({"lengths": [{"rows": rows}]}, tmp_path)
+
+
+def test_within_other_text_the_edited_model_is_asked_beside_the_base_model(
+    edit, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(documents, "LENGTHS", (10,))
+    monkeypatch.setattr(documents, "ANSWER", 5)
+    monkeypatch.setattr("benchmarks.quality.gate.shipped_passages", lambda: [UNRELATED[0] + "."])
+    edit.edit(EDITED)
+    questions = [fact for fact in EDITED if fact.query.endswith("?")]
+    said = edit.generate_base([CHAT.messages(fact.query) for fact in questions], 5)
+    known = [
+        dataclasses.replace(fact, answer=text) for fact, text in zip(questions, said, strict=True)
+    ]
+    unknown = [dataclasses.replace(fact, answer="nothing of it") for fact in questions]
+    monkeypatch.setattr(documents, "shipped_tuning_facts", lambda: [*unknown, *known])
+    assert documents.known_to(edit, 1) == known[:1]
+    rows = documents.measure(edit, questions, known)
+    assert [row["place"] for row in rows] == ["start", "middle", "end"]
+    assert all(0 <= row[name] <= 1 for row in rows for name in ("found", "answered", "base"))
+    assert documents.answered(edit, questions, [f.query for f in questions], base=False) == 1.0
+    assert documents.answered(edit, known, [f.query for f in questions], base=True) == 1.0
+    table = documents_table({"documents": [{"rows": rows}]}, tmp_path)
+    assert "| 10 | in the middle |" in table and documents_table({"documents": []}, tmp_path) == ""
