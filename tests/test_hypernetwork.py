@@ -206,3 +206,38 @@ def test_where_rounding_could_decide_the_model_is_asked_as_it_is(prompted, monke
     assert both.sum() >= 8
     longer = found.neurons.value.norm(dim=1) / sound.neurons.value.norm(dim=1)
     assert (longer[both].mean() > 0.95) == (unsure > 0)
+
+
+def test_facts_are_added_with_what_those_before_tell(monkeypatch):
+    """With enough facts edited before, none of those that are added is a pilot."""
+    monkeypatch.setattr("meg_kernels.editing.collect.FEWEST_PREDICTED", 2)
+    config = dataclasses.replace(tiny.BANK.collection, pilot=5)
+    editor = tiny.make_editor(dataclasses.replace(tiny.BANK, collection=config))
+    tiny.edit(editor)
+    seen, learnt, run = [], [], neuron_fit.NeuronFit.run
+
+    def look(fit, config):
+        seen.append((fit.is_predicted, len(fit.flat)))
+        run(fit, config)
+
+    class Noting(Hypernetwork):
+        @classmethod
+        def fitted(cls, said, neurons):
+            learnt.append((said, neurons))
+            return Hypernetwork.fitted(said, neurons)
+
+    monkeypatch.setattr(neuron_fit.NeuronFit, "run", look)
+    monkeypatch.setattr("meg_kernels.editing.collect.Hypernetwork", Noting)
+    editor.add(FACTS[5:6])  # too few to pay
+    assert seen == [(False, 1)] and not learnt
+    editor.add(FACTS[6:9])
+    assert seen[1:] == [(True, 3)]
+    ((said, neurons),) = learnt
+    edits = editor.edits
+    assert len(said) == len(neurons) == 6
+    assert torch.equal(neurons, edits.layout.pack(edits.neurons[:6]))
+    own = edits.conditions[:6].cpu()
+    torch.testing.assert_close(
+        said[:, : own.shape[1]], own / own.norm(dim=1, keepdim=True) * own.shape[1] ** 0.5
+    )
+    assert editor.generate([fact.query for fact in FACTS[6:9]]) == [f.answer for f in FACTS[6:9]]

@@ -19,7 +19,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,10 +40,13 @@ from meg_kernels.nn.identity import check_finite
 from meg_kernels.nn.packing import frozen_products
 from meg_kernels.precision import fast_dtype
 from meg_kernels.progress import progress_bar
+from meg_kernels.routing.edits import Edits
 from meg_kernels.storage import WorkFolder, fingerprint, read_tensors, write_tensors
 from meg_kernels.text_encoder import TextEncoder
 
 GROWN = 1.5  # times as many facts as it learnt from, and a hypernetwork learns again
+FEWEST_PREDICTED = 16  # facts added at once, from which on it pays to learn from those before
+MOST_BEFORE = 1024  # of them
 INITIAL_FACTS = 8  # whose prompts decide the initial neuron; one direction needs no more
 
 
@@ -68,6 +71,29 @@ class Collection:
     def unlearnt(self, facts: Sequence[Fact]) -> tuple[Fact, ...]:
         """The facts that the model does not answer even with their own neuron."""
         return tuple(fact for fact, ok in zip(facts, self.learnt.tolist(), strict=True) if not ok)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What facts say, and what a hypernetwork knows from others that were fitted before.
+
+    Args:
+        facts: [N, features] of those that are collected.
+        others: [M, features] of the others; M may be 0.
+        neurons: [M, dim] theirs, laid flat.
+    """
+
+    facts: Tensor
+    others: Tensor = field(default_factory=lambda: torch.empty(0))
+    neurons: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def learnt(self, rows: Sequence[int], neurons: Tensor) -> Hypernetwork:
+        """A hypernetwork of the others, and of these rows of the facts with their neurons."""
+        said = self.facts[[*rows]]
+        if len(self.others):
+            said = torch.cat([self.others, said])
+            neurons = torch.cat([self.neurons, neurons])
+        return Hypernetwork.fitted(said, neurons)
 
 
 def initial_neuron(attached: Attached, batch: TargetBatch, response: float) -> Neurons:
@@ -195,15 +221,29 @@ def said_for(
     facts: Sequence[Fact],
     targets: Sequence[Targets],
     config: CollectionConfig,
-) -> Tensor | None:
+    before: Edits | None = None,
+) -> Said | None:
     """What the facts say, if a hypernetwork shall learn from it; arguments as `collect` has them.
 
     Args:
         targets: of the facts, as `collectable` gave them.
+        before: what was edited before, with conditions of this encoder; if it has enough facts, a
+            hypernetwork learns from them.
     """
-    if encoder is None or config.pilot is None or len(facts) <= config.pilot:
+    if encoder is None or config.pilot is None:
         return None
-    return said_by(prompted, encoder, facts, [pairs[0][1] for pairs in targets])
+    learnt = before.learnt.nonzero()[:, 0] if before is not None else torch.empty(0).long()
+    has_pilot = len(learnt) >= config.pilot and len(facts) >= FEWEST_PREDICTED
+    if not has_pilot and len(facts) <= config.pilot:
+        return None
+    said = said_by(prompted, encoder, facts, [pairs[0][1] for pairs in targets])
+    if before is None or not has_pilot:
+        return Said(said)
+    rows = learnt[torch.linspace(0, len(learnt) - 1, min(len(learnt), MOST_BEFORE)).long()]
+    known = [before.facts[row] for row in rows.tolist()]
+    answers = [prompted.target(prompted.prompt(fact.query), fact.answer)[1] for fact in known]
+    others = said_by(prompted, encoder, known, answers, before.conditions[rows])
+    return Said(said, others, before.layout.pack(before.neurons[rows]))
 
 
 def fit_neurons(
@@ -212,7 +252,7 @@ def fit_neurons(
     targets: Sequence[Targets],
     config: CollectionConfig,
     *,
-    said: Tensor | None = None,
+    said: Said | None = None,
     initial: Neurons | None = None,
     work_folder: str | Path | None = None,
     progress: bool = False,
@@ -221,14 +261,16 @@ def fit_neurons(
 
     Args:
         targets: of the facts, as `collectable` gave them.
-        said: [N, features] what the facts say, as `said_for` has it.
+        said: what the facts say, as `said_for` has it.
     """
     model = attached.model
     lower = LowerLayers(model, attached.layer)
     prefixes = [shared_prefix(prompted, c) for c in config.contexts_of(prompted.tokenizer)]
     # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
     dtype = fast_dtype(input_device(model), model.dtype)
-    pilot = len(targets) if said is None else config.pilot or len(targets)
+    pilot = len(targets)
+    if said is not None and config.pilot is not None:
+        pilot = 0 if len(said.others) else config.pilot
     first, rest = _batches(targets, pilot, config.batch_size)
     batches = first + rest
 
@@ -279,17 +321,20 @@ def fit_neurons(
             [dataclasses.asdict(config), targets, attached.layer, prefixes, said is not None],
             *attached.ffn.weights(),
             *given,
+            *([] if said is None else [said.neurons]),
         )
         work = WorkFolder.of(work_folder) / f"collect-{identity}"
         hypernetwork, taught = None, 0
         known: list[int] = []  # facts whose neurons were fitted, step by step
         for number, rows in enumerate(batches):
-            if said is not None and number >= len(first) and len(known) > GROWN * taught:
-                hypernetwork = Hypernetwork.fitted(said[known], flat[known])
-                taught = len(known)
             start = attached.layout.pack(initial)
-            if said is not None and hypernetwork is not None:
-                start = _shorter(attached.layout, hypernetwork(said[rows]), config.overshoot)
+            if said is not None and number >= len(first):
+                if len(said.others) + len(known) > GROWN * taught:
+                    hypernetwork = said.learnt(known, flat[known])
+                    taught = len(said.others) + len(known)
+                if hypernetwork is not None:
+                    predicted = hypernetwork(said.facts[rows])
+                    start = _shorter(attached.layout, predicted, config.overshoot)
             done, found = work.once(
                 f"batch-{number:05d}.safetensors",
                 functools.partial(fit, rows, start, hypernetwork is not None),

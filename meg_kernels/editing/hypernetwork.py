@@ -28,6 +28,7 @@ def said_by(
     encoder: TextEncoder,
     facts: Sequence[Fact],
     answers: Sequence[Sequence[int]],
+    conditions: Tensor | None = None,
 ) -> Tensor:
     """What facts say, as numbers of about unit size, [N, features] float32 on the CPU.
 
@@ -39,9 +40,12 @@ def said_by(
         encoder: makes vectors of texts.
         facts: N facts.
         answers: their answers' token ids.
+        conditions: [N, dim] the encoder's vectors of the queries, if they are known.
     """
-    texts = [fact.query for fact in facts] + [fact.answer for fact in facts]
-    query, answer = _of_unit_size(encoder.encode(texts).float().cpu()).chunk(2)
+    if conditions is None:
+        conditions = encoder.encode([fact.query for fact in facts])
+    query = _of_unit_size(conditions.float().cpu())
+    answer = _of_unit_size(encoder.encode([fact.answer for fact in facts]).float().cpu())
     embed: Any = prompted.model.get_input_embeddings()
     device = input_device(prompted.model)
     tokens = [embed(torch.tensor([*ids], device=device)).float().cpu() for ids in answers]

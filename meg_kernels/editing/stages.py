@@ -135,7 +135,7 @@ class Stages:
     def added(self, before: Edits, facts: Sequence[Fact]) -> tuple[Edits, EditReport]:
         """`before` and further facts, answered by their collected neurons; and how that went."""
         stopwatch = Stopwatch()
-        collection = self._collect(facts, before.initial, stopwatch)
+        collection = self._collect(facts, before.initial, stopwatch, before)
         with stopwatch.stage("encoder"):
             conditions = self.router.encode([fact.query for fact in facts])
         joined = before.joined(facts, conditions, collection.neurons)
@@ -210,7 +210,11 @@ class Stages:
         return dataclasses.replace(before, generator=student, report=report), distillation
 
     def _collect(
-        self, facts: Sequence[Fact], initial: Neurons | None, stopwatch: Stopwatch
+        self,
+        facts: Sequence[Fact],
+        initial: Neurons | None,
+        stopwatch: Stopwatch,
+        before: Edits | None = None,
     ) -> Collection:
         with stopwatch.stage("collect"):
             targets, config = [self.targets[fact.id] for fact in facts], self.config.collection
@@ -219,7 +223,7 @@ class Stages:
                 self.attached,
                 targets,
                 config,
-                said=said_for(self.prompted, self.router.encoder, facts, targets, config),
+                said=said_for(self.prompted, self.router.encoder, facts, targets, config, before),
                 initial=initial,
                 work_folder=self.work_folder,
                 progress=self.progress,

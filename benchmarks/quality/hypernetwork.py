@@ -1,0 +1,178 @@
+"""Neurons of facts that were never fitted: how many answer, by the facts that were.
+
+    python -m benchmarks.quality.hypernetwork --data ../shared/data --work build/hypernetwork
+
+CounterFact facts are collected as `meg edit` does it. From the first 128, 256, ... of them a
+hypernetwork is fitted, which then predicts the neurons of 128 facts that it never saw. These are
+asked in each context, with no step of SGD; and in the template their paraphrases are, beside the
+same facts' fitted neurons.
+
+Then the same facts are collected both ways, with a hypernetwork and without, in turns.
+
+Writes benchmarks/results/hypernetwork.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.quality.kept import kept
+from meg_kernels import Fact, MeGEditor
+from meg_kernels.editing.answered import answers_with
+from meg_kernels.editing.collect import Said, collect, collectable, fit_neurons
+from meg_kernels.editing.hypernetwork import Hypernetwork, said_by
+from meg_kernels.editing.neuron_fit import SURE
+from meg_kernels.facts import read_facts
+from meg_kernels.neuron import Neurons
+from meg_kernels.pretrained import SMOLLM2
+from meg_kernels.storage import write_json
+
+RESULT = Path(__file__).parents[1] / "results" / "hypernetwork.json"
+NEW = 128  # facts that are never fitted but to compare with
+TIMED = 512  # facts that are collected both ways
+TURNS = 3
+
+
+def drawn(path: Path, count: int) -> list[Fact]:
+    """So many facts, and those that are never fitted first; with paraphrases, where there are."""
+    facts = read_facts(path, on_conflict="first")
+    random.Random(0).shuffle(facts)
+    new = [fact for fact in facts if fact.paraphrases][:NEW]
+    taken = {fact.id for fact in new}
+    return new + [fact for fact in facts if fact.id not in taken][:count]
+
+
+class New:
+    """Facts that are asked with neurons that were not fitted for them.
+
+    Args:
+        editor: of the language model.
+        facts: with paraphrases.
+    """
+
+    def __init__(self, editor: MeGEditor, facts: Sequence[Fact]):
+        self.editor, self.facts = editor, facts
+        config = editor.config.collection
+        self.contexts = config.contexts_of(editor.tokenizer)
+        self.targets = editor.prompted.targets(facts, self.contexts)
+        pairs = [(i, text) for i, fact in enumerate(facts) for text in fact.paraphrases]
+        self.owners = torch.tensor([i for i, _ in pairs])
+        asked = [
+            Fact(text, facts[i].answer, f"paraphrase {n}") for n, (i, text) in enumerate(pairs)
+        ]
+        self.paraphrases = answers_with(editor.prompted, editor.attached, asked, config.batch_size)
+
+    @torch.no_grad()
+    def margins(self, neurons: Neurons) -> Tensor:
+        """[F, contexts] by how much each fact's answer is ahead in each context, in nats."""
+        prompted, found = self.editor.prompted, []
+        for rows in torch.arange(len(self.facts)).split(16):
+            each = []
+            for context in range(len(self.contexts)):
+                batch = prompted.batch([self.targets[row][context] for row in rows.tolist()])
+                with self.editor.attached.neurons(neurons[rows]):
+                    each.append(prompted.score(batch, with_margins=True).margins)
+            found.append(torch.stack(each, 1))
+        return torch.cat(found)
+
+    def shares(self, neurons: Neurons) -> dict[str, Any]:
+        """Shares of the facts that are answered, and of their paraphrases in the template."""
+        margins = self.margins(neurons)
+        right = (margins > 0).double()
+        names = [context.name for context in self.contexts]
+        paraphrased = self.paraphrases(neurons[self.owners], torch.arange(len(self.owners)))
+        return {
+            "answered": dict(zip(names, right.mean(0).tolist(), strict=True)),
+            "in_all": right.amin(1).mean().item(),
+            "surely_in_all": (margins.amin(1) >= SURE).double().mean().item(),
+            "paraphrases": paraphrased.double().mean().item(),
+        }
+
+
+def by_pilot(editor: MeGEditor, facts: list[Fact], pilots: Sequence[int], work: Path) -> Any:
+    """What hypernetworks that were fitted on so many facts tell of new ones."""
+    config = editor.config.collection
+    prompted, attached, encoder = editor.prompted, editor.attached, editor.router.encoder
+    new, others = facts[:NEW], facts[NEW:]
+    targets = collectable(prompted, attached, facts, config)
+    said = said_by(prompted, encoder, facts, [pairs[0][1] for pairs in targets])
+    collection = fit_neurons(
+        prompted,
+        attached,
+        targets[NEW:],
+        config,
+        said=Said(said[NEW:]),
+        work_folder=work,
+        progress=True,
+    )
+    asked = New(editor, new)
+    flat = attached.layout.pack(collection.neurons)
+    rows = []
+    for pilot in (each for each in pilots if each <= len(others)):
+        started = time.perf_counter()
+        made = Hypernetwork.fitted(said[NEW : NEW + pilot], flat[:pilot])
+        neurons = attached.layout.unpack(made(said[:NEW]))
+        seconds = time.perf_counter() - started
+        rows.append({"pilot": pilot, "fitted_in": seconds, **asked.shares(neurons)})
+        print(json.dumps(rows[-1]), flush=True)
+    fitted = collect(prompted, attached, new, dataclasses.replace(config, pilot=None))
+    stepped = collection.steps > 0
+    return {
+        "facts": len(others),
+        "learnt": int(collection.learnt.sum()),
+        "without_a_step": 1 - stepped.double().mean().item(),
+        "steps": collection.steps.double().mean().item(),
+        "by_pilot": rows,
+        "fitted": asked.shares(fitted.neurons),
+    }
+
+
+def in_turns(editor: MeGEditor, facts: list[Fact]) -> dict[str, Any]:
+    """The same facts collected with a hypernetwork and without, one after the other."""
+    config = editor.config.collection
+    ways = {"without": (dataclasses.replace(config, pilot=None), None)}
+    ways["with"] = (config, editor.router.encoder)
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(TURNS):
+        for name, (chosen, encoder) in ways.items():
+            started = time.perf_counter()
+            collect(editor.prompted, editor.attached, facts, chosen, encoder=encoder)
+            took[name].append((time.perf_counter() - started) / len(facts))
+            print(name, took[name][-1], flush=True)
+    return {"facts": len(facts)} | {f"seconds_{name}": median(t) for name, t in took.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="the folder of the data sets")
+    parser.add_argument("--work", type=Path, required=True, help="keeps what was collected")
+    parser.add_argument("--facts", type=int, default=4096, help="that are collected")
+    parser.add_argument("--no-turns", action="store_true", help="do not collect both ways")
+    options = parser.parse_args()
+    editor = MeGEditor.for_model(SMOLLM2)
+    facts = drawn(options.data / "counterfact_10k.json", options.facts)
+    pilots = [128 * 2**i for i in range(7)]
+    content = kept(RESULT, "hypernetwork") | {"data": "CounterFact"}
+    content |= by_pilot(editor, facts, pilots, options.work)
+    content["rows"] = content.pop("by_pilot")
+    write_json(RESULT, content)
+    if not options.no_turns:
+        content["turns"] = in_turns(editor, facts[NEW : NEW + TIMED])
+        write_json(RESULT, content)
+
+
+if __name__ == "__main__":
+    main()
