@@ -1,6 +1,6 @@
 """The tables and plots of docs/results/, from the JSON that the benchmarks wrote.
 
-    python -m benchmarks.report [JSON ...]      default: all of benchmarks/results/
+    python -m benchmarks.report [JSON ...]
 
 The races' tables go into speed.md, between the markers `<!-- benchmarks:begin -->` and
 `<!-- benchmarks:end -->`, those of a study of quality into quality.md, between markers of the
@@ -12,6 +12,7 @@ have.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -338,9 +339,11 @@ def sources(files: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    paths = [Path(argument) for argument in arguments] or sorted(
-        (FOLDER / "results").glob("*.json")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("json", type=Path, nargs="*", help="default: all of benchmarks/results/")
+    paths = parser.parse_args(arguments).json or sorted((FOLDER / "results").glob("*.json"))
     plots = PAGES / "plots"
     runs = [run for run in map(read, paths) if run is not None]
     contents = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
