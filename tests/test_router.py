@@ -38,6 +38,8 @@ def test_a_router_finds_what_the_editor_finds(editor, router):
     for name in ("accepted", "fact", "score", "named", "z"):
         assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
     assert mine.accepted.any() and not mine.accepted.all()
+    edited = int(mine.accepted.sum())
+    assert repr(mine) == f"Routing({len(MIXED)} prompts, {edited} edited, 0 with several)"
     (neurons, index), (others, other_index) = router.neurons(mine), editor.router.neurons(theirs)
     pack = router.edits.layout.pack
     assert torch.equal(pack(neurons), pack(others)) and torch.equal(index, other_index)

@@ -100,6 +100,10 @@ class Routing:
     def __len__(self) -> int:
         return len(self.accepted)
 
+    def __repr__(self) -> str:
+        edited = int(self.accepted.sum())
+        return f"Routing({len(self)} prompts, {edited} edited, {len(self.several)} with several)"
+
     def of(self, rows: Sequence[int]) -> Routing:
         """Where these queries of the batch go."""
         picked = {name: getattr(self, name)[[*rows]] for name in _OF_A_BATCH}
