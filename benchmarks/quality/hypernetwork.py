@@ -42,6 +42,7 @@ RESULT = Path(__file__).parents[1] / "results" / "hypernetwork.json"
 NEW = 128  # facts that are never fitted but to compare with
 TIMED = 512  # facts that are collected both ways
 TURNS = 3
+LOOKED_AT = [2, 3]  # contexts that are furthest from the others: raw, and a chat
 
 
 def drawn(path: Path, count: int) -> list[Fact]:
@@ -51,6 +52,23 @@ def drawn(path: Path, count: int) -> list[Fact]:
     new = [fact for fact in facts if fact.paraphrases][:NEW]
     taken = {fact.id for fact in new}
     return new + [fact for fact in facts if fact.id not in taken][:count]
+
+
+def slips(looked_at: Tensor, right: Tensor, least: float) -> dict[str, float]:
+    """What would slip through if some contexts alone were looked at.
+
+    Args:
+        looked_at: [F, some] margins in these contexts.
+        right: [F, contexts] whether each fact is answered in each context.
+        least: margin in nats from which on a fact counts as answered everywhere.
+    """
+    taken = looked_at.amin(1) >= least
+    wrong = taken & (right.amin(1) == 0)
+    return {
+        "least": least,
+        "taken": taken.double().mean().item(),
+        "wrong": wrong.double().mean().item(),
+    }
 
 
 class New:
@@ -97,6 +115,7 @@ class New:
             "in_all": right.amin(1).mean().item(),
             "surely_in_all": (margins.amin(1) >= SURE).double().mean().item(),
             "paraphrases": paraphrased.double().mean().item(),
+            "in_two": [slips(margins[:, LOOKED_AT], right, least) for least in (1.0, 2.0, 3.0)],
         }
 
 
