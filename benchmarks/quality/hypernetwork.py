@@ -40,8 +40,8 @@ from meg_kernels.storage import write_json
 
 RESULT = Path(__file__).parents[1] / "results" / "hypernetwork.json"
 NEW = 128  # facts that are never fitted but to compare with
-TIMED = 512  # facts that are collected both ways
-TURNS = 3
+TIMED = 256  # facts that are collected both ways
+TURNS = 2
 LOOKED_AT = [2, 3]  # contexts that are furthest from the others: raw, and a chat
 
 

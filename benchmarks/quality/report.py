@@ -526,6 +526,45 @@ def talk(studies: Studies, plots: Path) -> str:
     return paragraphs(*parts)
 
 
+def hypernetwork(studies: Studies, plots: Path) -> str:
+    """Facts whose neurons were predicted, not fitted, by the facts that were."""
+    parts = []
+    for study in studies["hypernetwork"]:
+        fitted = {"pilot": "fitted themselves", **study["fitted"]}
+        lines = [
+            {
+                "learnt from": str(row["pilot"]),
+                **{f"in {name}": share(answered) for name, answered in row["answered"].items()},
+                "in all": share(row["in_all"]),
+                "surely in all": share(row["surely_in_all"]),
+                "paraphrases": share(row["paraphrases"]),
+            }
+            for row in [*study["rows"], fitted]
+        ]
+        title = f"{study['data']}, new facts that are answered with no step"
+        plot = plots / "hypernetwork.png"
+        with figure(plot, title) as axes:
+            for name in ("in all", "surely in all", "paraphrases"):
+                key = name.replace(" ", "_")
+                pilots = [row["pilot"] for row in study["rows"]]
+                axes.plot(pilots, [row[key] for row in study["rows"]], marker="o", label=name)
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel("facts that were fitted")
+            axes.set_ylabel("share")
+            axes.legend()
+        text = (
+            f"Of {study['facts']} facts collected so, {study['without_a_step']:.1%} took no step; "
+            f"the mean is {study['steps']:.1f} steps. {study['learnt']} were learnt."
+        )
+        if turns := study.get("turns"):
+            text += (
+                f" {turns['facts']} facts take {turns['seconds_with']:.3f} s each with a "
+                f"hypernetwork and {turns['seconds_without']:.3f} s without."
+            )
+        parts += [markdown(title, lines), image(plot), text]
+    return paragraphs(*parts)
+
+
 def lengths(studies: Studies, plots: Path) -> str:
     """Which answers were learnt, by their tokens."""
     lines = [
@@ -670,6 +709,7 @@ STUDIES: dict[str, Callable[[Studies, Path], str]] = {
     "gate": gate,
     "talk": talk,
     "lengths": lengths,
+    "hypernetwork": hypernetwork,
     "documents": documents,
     "languages": languages,
     "layers": layers,
