@@ -37,7 +37,7 @@ from meg_kernels.gradients import check_trainable, with_gradients
 from meg_kernels.neuron import NeuronLayout, Neurons
 from meg_kernels.nn import Attached, LowerLayers, input_device, input_of
 from meg_kernels.nn.identity import check_finite
-from meg_kernels.nn.packing import frozen_products
+from meg_kernels.nn.packing import FrozenProducts, frozen_products
 from meg_kernels.precision import fast_dtype
 from meg_kernels.progress import progress_bar
 from meg_kernels.routing.edits import Edits
@@ -268,6 +268,7 @@ def fit_neurons(
     prefixes = [shared_prefix(prompted, c) for c in config.contexts_of(prompted.tokenizer)]
     # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
     dtype = fast_dtype(input_device(model), model.dtype)
+    rounded = FrozenProducts([model] if dtype != model.dtype else [], dtype)
     pilot = len(targets)
     if said is not None and config.pilot is not None:
         pilot = 0 if len(said.others) else config.pilot
@@ -279,8 +280,7 @@ def fit_neurons(
         batch = prompted.batch([pair for i in rows for pair in targets[i]])
         owner = [place for place, i in enumerate(rows) for _ in targets[i]]
         owners = torch.tensor(owner, device=input_device(model))
-        is_rounded = dtype != model.dtype
-        with frozen_products([model], dtype) if is_rounded else nullcontext():
+        with rounded():
             fitted = NeuronFit(
                 prompted,
                 attached,
@@ -290,7 +290,7 @@ def fit_neurons(
                 start,
                 prefixes,
                 is_predicted=is_predicted,
-                is_rounded=is_rounded,
+                is_rounded=dtype != model.dtype,
             )
             fitted.run(config)
         fitted.settle()
@@ -310,7 +310,8 @@ def fit_neurons(
         frozen_products([model], dtype) if dtype == model.dtype else nullcontext(),
         progress_bar(total=len(targets), desc="collecting", unit="fact", shown=progress) as bar,
     ):
-        # Computed from the rest, it is as others round it where work goes on with more threads.
+        # Computed from the rest, it is as others round it where work goes on with more threads; so
+        # is what a hypernetwork tells.
         given = [] if initial is None else [initial.layout.pack(initial)]
         if initial is None:
             middle = batches[len(batches) // 2][:INITIAL_FACTS]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -54,11 +54,12 @@ def projections(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     )
 
 
-@contextmanager
-def frozen_products(
-    modules: Iterable[nn.Module], dtype: torch.dtype, everywhere: bool = False
-) -> Iterator[None]:
-    """Inside, frozen projections among and in `modules` multiply in `dtype`, forward and backward.
+class FrozenProducts:
+    """Products of frozen projections in a dtype, which can be put in place several times.
+
+        products = FrozenProducts([model], torch.bfloat16)
+        with products():
+            ...
 
     On a CPU, weights are packed where that is faster; that costs up to as much memory as a copy of
     them in `dtype`, and up to another one if there is a backward pass. Weights of another dtype are
@@ -74,25 +75,43 @@ def frozen_products(
     Raises:
         ValueError: MEG_KERNELS_PACKING is not `auto`, `always` or `never`.
     """
-    learns = torch.is_grad_enabled()
-    frozen: list[Any] = [
-        part for part in projections(modules) if not (learns and part.weight.requires_grad)
-    ]
-    if not frozen:
-        yield
-        return
-    own = frozen[0].weight
-    if own.device.type != "cpu":
-        with torch.autocast(own.device.type, dtype, enabled=dtype != own.dtype):
+
+    def __init__(self, modules: Iterable[nn.Module], dtype: torch.dtype, everywhere: bool = False):
+        learns = torch.is_grad_enabled()
+        frozen: list[Any] = [
+            part for part in projections(modules) if not (learns and part.weight.requires_grad)
+        ]
+        self._dtype, self._everywhere = dtype, everywhere
+        self._own = frozen[0].weight if frozen else None
+        on_cpu = self._own is not None and self._own.device.type == "cpu"
+        self._products = {
+            # A MeGLinear's product is replaced, and not what it adds for its neurons.
+            (part, "project" if isinstance(part, MeGLinear) else "forward"): _Frozen(part, dtype)
+            for part in (frozen if on_cpu else [])
+        }
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Inside, these products take the place of the projections' own, forward and backward."""
+        own = self._own
+        if own is None:
             yield
-        return
-    products = {
-        # A MeGLinear's product is replaced, and not what it adds for its neurons.
-        (part, "project" if isinstance(part, MeGLinear) else "forward"): _Frozen(part, dtype)
-        for part in frozen
-    }
-    with replaced(products, everywhere), quick_backward(own.device, own.dtype):
-        yield
+        elif own.device.type != "cpu":
+            with torch.autocast(own.device.type, self._dtype, enabled=self._dtype != own.dtype):
+                yield
+        else:
+            with (
+                replaced(self._products, self._everywhere),
+                quick_backward(own.device, own.dtype),
+            ):
+                yield
+
+
+def frozen_products(
+    modules: Iterable[nn.Module], dtype: torch.dtype, everywhere: bool = False
+) -> AbstractContextManager[None]:
+    """Inside, frozen projections among and in `modules` multiply in `dtype`: `FrozenProducts`."""
+    return FrozenProducts(modules, dtype, everywhere)()
 
 
 def packing_choices() -> list[Choice]:
