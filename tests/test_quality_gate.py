@@ -7,6 +7,7 @@ import dataclasses
 import random
 
 import pytest
+import torch
 from tiny import (
     CONFIG,
     EDITED,
@@ -16,6 +17,8 @@ from tiny import (
     QUERIES,
     UNRELATED,
     make_encoder,
+    make_language_model,
+    make_tokenizer,
 )
 
 from benchmarks.quality import gate as study
@@ -103,7 +106,22 @@ def test_facts_of_a_table_are_read_with_their_yes_and_no_questions(tmp_path):
 
 
 def test_the_tables_show_every_row(row):
-    rows = [{"data": "one", **row[0]}, {"data": "two", **row[0], "yes_no": None, "documents": {}}]
+    found = {"encoder": "default", **row[0]}
+    rows = [{"data": "one", **found}, {"data": "two", **found, "yes_no": None, "documents": {}}]
     text = table({"gate": [{"rows": rows}]}, None)
     assert text.count("| one |") == 3 and text.count("| two |") == 2
     assert table({"gate": []}, None) == ""
+
+
+def test_the_models_own_hidden_states_can_be_the_encoder(monkeypatch):
+    model = make_language_model(tokenizer := make_tokenizer())
+    monkeypatch.setattr(study, "load_language_model", lambda name: (model, tokenizer))
+    inputs = tokenizer(QUERIES[0], return_tensors="pt")
+    with torch.no_grad():
+        layers = model.model(**inputs, output_hidden_states=True).hidden_states
+    encoder = study.hidden_states()
+    assert len(encoder.model.layers) == 1  # of three
+    wanted = model.model.norm(layers[1]).mean(1)  # over the tokens
+    torch.testing.assert_close(
+        encoder.encode(QUERIES[:1]), torch.nn.functional.normalize(wanted, dim=1)
+    )
