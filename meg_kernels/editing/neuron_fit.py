@@ -265,11 +265,12 @@ class NeuronFit:
         """[F] bool: which of these facts the model itself answers in all their contexts."""
         right = torch.ones_like(facts, dtype=torch.bool)
         for turn in range(self._turns(facts)):
-            rows = self.first_row[facts] + turn % self.contexts[facts]
-            for some in self._by_length(rows):
-                neurons = self.attached.layout.unpack(flat[some])
+            left = right.nonzero()[:, 0]  # a fact that failed once needs no other context
+            rows = self.first_row[facts[left]] + turn % self.contexts[facts[left]]
+            for some in self._by_length(rows) if len(left) else ():
+                neurons = self.attached.layout.unpack(flat[left[some]])
                 with torch.no_grad(), self.attached.neurons(neurons):
-                    right[some] &= self.prompted.score(self.batch[rows[some]]).right
+                    right[left[some]] = self.prompted.score(self.batch[rows[some]]).right
         return right
 
     def _turns(self, facts: Tensor) -> int:
