@@ -47,7 +47,8 @@ class Chat:
     folder: Path
     max_new_tokens: int | None = None
     messages: list[Message] = field(default_factory=list)
-    _before: list[Edits] = field(default_factory=list)  # what was edited before each /edit
+    # What was edited before each /edit, and its question.
+    _before: list[tuple[Edits, str]] = field(default_factory=list)
     _saved: Edits | None = None
     _warned: bool = False
     _routing: Routing | None = None  # of the last question
@@ -165,7 +166,7 @@ class Chat:
         before = self.editor.edits
         with console.status("editing"):
             report = self.editor.add([Fact(query, answer)], replace=True)
-        self._before.append(before)
+        self._before.append((before, query))
         for fact in report.unlearnt:
             errors.print(f"[yellow]not learnt:[/] {escape(fact.query)}")
         console.print(f"edited in {sum(report.seconds.values()):.1f} s", highlight=False)
@@ -174,8 +175,14 @@ class Chat:
         """Take the last edit back."""
         if not self._before:
             raise ValueError("there is no /edit to take back")
-        self.editor.router.put(self._before.pop())
-        console.print(f"{len(self.editor.facts)} facts are edited")
+        before, query = self._before.pop()
+        self.editor.router.put(before)
+        console.print(
+            f"taken back: {query!r}; {len(self.editor.facts)} facts are edited. What was said "
+            "stays in this conversation: /new begins another",
+            markup=False,
+            highlight=False,
+        )
 
     def save(self) -> None:
         """Keep the edits in the folder."""

@@ -130,7 +130,8 @@ def seed_or_none(value: int | None) -> int | None:
 
 
 FactsFile = Annotated[
-    Path, typer.Argument(parser=path, help="Facts as CounterFact or ZsRE JSON, or JSON lines.")
+    Path,
+    typer.Argument(parser=path, help="Facts as CounterFact, ZsRE or our own JSON, or JSON lines."),
 ]
 ConflictOption = Annotated[
     OnConflict,
@@ -240,7 +241,7 @@ def edit(
         Contexts,
         typer.Option(
             help="Where the edits are to hold: in the template, in bare text and in conversations; "
-            "or in the template alone, which takes half the time."
+            "or in the template alone, which takes two thirds of the time."
         ),
     ] = Contexts.all,
     skip_known: Annotated[

@@ -335,15 +335,11 @@ def print_conversation(editor: MeGEditor, said: list[str], max_new_tokens: int =
 
 def print_contexts(report: ContextReport) -> None:
     """Print the shares in each context, and how they were measured."""
+    # In a narrow terminal the contexts' names are broken, never the figures.
+    figures = ("Relia-\nbility", "con-\ntained", "base", "Gene-\nrality", "con-\ntained")
     table = Table(
-        Column("context", no_wrap=True),
-        "Reliability",
-        "contained",
-        "base",
-        "Generality",
-        "contained",
-        "Locality",
-        "runs on",
+        "context",
+        *(Column(name, no_wrap=True) for name in (*figures, "Loca-\nlity", "runs\non")),
         title=f"{report.n} facts, asked where people ask",
         title_justify="left",
     )

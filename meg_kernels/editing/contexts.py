@@ -110,7 +110,7 @@ FITTED = (
     ),
 )
 
-# What holds in the template alone, and is fitted in half the time.
+# What holds in the template alone, and is fitted in two thirds of the time.
 TEMPLATE = (
     *FITTED[:2],
     Context("wondered", question="Many people wonder. {}", beginning="Can you tell me: {} ...?"),

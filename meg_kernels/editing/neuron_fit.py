@@ -74,7 +74,9 @@ class CollectionConfig:
             max_steps=integer(1),
             target_loss=number(above=0),
             overshoot=number(above=0),
-            contexts=Check("contexts, at least one", _contexts, TypeError),
+            contexts=Check(
+                "Contexts, at least one, such as [Context('plain')]", _contexts, TypeError
+            ),
             initial_response=number(above=0),
             batch_size=integer(1),
             pilot=integer(1).or_none(),

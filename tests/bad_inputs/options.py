@@ -75,7 +75,7 @@ CONFIGURATIONS = [
     *_config(CollectionConfig, NUMBER, NAN, None, initial_response=1),
     *_config(
         CollectionConfig,
-        "contexts, at least one",
+        "Contexts, at least one",
         *("{}", (), [3], None),
         error=TypeError,
         contexts=FITTED,
