@@ -131,5 +131,9 @@ def test_within_other_text_the_edited_model_is_asked_beside_the_base_model(
     assert all(0 <= row[name] <= 1 for row in rows for name in ("found", "answered", "base"))
     assert documents.answered(edit, questions, [f.query for f in questions], base=False) == 1.0
     assert documents.answered(edit, known, [f.query for f in questions], base=True) == 1.0
-    table = documents_table({"documents": [{"rows": rows}]}, tmp_path)
+    typed = documents.as_typed(edit, EDITED)
+    assert typed[0] == {"typed": "plain", "found": 1.0, "template": 1.0, "chat": 1.0}
+    assert all(row["found"] >= max(row["template"], row["chat"]) - 0.2 for row in typed)
+    table = documents_table({"documents": [{"rows": rows, "typed": typed}]}, tmp_path)
+    assert "| a letter missing |" in table and "| in lower case |" in table
     assert "| 10 | in the middle |" in table and documents_table({"documents": []}, tmp_path) == ""

@@ -7,6 +7,9 @@ at the end of so many tokens of other text. A small model overlooks questions in
 they are edited or not: so the base model is asked, in the same texts, questions of the package that
 it answers rightly when they stand alone.
 
+And they are asked as people type: with a letter missing, doubled or swapped, in lower case, and
+without punctuation; beside them as they are.
+
 Writes benchmarks/results/documents.json.
 """
 
@@ -20,7 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.quality.gate import LENGTHS, around
+from benchmarks.quality.gate import LENGTHS, MISSPELT, around, misspelt
 from benchmarks.quality.kept import CHAT, kept
 from meg_kernels import Fact, MeGEditor
 from meg_kernels.editing.by_context import contains
@@ -85,6 +88,24 @@ def measure(editor: MeGEditor, edited: Sequence[Fact], known: Sequence[Fact]) ->
     return rows
 
 
+def as_typed(editor: MeGEditor, facts: Sequence[Fact]) -> list[dict[str, Any]]:
+    """A row for each way to type the facts' questions: what is found, and what is answered."""
+    draw, rows = random.Random(0), []
+    for kind in ("plain", *MISSPELT):
+        texts = [f.query if kind == "plain" else misspelt(kind, f.query, draw) for f in facts]
+        found = zip(editor.route(texts).answers(), facts, strict=True)
+        said = zip(editor.generate(texts, ANSWER), facts, strict=True)
+        rows.append(
+            {
+                "typed": kind,
+                "found": fmean(answer == fact.answer for answer, fact in found),
+                "template": fmean(contains(text, fact.answer) for text, fact in said),
+                "chat": answered(editor, facts, texts, base=False),
+            }
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -96,13 +117,16 @@ def main() -> None:
     editor.edit(facts, work_folder=options.work, progress=True)
     edited = [fact for fact in facts if is_question(fact.query)][:ASKED]
     with editor.serving():
-        known = known_to(editor, ASKED)
-        content: dict[str, Any] = kept(RESULT, "documents") | {
-            "edited": len(edited),
-            "known": len(known),
-            "alone": answered(editor, edited, [fact.query for fact in edited], base=False),
-            "rows": measure(editor, edited, known),
-        }
+        content: dict[str, Any] = kept(RESULT, "documents")
+        if not content["rows"]:
+            known = known_to(editor, ASKED)
+            content |= {
+                "edited": len(edited),
+                "known": len(known),
+                "alone": answered(editor, edited, [fact.query for fact in edited], base=False),
+                "rows": measure(editor, edited, known),
+            }
+        content["typed"] = as_typed(editor, facts)
     write_json(RESULT, content)
 
 

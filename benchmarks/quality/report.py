@@ -596,7 +596,25 @@ def documents(studies: Studies, plots: Path) -> str:
         for study in studies["documents"]
         for row in study["rows"]
     ]
-    return markdown("Answered within other text, in a chat, contained", lines) if lines else ""
+    typed = [
+        {
+            "typed": {"bare": "without punctuation", "lower": "in lower case"}.get(
+                row["typed"],
+                row["typed"] if row["typed"] == "plain" else f"a letter {row['typed']}",
+            ),
+            "found": share(row["found"]),
+            "answered in the template": share(row["template"]),
+            "answered in a chat": share(row["chat"]),
+        }
+        for study in studies["documents"]
+        for row in study.get("typed", [])
+    ]
+    if not lines:
+        return ""
+    return paragraphs(
+        markdown("Answered within other text, in a chat, contained", lines),
+        markdown("The demo's 64 facts as people type, contained", typed) if typed else "",
+    )
 
 
 def languages(studies: Studies, plots: Path) -> str:
