@@ -13,7 +13,7 @@ from tiny import CONTEXTS, FACTS, LAYER, make_encoder, make_language_model, make
 
 from meg_kernels.editing import neuron_fit
 from meg_kernels.editing.collect import collect
-from meg_kernels.editing.hypernetwork import Hypernetwork, said_by
+from meg_kernels.editing.hypernetwork import PART, Hypernetwork, said_by
 from meg_kernels.editing.neuron_fit import CollectionConfig
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.nn import attach
@@ -79,7 +79,7 @@ def test_what_a_fact_says_is_its_query_its_answer_and_the_answers_tokens(prompte
             embedded[ids].mean(0),
         ]
         for part, vector in zip(parts, expected, strict=True):
-            torch.testing.assert_close(part, vector / vector.norm() * 32**0.5)
+            torch.testing.assert_close(part, vector / vector.norm() * PART**0.5)
 
 
 class Memory:
@@ -199,6 +199,7 @@ def test_where_rounding_could_decide_the_model_is_asked_as_it_is(prompted, monke
     sound = collected(prompted, config=dataclasses.replace(CONFIG, max_steps=200))
     monkeypatch.setattr(neuron_fit.NeuronFit, "_look", wrong)
     monkeypatch.setattr(neuron_fit, "ROUNDED", unsure)
+    monkeypatch.setattr(neuron_fit, "OF_LOGITS", 0.0)
     monkeypatch.setenv("MEG_KERNELS_BFLOAT16", "always")
     monkeypatch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: True)
     found = collected(prompted, config=dataclasses.replace(CONFIG, max_steps=200))
@@ -237,7 +238,44 @@ def test_facts_are_added_with_what_those_before_tell(monkeypatch):
     assert len(said) == len(neurons) == 6
     assert torch.equal(neurons, edits.layout.pack(edits.neurons[:6]))
     own = edits.conditions[:6].cpu()
-    torch.testing.assert_close(
-        said[:, : own.shape[1]], own / own.norm(dim=1, keepdim=True) * own.shape[1] ** 0.5
-    )
+    wanted = own / own.norm(dim=1, keepdim=True) * PART**0.5
+    torch.testing.assert_close(said[:, : own.shape[1]], wanted)
     assert editor.generate([fact.query for fact in FACTS[6:9]]) == [f.answer for f in FACTS[6:9]]
+
+
+def test_wild_predictions_are_given_up_for_the_common_start(prompted, monkeypatch):
+    encoder, config = make_encoder(), dataclasses.replace(CONFIG, max_steps=200)
+
+    class Wild:
+        @staticmethod
+        def fitted(said, neurons):
+            wild = torch.full((neurons.shape[1],), torch.nan)
+            far = 1e3 * neurons.mean(0)
+            return lambda asked: torch.stack([wild if i % 2 else far for i in range(len(asked))])
+
+    monkeypatch.setattr("meg_kernels.editing.collect.Hypernetwork", Wild)
+    found = collected(prompted, config=config, encoder=encoder)
+    plain = collected(prompted, config=dataclasses.replace(config, pilot=None))
+    assert flat(found).isfinite().all()
+    assert found.learnt.sum() >= plain.learnt.sum() - 1 and plain.learnt.sum() >= 8
+
+
+@pytest.mark.parametrize("logits, unsure", [(8.0, 0.5), (200.0, 200 / 128)])
+def test_large_logits_are_rounded_by_more(prompted, monkeypatch, logits, unsure):
+    score, seen = PromptedModel.score, []
+
+    def large(model, batch, with_margins=False):
+        scores = score(model, batch, with_margins)
+        if scores.largest is None:
+            return scores
+        return dataclasses.replace(scores, largest=torch.full_like(scores.largest, logits))
+
+    monkeypatch.setattr(PromptedModel, "score", large)
+    monkeypatch.setenv("MEG_KERNELS_BFLOAT16", "always")
+    monkeypatch.setattr("meg_kernels.precision.multiplies_bfloat16", lambda device: True)
+    settle = neuron_fit.NeuronFit.settle
+    monkeypatch.setattr(
+        neuron_fit.NeuronFit, "settle", lambda fit: (seen.append(fit.unsure), settle(fit))
+    )
+    collected(prompted, FACTS[:2], dataclasses.replace(CONFIG, max_steps=2))
+    torch.testing.assert_close(seen[0], torch.full((2,), unsure))

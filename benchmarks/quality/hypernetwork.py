@@ -169,7 +169,8 @@ def in_turns(editor: MeGEditor, facts: list[Fact]) -> dict[str, Any]:
             collect(editor.prompted, editor.attached, facts, chosen, encoder=encoder)
             took[name].append((time.perf_counter() - started) / len(facts))
             print(name, took[name][-1], flush=True)
-    return {"facts": len(facts)} | {f"seconds_{name}": median(t) for name, t in took.items()}
+    seconds = {f"seconds_{name}": median(times) for name, times in took.items()}
+    return {"facts": len(facts), "threads": torch.get_num_threads(), **seconds}
 
 
 def main() -> None:
@@ -178,7 +179,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="the folder of the data sets")
     parser.add_argument("--work", type=Path, required=True, help="keeps what was collected")
-    parser.add_argument("--facts", type=int, default=4096, help="that are collected")
+    parser.add_argument("--facts", type=int, default=2048, help="that are collected")
     parser.add_argument("--no-turns", action="store_true", help="do not collect both ways")
     options = parser.parse_args()
     editor = MeGEditor.for_model(SMOLLM2)

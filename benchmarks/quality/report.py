@@ -549,7 +549,7 @@ def hypernetwork(studies: Studies, plots: Path) -> str:
                 pilots = [row["pilot"] for row in study["rows"]]
                 axes.plot(pilots, [row[key] for row in study["rows"]], marker="o", label=name)
             axes.set_xscale("log", base=2)
-            axes.set_xlabel("facts that were fitted")
+            axes.set_xlabel("facts learnt from")
             axes.set_ylabel("share")
             axes.legend()
         text = (
@@ -559,7 +559,8 @@ def hypernetwork(studies: Studies, plots: Path) -> str:
         if turns := study.get("turns"):
             text += (
                 f" {turns['facts']} facts take {turns['seconds_with']:.3f} s each with a "
-                f"hypernetwork and {turns['seconds_without']:.3f} s without."
+                f"hypernetwork and {turns['seconds_without']:.3f} s without, on "
+                f"{turns['threads']} threads."
             )
         parts += [markdown(title, lines), image(plot), text]
     return paragraphs(*parts)

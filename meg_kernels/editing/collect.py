@@ -4,8 +4,9 @@ All facts of a batch are fitted at once, each with its own neuron; the layers be
 run once for each batch; a fact leaves the batch when it is learnt. Three things make neurons that
 still work for other wordings, and when a generator misses their weights a little:
 
-- all start from one neuron that fires alike on every prompt and adds nothing yet, so that the
-  solutions stay close together, and plain SGD ends in flat minima near it;
+- they start from one neuron that fires alike on every prompt and adds nothing yet, so that the
+  solutions stay close together, and plain SGD ends in flat minima near it; many facts start from
+  what a hypernetwork tells, which learnt from the first ones;
 - each fact is fitted in several contexts of its query (never in its paraphrases, which Generality
   is measured on); what all prompts of a context begin with is read once, and no neuron acts there;
 - the fitted value is lengthened a little, for a margin, where the fact survives it.
@@ -58,7 +59,7 @@ class Collection:
         neurons: N neurons, float32, on the CPU.
         learnt: [N] bool: whether the model answers the fact with its neuron, in every context.
         steps: [N] int: SGD steps taken.
-        initial: the neuron that all started from.
+        initial: the neuron that they started from where none was predicted.
         seconds_before: that an interrupted collection spent on what was found finished.
     """
 
@@ -228,7 +229,7 @@ def said_for(
     Args:
         targets: of the facts, as `collectable` gave them.
         before: what was edited before, with conditions of this encoder; if it has enough facts, a
-            hypernetwork learns from them.
+            hypernetwork learns from them, and from those whose neurons were predicted themselves.
     """
     if encoder is None or config.pilot is None:
         return None
@@ -241,7 +242,11 @@ def said_for(
         return Said(said)
     rows = learnt[torch.linspace(0, len(learnt) - 1, min(len(learnt), MOST_BEFORE)).long()]
     known = [before.facts[row] for row in rows.tolist()]
-    answers = [prompted.target(prompted.prompt(fact.query), fact.answer)[1] for fact in known]
+    first = config.contexts_of(prompted.tokenizer)[0]  # as in targets
+    prompts = [prompted.prompt(fact.query, first) for fact in known]
+    answers = [
+        prompted.target(prompt, fact.answer)[1] for prompt, fact in zip(prompts, known, strict=True)
+    ]
     others = said_by(prompted, encoder, known, answers, before.conditions[rows])
     return Said(said, others, before.layout.pack(before.neurons[rows]))
 
@@ -268,19 +273,24 @@ def fit_neurons(
     prefixes = [shared_prefix(prompted, c) for c in config.contexts_of(prompted.tokenizer)]
     # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
     dtype = fast_dtype(input_device(model), model.dtype)
-    rounded = FrozenProducts([model] if dtype != model.dtype else [], dtype)
+    is_rounded = dtype != model.dtype
+
+    @functools.cache  # and not before there is a batch to fit
+    def rounded() -> FrozenProducts:
+        return FrozenProducts([model] if is_rounded else [], dtype)
+
     pilot = len(targets)
     if said is not None and config.pilot is not None:
         pilot = 0 if len(said.others) else config.pilot
     first, rest = _batches(targets, pilot, config.batch_size)
     batches = first + rest
 
-    def fit(rows: Sequence[int], start: Tensor, is_predicted: bool) -> dict[str, Tensor]:
+    def fit(rows: Sequence[int], predicted: Tensor | None) -> dict[str, Tensor]:
         started = time.perf_counter()
         batch = prompted.batch([pair for i in rows for pair in targets[i]])
         owner = [place for place, i in enumerate(rows) for _ in targets[i]]
         owners = torch.tensor(owner, device=input_device(model))
-        with rounded():
+        with rounded()():
             fitted = NeuronFit(
                 prompted,
                 attached,
@@ -289,11 +299,16 @@ def fit_neurons(
                 owners,
                 start,
                 prefixes,
-                is_predicted=is_predicted,
-                is_rounded=dtype != model.dtype,
+                predicted=predicted,
+                is_rounded=is_rounded,
             )
             fitted.run(config)
         fitted.settle()
+        lost = (~fitted.learnt).nonzero()[:, 0].tolist()
+        if predicted is not None and lost:  # by a bad prediction, perhaps
+            again = fit([rows[i] for i in lost], None)
+            fitted.flat[lost], fitted.learnt[lost] = again["flat"], again["learnt"]
+            fitted.steps[lost] += again["steps"]
         seconds = torch.tensor(time.perf_counter() - started)
         return {
             "flat": fitted.flat,
@@ -317,6 +332,11 @@ def fit_neurons(
             middle = batches[len(batches) // 2][:INITIAL_FACTS]
             batch = prompted.batch([pair for i in middle for pair in targets[i]])
             initial = initial_neuron(attached, batch, config.initial_response)
+        start = attached.layout.pack(initial)
+        # Whether layers can be skipped is tried on the model as it is.
+        one = prompted.batch(targets[batches[0][0]][:1]).inputs
+        with torch.no_grad():
+            lower.outputs(lower.run(**one), **one)
         # Another model, fact or setting has another identity: results never mix.
         identity = fingerprint(
             [dataclasses.asdict(config), targets, attached.layer, prefixes, said is not None],
@@ -328,17 +348,17 @@ def fit_neurons(
         hypernetwork, taught = None, 0
         known: list[int] = []  # facts whose neurons were fitted, step by step
         for number, rows in enumerate(batches):
-            start = attached.layout.pack(initial)
+            predicted = None
             if said is not None and number >= len(first):
-                if len(said.others) + len(known) > GROWN * taught:
-                    hypernetwork = said.learnt(known, flat[known])
-                    taught = len(said.others) + len(known)
+                examples = len(said.others) + len(known)
+                if examples > GROWN * taught and 2 * examples >= pilot:
+                    hypernetwork, taught = said.learnt(known, flat[known]), examples
                 if hypernetwork is not None:
-                    predicted = hypernetwork(said.facts[rows])
-                    start = _shorter(attached.layout, predicted, config.overshoot)
+                    told = hypernetwork(said.facts[rows])
+                    predicted = _shorter(attached.layout, told, config.overshoot)
             done, found = work.once(
                 f"batch-{number:05d}.safetensors",
-                functools.partial(fit, rows, start, hypernetwork is not None),
+                functools.partial(fit, rows, predicted),
                 write_tensors,
                 lambda file: read_tensors(file)[0],
             )
@@ -363,7 +383,8 @@ def _batches(
     Batches of one length waste no columns on padding; the pilot has facts of all lengths.
     """
     order = sorted(range(len(targets)), key=lambda i: max(len(p) + len(t) for p, t in targets[i]))
-    places = {place * len(order) // pilot for place in range(min(pilot, len(order)))}
+    pilot = min(pilot, len(order))
+    places = {place * len(order) // pilot for place in range(pilot)}
     first = [row for place, row in enumerate(order) if place in places]
     rest = [row for place, row in enumerate(order) if place not in places]
     one, other = ([part[i : i + size] for i in range(0, len(part), size)] for part in (first, rest))

@@ -1,7 +1,7 @@
 """A hypernetwork: from what a fact says to the neuron that makes a model answer it.
 
 The neuron of a fact is a smooth function of its query and its answer. What `Hypernetwork` learns
-from facts whose neurons were fitted it tells of others, and most of those need no step of SGD.
+from facts whose neurons are known it tells of others; many of those need no step of SGD.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meg_kernels.checks import number
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.facts import Fact
 from meg_kernels.nn import input_device
 from meg_kernels.text_encoder import TextEncoder
 
-RIDGE = 300.0  # of the regression; half or twice as much makes no difference
+RIDGE = 300.0  # of the regression; in SmolLM2 a third of it makes no difference
+PART = 480.0  # squared length of each part of what a fact says, whatever its width
 
 
 @torch.no_grad()
@@ -30,7 +32,7 @@ def said_by(
     answers: Sequence[Sequence[int]],
     conditions: Tensor | None = None,
 ) -> Tensor:
-    """What facts say, as numbers of about unit size, [N, features] float32 on the CPU.
+    """What facts say, [N, features] float32 on the CPU; four parts of one length.
 
     These are the text encoder's vectors of the query and of the answer, and the language model's
     embeddings of the answer's tokens: of the first one, and of all in the mean.
@@ -44,18 +46,16 @@ def said_by(
     """
     if conditions is None:
         conditions = encoder.encode([fact.query for fact in facts])
-    query = _of_unit_size(conditions.float().cpu())
-    answer = _of_unit_size(encoder.encode([fact.answer for fact in facts]).float().cpu())
+    answer = encoder.encode([fact.answer for fact in facts])
     embed: Any = prompted.model.get_input_embeddings()
     device = input_device(prompted.model)
-    tokens = [embed(torch.tensor([*ids], device=device)).float().cpu() for ids in answers]
-    first = _of_unit_size(torch.stack([each[0] for each in tokens]))
-    mean = _of_unit_size(torch.stack([each.mean(0) for each in tokens]))
-    return torch.cat([query, answer, first, mean], 1)
-
-
-def _of_unit_size(rows: Tensor) -> Tensor:
-    return F.normalize(rows, dim=1) * rows.shape[1] ** 0.5
+    first, mean = [], []
+    for ids in answers:
+        tokens = embed(torch.tensor([*ids], device=device)).float()
+        first.append(tokens[0])
+        mean.append(tokens.mean(0))
+    parts = conditions, answer, torch.stack(first), torch.stack(mean)
+    return torch.cat([F.normalize(part.float().cpu(), dim=1) * PART**0.5 for part in parts], 1)
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,12 @@ class Hypernetwork:
         Args:
             said: [N, features] what they say.
             neurons: [N, dim] their neurons, laid flat.
-            ridge: how much large weights cost, positive.
+            ridge: the L2 penalty, positive.
 
         Raises:
-            ValueError: there are no facts, or not as many neurons.
+            ValueError: there are no facts, not as many neurons, or a penalty out of range.
         """
+        ridge = number(above=0)("ridge", ridge)
         if not len(said) or len(said) != len(neurons):
             raise ValueError(f"{len(said)} facts and {len(neurons)} neurons do not pair up")
         x, y = said.double(), neurons.double()

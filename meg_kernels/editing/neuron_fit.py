@@ -30,8 +30,8 @@ HIDDEN = ""  # the whole layer's name, among its parts'
 SHORTEST_PREFIX = 8  # tokens from which on it pays to read them once
 SHORT_ANSWER = 12  # tokens; longer ones take more steps
 # Nats by which rounding of products to bfloat16 may move a margin: six standard deviations of what
-# it does in SmolLM2.
-ROUNDED = 0.5
+# it does in SmolLM2; and as a share of the logits, which are rounded as well.
+ROUNDED, OF_LOGITS = 0.5, 2**-7
 # Nats by which a predicted neuron must make each token of an answer expected more than any other.
 SURE = 1.0
 
@@ -51,8 +51,9 @@ class CollectionConfig:
             chat template.
         initial_response: x . key of the initial neuron at the end of a prompt, positive.
         batch_size: facts fitted at once.
-        pilot: facts that are fitted before the others start from what a hypernetwork, which learns
-            from these, makes of what they say; None: all start from one neuron.
+        pilot: facts, of all lengths, that are fitted before the others start from what a
+            hypernetwork, which learns from these, makes of what they say; so do 16 facts or more
+            that are added to as many. None: all start from one neuron.
 
     Raises:
         ValueError: a field is out of range or of the wrong type; it is named.
@@ -121,10 +122,10 @@ class NeuronFit:
         lower: the layers below.
         batch: [R] prompts with their targets.
         owner: [R] the fact that each prompt belongs to, 0 to F - 1, each fact's together.
-        start: [F, dim] or [1, dim] what the facts start from.
+        initial: [1, dim] the neuron that facts start from, laid flat.
         prefixes: token ids that the prompts of each context begin with, as `shared_prefix` has
             them.
-        is_predicted: whether `start` may answer facts already, without a step.
+        predicted: [F, dim] what they start from instead; it may answer them without a step.
         is_rounded: whether products are rounded while it runs.
     """
 
@@ -135,14 +136,14 @@ class NeuronFit:
         lower: LowerLayers,
         batch: TargetBatch,
         owner: Tensor,
-        start: Tensor,
+        initial: Tensor,
         prefixes: Sequence[Sequence[int]],
         *,
-        is_predicted: bool = False,
+        predicted: Tensor | None = None,
         is_rounded: bool = False,
     ):
         self.prompted, self.attached, self.lower, self.batch = prompted, attached, lower, batch
-        self.is_predicted, self.unsure = is_predicted, ROUNDED if is_rounded else 0.0
+        self.is_predicted, self.is_rounded = predicted is not None, is_rounded
         self.lengths = batch.inputs["attention_mask"].sum(1)  # [R]
         everything = torch.arange(len(batch), device=owner.device)
         # What enters the edited layer, and what its parts return, by name: [R, T, ...].
@@ -161,10 +162,14 @@ class NeuronFit:
         facts = len(self.contexts)
         targets = (batch.labels != IGNORED).sum(1)
         self.longest = targets.new_zeros(facts).scatter_reduce_(0, owner, targets, "amax")  # [F]
-        self.flat = start.to(owner.device).expand(facts, -1).clone()
+        self.initial = initial.to(owner.device)
+        start = self.initial if predicted is None else predicted.to(owner.device)
+        self.flat = start.expand(facts, -1).clone()
         self.longer = self.flat
-        # The least of each fact's margins with its lengthened neuron, in all its contexts.
+        # The least of each fact's margins with its lengthened neuron, in all its contexts, and how
+        # far it may be from that of the model as it is.
         self.margins = torch.full((facts,), -torch.inf, device=owner.device)
+        self.unsure = torch.zeros(facts, device=owner.device)
         self.steps = torch.zeros(facts, dtype=torch.int64, device=owner.device)
         self.learnt = torch.zeros(facts, dtype=torch.bool, device=owner.device)
 
@@ -192,7 +197,8 @@ class NeuronFit:
         except Exception as error:  # in whatever way a model keeps what it has read
             log.debug("prefixes cannot be read once: %r", error)
             return None
-        same = torch.allclose(whole.float(), rest.float(), rtol=0.02, atol=0.02)
+        off = 0.1 if self.is_rounded else 0.02
+        same = torch.allclose(whole.float(), rest.float(), rtol=0.02, atol=off)
         return prefix if same else None
 
     def _score(
@@ -216,7 +222,9 @@ class NeuronFit:
         active = torch.arange(len(self.flat), device=self.flat.device)
         if self.is_predicted:
             self._lengthen(active, config.overshoot)
-            active = active[self.margins < SURE]
+            wild = ~(self.longer.isfinite().all(1) & self.margins.isfinite())
+            self.flat[wild] = self.initial
+            active = active[~(self.margins >= SURE)]
         taught = active
         passed = torch.zeros_like(self.contexts)  # contexts in a row that needed no update
         longer = (self.longest / SHORT_ANSWER).clamp(min=1)  # [F]
@@ -238,7 +246,7 @@ class NeuronFit:
         """Decide on the final neurons, by the model as it is where rounding could have decided."""
         facts = torch.arange(len(self.flat), device=self.flat.device)
         self.learnt = self.margins > 0
-        unsure = facts[self.margins.abs() <= self.unsure]
+        unsure = facts[~(self.margins.abs() > self.unsure)]
         self.learnt[unsure] = self._answered(unsure, self.longer[unsure])
         failed = facts[~self.learnt]
         recovered = failed[self._answered(failed, self.flat[failed])]
@@ -252,16 +260,17 @@ class NeuronFit:
         longer = dataclasses.replace(fitted, value=fitted.value * overshoot)
         self.longer = self.attached.layout.pack(longer)
         margins = torch.full((len(facts),), torch.inf, device=facts.device)
+        unsure = torch.zeros_like(margins)
         left = torch.arange(len(facts), device=facts.device)
         for turn in range(self._turns(facts)):
             if not len(left):
                 break
             some = facts[left]
-            margins[left] = margins[left].minimum(
-                self._look(some, self.longer[some], turn, with_gradient=False).margins
-            )
-            left = left[margins[left] >= -self.unsure]  # the others are lost already
-        self.margins[facts] = margins
+            looked = self._look(some, self.longer[some], turn, with_gradient=False)
+            margins[left] = margins[left].minimum(looked.margins)
+            unsure[left] = unsure[left].maximum(looked.unsure)
+            left = left[margins[left] >= -unsure[left]]  # the others are lost already
+        self.margins[facts], self.unsure[facts] = margins, unsure
 
     def _answered(self, facts: Tensor, flat: Tensor) -> Tensor:
         """[F] bool: which of these facts the model itself answers in all their contexts."""
@@ -286,7 +295,7 @@ class NeuronFit:
         """
         rows = self.first_row[facts] + turn % self.contexts[facts]
         prefix = self.prefixes[turn % len(self.prefixes)] if with_gradient else None
-        losses, margins = torch.empty(2, len(facts), device=flat.device)
+        losses, margins, unsure = torch.zeros(3, len(facts), device=flat.device)
         right = torch.empty_like(facts, dtype=torch.bool)
         gradient = torch.zeros_like(flat)
         for some in self._by_length(rows):
@@ -299,9 +308,13 @@ class NeuronFit:
             if with_gradient:
                 (gradient[some],) = torch.autograd.grad(scores.losses.sum(), part)
             losses[some], right[some] = scores.losses.detach(), scores.right
-            if scores.margins is not None:
+            if scores.margins is not None and scores.largest is not None:
                 margins[some] = scores.margins
-        return _Look(losses, right, margins, gradient)
+                if self.is_rounded:
+                    unsure[some] = (OF_LOGITS * scores.largest).clamp(min=ROUNDED)
+        if self.prompted.model.dtype == torch.float16:  # which overflows where bfloat16 does not
+            unsure.fill_(torch.inf if self.is_rounded else 0.0)
+        return _Look(losses, right, margins, unsure, gradient)
 
     def _by_length(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Places in `rows` of prompts that go through the model at once, of like length."""
@@ -314,10 +327,12 @@ class NeuronFit:
 class _Look:
     """What facts give with some neurons.
 
-    [F] losses, [F] whether right, [F] margins (without a gradient), [F, dim] gradient.
+    [F] losses, [F] whether right, [F] margins and what these may be off (without a gradient),
+    [F, dim] gradient.
     """
 
     losses: Tensor
     right: Tensor
     margins: Tensor
+    unsure: Tensor
     gradient: Tensor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,11 +164,13 @@ class TargetScores:
         margins: [B] by how much more, in nats, each row's target tokens are expected than any
             other, at the token where it is least; negative where another is the argmax. None
             unless they were asked for.
+        largest: [B] the largest of the logits that the margins compare, in size; None as well.
     """
 
     losses: Tensor
     hits: Tensor
     margins: Tensor | None = None
+    largest: Tensor | None = None
 
     @property
     def right(self) -> Tensor:
@@ -199,13 +200,16 @@ def score_targets(
     token_losses = F.cross_entropy(logits, labels, reduction="none")
     losses = token_losses.new_zeros(len(batch)).index_add(0, rows, token_losses)
     hits = torch.ones_like(counted).masked_scatter(counted, logits.argmax(-1) == labels)
-    margins = None
+    margins = largest = None
     if with_margins:
-        logits, own = logits.detach(), labels.unsqueeze(1)
-        other = logits.scatter(1, own, -math.inf).amax(1)
-        token_margins = logits.gather(1, own)[:, 0] - other
+        two = logits.detach().topk(2).values
+        own = logits.detach().gather(1, labels.unsqueeze(1))[:, 0]
+        is_first = logits.argmax(-1) == labels
+        other = torch.where(is_first, two[:, 1], two[:, 0])
+        token_margins, size = own - other, own.abs().maximum(other.abs())
+        largest = losses.detach().scatter_reduce(0, rows, size, "amax", include_self=False)
         margins = losses.detach().scatter_reduce(0, rows, token_margins, "amin", include_self=False)
-    return TargetScores(losses / counted.sum(1), hits, margins)
+    return TargetScores(losses / counted.sum(1), hits, margins, largest)
 
 
 @functools.lru_cache(maxsize=8)

@@ -110,7 +110,11 @@ class FrozenProducts:
 def frozen_products(
     modules: Iterable[nn.Module], dtype: torch.dtype, everywhere: bool = False
 ) -> AbstractContextManager[None]:
-    """Inside, frozen projections among and in `modules` multiply in `dtype`: `FrozenProducts`."""
+    """Inside, frozen projections among and in `modules` multiply in `dtype`.
+
+    Arguments and errors are those of `FrozenProducts`, which is made at once: gradients that are
+    turned off must be so when this is called.
+    """
     return FrozenProducts(modules, dtype, everywhere)()
 
 
