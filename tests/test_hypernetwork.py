@@ -13,7 +13,7 @@ from tiny import CONTEXTS, FACTS, LAYER, make_encoder, make_language_model, make
 
 from meg_kernels.editing import neuron_fit
 from meg_kernels.editing.collect import collect
-from meg_kernels.editing.hypernetwork import PART, Hypernetwork, said_by
+from meg_kernels.editing.hypernetwork import PARTS, Hypernetwork, said_by
 from meg_kernels.editing.neuron_fit import CollectionConfig
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.nn import attach
@@ -78,8 +78,8 @@ def test_what_a_fact_says_is_its_query_its_answer_and_the_answers_tokens(prompte
             embedded[ids[0]],
             embedded[ids].mean(0),
         ]
-        for part, vector in zip(parts, expected, strict=True):
-            torch.testing.assert_close(part, vector / vector.norm() * PART**0.5)
+        for part, vector, square in zip(parts, expected, PARTS, strict=True):
+            torch.testing.assert_close(part, vector / vector.norm() * square**0.5)
 
 
 class Memory:
@@ -238,7 +238,7 @@ def test_facts_are_added_with_what_those_before_tell(monkeypatch):
     assert len(said) == len(neurons) == 6
     assert torch.equal(neurons, edits.layout.pack(edits.neurons[:6]))
     own = edits.conditions[:6].cpu()
-    wanted = own / own.norm(dim=1, keepdim=True) * PART**0.5
+    wanted = own / own.norm(dim=1, keepdim=True) * PARTS[0] ** 0.5
     torch.testing.assert_close(said[:, : own.shape[1]], wanted)
     assert editor.generate([fact.query for fact in FACTS[6:9]]) == [f.answer for f in FACTS[6:9]]
 

@@ -21,7 +21,9 @@ from meg_kernels.nn import input_device
 from meg_kernels.text_encoder import TextEncoder
 
 RIDGE = 300.0  # of the regression; in SmolLM2 a third of it makes no difference
-PART = 480.0  # squared length of each part of what a fact says, whatever its width
+# Squared lengths of the parts of what a fact says, whatever their widths: the query, the answer,
+# its first token, and all of them.
+PARTS = (384.0, 384.0, 576.0, 576.0)
 
 
 @torch.no_grad()
@@ -32,7 +34,7 @@ def said_by(
     answers: Sequence[Sequence[int]],
     conditions: Tensor | None = None,
 ) -> Tensor:
-    """What facts say, [N, features] float32 on the CPU; four parts of one length.
+    """What facts say, [N, features] float32 on the CPU: four parts, each of a length of its own.
 
     These are the text encoder's vectors of the query and of the answer, and the language model's
     embeddings of the answer's tokens: of the first one, and of all in the mean.
@@ -54,8 +56,12 @@ def said_by(
         tokens = embed(torch.tensor([*ids], device=device)).float()
         first.append(tokens[0])
         mean.append(tokens.mean(0))
-    parts = conditions, answer, torch.stack(first), torch.stack(mean)
-    return torch.cat([F.normalize(part.float().cpu(), dim=1) * PART**0.5 for part in parts], 1)
+    parts = (conditions, answer, torch.stack(first), torch.stack(mean))
+    scaled = [
+        F.normalize(part.float().cpu(), dim=1) * square**0.5
+        for part, square in zip(parts, PARTS, strict=True)
+    ]
+    return torch.cat(scaled, 1)
 
 
 @dataclass(frozen=True)
