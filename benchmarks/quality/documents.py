@@ -15,7 +15,6 @@ Writes benchmarks/results/documents.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.quality.gate import LENGTHS, MISSPELT, around, misspelt
-from benchmarks.quality.kept import CHAT, kept
+from benchmarks.quality.kept import CHAT, kept, work_option
 from meg_kernels import Fact, MeGEditor
 from meg_kernels.editing.by_context import contains
 from meg_kernels.pretrained import SMOLLM2
@@ -107,14 +106,10 @@ def as_typed(editor: MeGEditor, facts: Sequence[Fact]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, help="keeps what was edited")
-    options = parser.parse_args()
+    work = work_option(__doc__)
     editor = MeGEditor.for_model(SMOLLM2)
     facts = demo_facts()
-    editor.edit(facts, work_folder=options.work, progress=True)
+    editor.edit(facts, work_folder=work, progress=True)
     edited = [fact for fact in facts if is_question(fact.query)][:ASKED]
     with editor.serving():
         content: dict[str, Any] = kept(RESULT, "documents")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -31,3 +32,16 @@ def kept(path: Path, study: str, rows: str = "rows") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {name: version_of(name) for name in ("torch", "transformers")},
     }
+
+
+def work_option(about: str | None) -> Path | None:
+    """The folder that `--work` names, of a study with no other option.
+
+    Args:
+        about: the study's docstring, for `--help`.
+    """
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, help="keeps what was edited")
+    return parser.parse_args().work

@@ -10,14 +10,13 @@ Writes benchmarks/results/lengths.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.kept import CHAT, kept
+from benchmarks.quality.kept import CHAT, kept, work_option
 from meg_kernels import Fact, MeGEditor
 from meg_kernels.editing.prompting import answers_match
 from meg_kernels.pretrained import SMOLLM2, tokenized
@@ -67,16 +66,12 @@ def measure(editor: MeGEditor, facts: Sequence[Fact], work: Path | None) -> list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, help="keeps what was edited")
-    options = parser.parse_args()
+    work = work_option(__doc__)
     editor = MeGEditor.for_model(SMOLLM2)
     facts = of_lengths(demo_facts(), shipped_passages(), editor.tokenizer)
     content = kept(RESULT, "lengths") | {
         "facts": len(facts),
-        "rows": measure(editor, facts, options.work),
+        "rows": measure(editor, facts, work),
     }
     write_json(RESULT, content)
     print(json.dumps(content))

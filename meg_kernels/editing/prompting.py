@@ -199,12 +199,12 @@ def score_targets(
     rows = counted.nonzero()[:, 0]
     token_losses = F.cross_entropy(logits, labels, reduction="none")
     losses = token_losses.new_zeros(len(batch)).index_add(0, rows, token_losses)
-    hits = torch.ones_like(counted).masked_scatter(counted, logits.argmax(-1) == labels)
+    is_first = logits.argmax(-1) == labels
+    hits = torch.ones_like(counted).masked_scatter(counted, is_first)
     margins = largest = None
     if with_margins:
         two = logits.detach().topk(2).values
         own = logits.detach().gather(1, labels.unsqueeze(1))[:, 0]
-        is_first = logits.argmax(-1) == labels
         other = torch.where(is_first, two[:, 1], two[:, 0])
         token_margins, size = own - other, own.abs().maximum(other.abs())
         largest = losses.detach().scatter_reduce(0, rows, size, "amax", include_self=False)
