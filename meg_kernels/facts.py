@@ -610,7 +610,7 @@ def read_facts(
 
 
 def written_facts(path: str | Path) -> list[Fact]:
-    """Every fact that `write_facts` wrote to a file; none is compared with another.
+    """Every fact that `write_facts` wrote to a file, perhaps none; they are not compared.
 
     Args:
         path: the file.
@@ -619,7 +619,9 @@ def written_facts(path: str | Path) -> list[Fact]:
         FactsError: bad records, each with line and field.
         FileNotFoundError: there is no such file.
     """
-    return [fact for fact, _ in _placed(path)]
+    path = as_path("path", path)
+    is_empty = path.is_file() and not path.stat().st_size
+    return [] if is_empty else [fact for fact, _ in _placed(path)]
 
 
 def _placed(

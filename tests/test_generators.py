@@ -163,12 +163,12 @@ def test_a_configuration_survives_json(config):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({}, "kind is None; it must be one of dit, mlp, bank"),
-        ({"kind": "gan"}, "kind is 'gan'; it must be one of dit, mlp, bank"),
+        ({}, "kind is None; it must be one of dit, mlp, hypernetwork, bank"),
+        ({"kind": "gan"}, "kind is 'gan'; it must be one of dit, mlp, hypernetwork, bank"),
         ({"kind": "bank", "training": {}}, "of kind 'bank' has no field 'training'"),
         (
             {"kind": "mlp", "network": {}},
-            "kind 'mlp' has no field 'network'; its .* training, width",
+            "kind 'mlp' has no field 'network'; its .* training, with_answers, width",
         ),
         ({"kind": "dit", "network": {"widht": 3}}, "network of a generator .* no field 'widht'"),
         ({"kind": "dit", "sampler": {"steps": 3}}, "sampler of a generator .* no field 'steps'"),

@@ -63,7 +63,7 @@ def test_logits_are_those_of_whole_prompts_with_neurons_behind_the_prefix(kind):
     attached = attach(model, LAYER)
     layout = attached.layout
     neurons = layout.unpack(torch.randn(3, layout.dim, generator=rng))
-    prefix = SharedPrefix(model, tokens.tolist(), 0)
+    prefix = SharedPrefix(model, tokens.tolist())
     assert len(prefix) == PREFIX
     with torch.no_grad(), attached.neurons(neurons):
         rest = model(**prefix.inputs(inputs, lengths)).logits
@@ -126,4 +126,4 @@ def test_a_model_that_keeps_other_things_reads_whole_prompts():
     config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(Exception, match=r"."):
-        SharedPrefix(model, [1, 2, 3], 0)
+        SharedPrefix(model, [1, 2, 3])

@@ -47,7 +47,7 @@ from meg_kernels.storage import write_json
 if TYPE_CHECKING:
     import torch
 
-    from meg_kernels import GeneratorConfig, MeGEditor
+    from meg_kernels import EditorConfig, GeneratorConfig, MeGEditor
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,6 +56,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Massive editing of language models by dynamic weight generation.",
 )
+
+
+_READ_FACTS = ("limit", "on_conflict", "zsre_target")  # options that say how facts are read
 
 
 class Dtype(str, Enum):
@@ -93,6 +96,7 @@ class GeneratorKind(str, Enum):
     dit = "dit"
     dit_b = "dit-b"
     mlp = "mlp"
+    hypernetwork = "hypernetwork"
     bank = "bank"
 
 
@@ -205,7 +209,9 @@ Layer = Annotated[
 Generator = Annotated[
     GeneratorKind,
     typer.Option(
-        help="Kind of weight generator, which makes the neurons; dit-b: a DiT of the paper's size."
+        help="Kind of weight generator, which makes the neurons; dit-b: a DiT of the paper's size; "
+        "hypernetwork: needs no training, and makes neurons of facts that it never saw; bank: "
+        "keeps each fact's own."
     ),
 ]
 Gate = Annotated[
@@ -220,30 +226,48 @@ Snap = Annotated[
 ]
 
 
-@app.command(epilog="**Example:** `meg edit facts.jsonl --model smollm2 --out edited`")
+TuningOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        parser=path,
+        help="Other facts, to tune the encoder and calibrate the gate; may be given more than "
+        "once. Default: those of FACTS beyond the limit, and the package's where they are few.",
+    ),
+]
+ContextsOption = Annotated[
+    Contexts,
+    typer.Option(
+        help="Where the edits are to hold: in the template, in bare text and in conversations; or "
+        "in the template alone, which takes two thirds of the time."
+    ),
+]
+RequireSubject = Annotated[
+    bool, typer.Option(help="Edit only queries that name the subject of the edited fact.")
+]
+
+
+@app.command(
+    epilog="**Examples:** `meg edit facts.jsonl --model smollm2 --out edited`, "
+    "`meg edit facts.jsonl --prepared prepared --out edited`"
+)
 def edit(
     context: typer.Context,
     facts: FactsFile,
     out: Annotated[Path, typer.Option(parser=path, help="Folder for the edited model.")],
     model: Model = "smollm2",
-    limit: Limit = None,
-    tuning: Annotated[
-        list[Path] | None,
+    prepared: Annotated[
+        Path | None,
         typer.Option(
             parser=path,
-            help="Other facts, to tune the encoder and calibrate the gate; may be given more than "
-            "once. Default: those of FACTS beyond the limit, and the package's where they are few.",
+            help="Folder that `meg prepare` saved: model, encoder, gate and generator are its own, "
+            "and editing takes a fraction of the time.",
         ),
     ] = None,
+    limit: Limit = None,
+    tuning: TuningOption = None,
     on_conflict: ConflictOption = OnConflict.error,
     zsre_target: ZsreOption = None,
-    contexts: Annotated[
-        Contexts,
-        typer.Option(
-            help="Where the edits are to hold: in the template, in bare text and in conversations; "
-            "or in the template alone, which takes two thirds of the time."
-        ),
-    ] = Contexts.all,
+    contexts: ContextsOption = Contexts.all,
     skip_known: Annotated[
         bool,
         typer.Option("--skip-known", help="Leave out facts whose answers the model already gives."),
@@ -251,10 +275,7 @@ def edit(
     layer: Layer = None,
     generator: Generator = GeneratorKind.dit,
     gate: Gate = GateKind.similarity,
-    require_subject: Annotated[
-        bool,
-        typer.Option(help="Edit only queries that name the subject of the edited fact."),
-    ] = True,
+    require_subject: RequireSubject = True,
     snap: Snap = True,
     serve_unlearnt: ServeUnlearnt = False,
     encoder: Encoder = DEFAULT_ENCODER,
@@ -266,37 +287,35 @@ def edit(
 
     An interrupted edit resumes when it is started again with the same arguments.
     """
-    from meg_kernels import CollectionConfig, EditorConfig, EncoderTuningConfig, MeGEditor
-    from meg_kernels.editing.contexts import FITTED, TEMPLATE
-
     edited = _read_facts(facts, limit, on_conflict, zsre_target)
-    fitted = FITTED if contexts is Contexts.all else TEMPLATE
-    config = EditorConfig(
-        layer=layer,
-        collection=CollectionConfig(contexts=fitted),
-        encoder_tuning=EncoderTuningConfig(seed=seed),
-        generator=_generator_config(generator, seed),
-        gate=gate.value,
-        require_subject=require_subject,
-        snap=snap,
-        serve_unlearnt=serve_unlearnt,
-        seed=seed,
-    )
-    wanted = config.tuning_facts_for(len(edited))
-    others = _tuning_facts(facts, tuning, edited, wanted, zsre_target)
-    with changing(context, out) as change:
-        with _loading(model):
-            editor = MeGEditor.for_model(
-                model, config, encoder=encoder, dtype=dtype.to_torch(), device=device
-            )
-        report = editor.edit(
-            edited,
-            tuning_facts=others,
-            skip_known=skip_known,
-            work_folder=change.work,
-            progress=True,
+    if prepared is not None:
+        _only_with(
+            context, "prepared", "facts", "out", "limit", "on_conflict", "zsre_target", "device"
         )
-        change.save(editor)
+        with changing(context, out, prepared) as change:
+            editor = _load(prepared, device)
+            if editor.facts:
+                raise ValueError(
+                    f"{prepared} holds an edited model; `meg add` edits further facts into it"
+                )
+            report = editor.add(edited, work_folder=change.work, progress=True)
+            change.save(editor)
+    else:
+        config = _editor_config(
+            contexts, layer, generator, gate, require_subject, snap, serve_unlearnt, seed
+        )
+        wanted = config.tuning_facts_for(len(edited))
+        others = _tuning_facts(facts, tuning, edited, wanted, zsre_target)
+        with changing(context, out) as change:
+            editor = _new_editor(model, config, encoder, dtype, device)
+            report = editor.edit(
+                edited,
+                tuning_facts=others,
+                skip_known=skip_known,
+                work_folder=change.work,
+                progress=True,
+            )
+            change.save(editor)
     print_edit("Editing", report, editor.facts, editor)
     if known := report.num_left_out:
         given = known + len(editor.facts)
@@ -304,6 +323,70 @@ def edit(
     print_saved(editor, out)
     query = editor.facts[0].query
     console.print(f"ask it: {shlex.join(['meg', 'ask', str(out), query])}", markup=False)
+
+
+@app.command(
+    epilog="**Example:** `meg prepare smollm2 --facts facts.jsonl --limit 2000 --out prepared`"
+)
+def prepare(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help="Language model: smollm2, a folder, or a Hugging Face model id.")
+    ],
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for what is learnt.")],
+    facts: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path,
+            help="Facts to learn from, like those that will be edited; a thousand or more. "
+            "Default: the package's 423.",
+        ),
+    ] = None,
+    limit: Limit = None,
+    tuning: TuningOption = None,
+    on_conflict: ConflictOption = OnConflict.error,
+    zsre_target: ZsreOption = None,
+    contexts: ContextsOption = Contexts.all,
+    layer: Layer = None,
+    gate: Gate = GateKind.similarity,
+    require_subject: RequireSubject = True,
+    serve_unlearnt: ServeUnlearnt = False,
+    encoder: Encoder = DEFAULT_ENCODER,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Learn from facts how to edit others into MODEL at once, and save that; none is edited.
+
+    The result is an edited model without facts: `meg edit --prepared OUT` makes edited models of
+    it, each in a folder of its own. An interrupted preparation resumes when it is started again
+    with the same arguments.
+    """
+    from meg_kernels.shipped import shipped_tuning_facts
+
+    learnt = (
+        shipped_tuning_facts()[:limit]
+        if facts is None
+        else _read_facts(facts, limit, on_conflict, zsre_target)
+    )
+    kind = GeneratorKind.hypernetwork
+    config = _editor_config(
+        contexts, layer, kind, gate, require_subject, True, serve_unlearnt, seed
+    )
+    others = None
+    if facts is not None:
+        wanted = config.tuning_facts_for(len(learnt))
+        others = _tuning_facts(facts, tuning, learnt, wanted, zsre_target)
+    elif tuning:
+        others = _given_tuning_facts(tuning, zsre_target)
+    with changing(context, out) as change:
+        editor = _new_editor(model, config, encoder, dtype, device)
+        report = editor.prepare(learnt, tuning_facts=others, work_folder=change.work, progress=True)
+        change.save(editor)
+    print_edit("Preparing", report, learnt, editor)
+    console.print(f"saved to {out}", markup=False)
+    line = ["meg", "edit", "FACTS", "--prepared", str(out), "--out", "edited"]
+    console.print(f"edit with it: {' '.join(line)}", markup=False)
 
 
 @app.command("list", epilog="**Example:** `meg list edited`")
@@ -725,7 +808,6 @@ def demo(
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
     """Edit SmolLM2-135M-Instruct with the package's 64 facts, ask it and measure it."""
-    from meg_kernels import EditorConfig, EncoderTuningConfig, MeGEditor
     from meg_kernels.conversation import has_chat
     from meg_kernels.editing.contexts import Context
     from meg_kernels.shipped import demo_facts
@@ -733,18 +815,9 @@ def demo(
     check_results(report)
     facts = demo_facts()[:limit]
     console.print(f"editing [bold]{len(facts)}[/] facts into SmolLM2-135M-Instruct")
-    config = EditorConfig(
-        encoder_tuning=EncoderTuningConfig(seed=seed),
-        generator=_generator_config(generator, seed),
-        gate=gate.value,
-        snap=snap,
-        seed=seed,
-    )
+    config = _editor_config(Contexts.all, None, generator, gate, True, snap, False, seed)
     with nullcontext() if out is None else changing(context, out) as change:
-        with _loading("smollm2"):
-            editor = MeGEditor.for_model(
-                "smollm2", config, encoder=DEFAULT_ENCODER, dtype=dtype.to_torch(), device=device
-            )
+        editor = _new_editor("smollm2", config, DEFAULT_ENCODER, dtype, device)
         edited = editor.edit(facts, progress=True)
         if change is not None:
             change.save(editor)
@@ -808,6 +881,55 @@ def _loading(name: str) -> Iterator[None]:
         yield
 
 
+def _only_with(context: typer.Context, option: str, *allowed: str) -> None:
+    """Refuse what was given on the command line beside an option that decides it."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and name not in (option, *allowed):
+            raise typer.BadParameter(
+                f"--{name.replace('_', '-')} was decided by what --{option} names; leave it out"
+            )
+
+
+def _editor_config(
+    contexts: Contexts,
+    layer: int | None,
+    generator: GeneratorKind,
+    gate: GateKind,
+    require_subject: bool,
+    snap: bool,
+    serve_unlearnt: bool,
+    seed: int,
+) -> EditorConfig:
+    from meg_kernels import CollectionConfig, EditorConfig, EncoderTuningConfig
+    from meg_kernels.editing.contexts import FITTED, TEMPLATE
+
+    fitted = FITTED if contexts is Contexts.all else TEMPLATE
+    return EditorConfig(
+        layer=layer,
+        collection=CollectionConfig(contexts=fitted),
+        encoder_tuning=EncoderTuningConfig(seed=seed),
+        generator=_generator_config(generator, seed),
+        gate=gate.value,
+        require_subject=require_subject,
+        snap=snap,
+        serve_unlearnt=serve_unlearnt,
+        seed=seed,
+    )
+
+
+def _new_editor(
+    model: str, config: EditorConfig, encoder: str, dtype: Dtype, device: str | None
+) -> MeGEditor:
+    from meg_kernels import MeGEditor
+
+    with _loading(model):
+        return MeGEditor.for_model(
+            model, config, encoder=encoder, dtype=dtype.to_torch(), device=device
+        )
+
+
 def _load(folder: Path, device: str | None, dtype: Dtype | None = None) -> MeGEditor:
     from meg_kernels import MeGEditor
 
@@ -826,6 +948,8 @@ def _generator_config(kind: GeneratorKind, seed: int) -> GeneratorConfig:
         return GeneratorConfig.dit_b(seed=seed)
     if kind is GeneratorKind.mlp:
         return GeneratorConfig.mlp(seed=seed)
+    if kind is GeneratorKind.hypernetwork:
+        return GeneratorConfig.hypernetwork()
     return GeneratorConfig.bank()
 
 
@@ -851,16 +975,18 @@ def _tuning_facts(
     from meg_kernels.shipped import shipped_tuning_facts
 
     if tuning:
-        return [
-            fact
-            for path in tuning
-            for fact in _read_facts(path, None, OnConflict.first, zsre_target)
-        ]
+        return _given_tuning_facts(tuning, zsre_target)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rest = _read_facts(facts, None, OnConflict.first, zsre_target)
     others = [fact for fact in unrelated_to(rest, edited) if fact.paraphrases]
     return others if len(others) >= wanted else [*others, *shipped_tuning_facts()]
+
+
+def _given_tuning_facts(tuning: list[Path], zsre_target: ZsreTarget | None) -> list[Fact]:
+    return [
+        fact for path in tuning for fact in _read_facts(path, None, OnConflict.first, zsre_target)
+    ]
 
 
 def _numbers(text: str) -> list[int]:

@@ -99,7 +99,8 @@ def print_saved(editor: MeGEditor, out: Path) -> None:
     console.print(f"{edited}; saved to {out}", markup=False)
     if left := editor.router.num_left_to_base:
         console.print(f"not learnt, so that the base model answers for them: {left} of them")
-    if waiting := editor.edits.num_waiting:
+    waiting = editor.edits.num_waiting
+    if waiting and not editor.config.generator.knows_answers:
         console.print(
             f"answered by collected neurons until the generator learns theirs: {waiting} of them; "
             f"{shlex.join(['meg', 'train', str(out)])}",
@@ -113,6 +114,8 @@ def print_edit(title: str, report: EditReport, facts: Sequence[Fact], editor: Me
     learnt = f"{len(facts) - len(unlearnt)} of {len(facts)} facts learnt"
     if unlearnt and not editor.router.config.serve_unlearnt:
         learnt += f", {len(unlearnt)} left to the base model"
+    if report.num_predicted:
+        learnt += f"; {report.num_predicted} of them by a predicted neuron"
     kept = f"threshold as it was, {editor.edits.gate.threshold:.3f}"
     results = {
         "collect": learnt,

@@ -14,6 +14,7 @@ still work for other wordings, and when a generator misses their weights a littl
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -30,18 +31,24 @@ from meg_kernels.checkpoints import not_finite
 from meg_kernels.checks import instance_of
 from meg_kernels.conversation import prompt_tokens
 from meg_kernels.editing.contexts import Context
-from meg_kernels.editing.hypernetwork import Hypernetwork, said_by
-from meg_kernels.editing.neuron_fit import CollectionConfig, NeuronFit
+from meg_kernels.editing.hypernetwork import known_answers
+from meg_kernels.editing.neuron_fit import CollectionConfig, NeuronFit, ReadOnce
 from meg_kernels.editing.prompting import IGNORED, PromptedModel, TargetBatch
 from meg_kernels.facts import Fact
 from meg_kernels.gradients import check_trainable, with_gradients
-from meg_kernels.neuron import NeuronLayout, Neurons
+from meg_kernels.neuron import Neurons
 from meg_kernels.nn import Attached, LowerLayers, input_device, input_of
 from meg_kernels.nn.identity import check_finite
 from meg_kernels.nn.packing import FrozenProducts, frozen_products
 from meg_kernels.precision import fast_dtype
 from meg_kernels.progress import progress_bar
 from meg_kernels.routing.edits import Edits
+from meg_kernels.routing.generators import (
+    GeneratorConfig,
+    HypernetworkGenerator,
+    build_generator,
+)
+from meg_kernels.routing.ridge import said
 from meg_kernels.storage import WorkFolder, fingerprint, read_tensors, write_tensors
 from meg_kernels.text_encoder import TextEncoder
 
@@ -60,6 +67,9 @@ class Collection:
         learnt: [N] bool: whether the model answers the fact with its neuron, in every context.
         steps: [N] int: SGD steps taken.
         initial: the neuron that they started from where none was predicted.
+        hypernetwork: the last one that predicted neurons; None: none did.
+        told: [N] bool: whether a neuron is just what that one tells.
+        num_predicted: how many neurons are what it, or one before it, told.
         seconds_before: that an interrupted collection spent on what was found finished.
     """
 
@@ -67,6 +77,9 @@ class Collection:
     learnt: Tensor
     steps: Tensor
     initial: Neurons
+    hypernetwork: HypernetworkGenerator | None
+    told: Tensor
+    num_predicted: int = 0
     seconds_before: float = 0.0
 
     def unlearnt(self, facts: Sequence[Fact]) -> tuple[Fact, ...]:
@@ -75,26 +88,47 @@ class Collection:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What facts say, and what a hypernetwork knows from others that were fitted before.
+class Foresight:
+    """What is known of facts before they are fitted, from which their neurons are predicted.
 
     Args:
-        facts: [N, features] of those that are collected.
-        others: [M, features] of the others; M may be 0.
-        neurons: [M, dim] theirs, laid flat.
+        said: [N, features] what the facts say.
+        others: [M, features] what others say that were fitted before; M may be 0.
+        neurons: theirs; None if there are none.
+        hypernetwork: that tells neurons, and does not learn; None: one learns from the others, and
+            from these facts, as they are fitted.
     """
 
-    facts: Tensor
+    said: Tensor
     others: Tensor = field(default_factory=lambda: torch.empty(0))
-    neurons: Tensor = field(default_factory=lambda: torch.empty(0))
+    neurons: Neurons | None = None
+    hypernetwork: HypernetworkGenerator | None = None
 
-    def learnt(self, rows: Sequence[int], neurons: Tensor) -> Hypernetwork:
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can tell neurons before any of these facts was fitted."""
+        return self.hypernetwork is not None or len(self.others) > 0
+
+    def learnt(self, rows: Sequence[int], neurons: Neurons) -> HypernetworkGenerator:
         """A hypernetwork of the others, and of these rows of the facts with their neurons."""
-        said = self.facts[[*rows]]
-        if len(self.others):
+        said = self.said[[*rows]]
+        if self.neurons is not None:
             said = torch.cat([self.others, said])
-            neurons = torch.cat([self.neurons, neurons])
-        return Hypernetwork.fitted(said, neurons)
+            neurons = Neurons.cat([self.neurons, neurons])
+        made = build_generator(GeneratorConfig.hypernetwork(), neurons.layout, said.shape[1])
+        assert isinstance(made, HypernetworkGenerator)
+        made.learn(said, neurons)
+        return made
+
+    def identity(self) -> list[Tensor]:
+        """Tensors that tell from others what can be known before the first fact is fitted.
+
+        What the facts say is not among them: with another number of threads it is rounded
+        otherwise.
+        """
+        known = [] if self.neurons is None else [self.neurons.layout.pack(self.neurons)]
+        told = [] if self.hypernetwork is None else [*self.hypernetwork.state_dict().values()]
+        return [*known, *told]
 
 
 def initial_neuron(attached: Attached, batch: TargetBatch, response: float) -> Neurons:
@@ -188,8 +222,8 @@ def collect(
         config: how neurons are fitted.
         initial: one neuron to start from, of an earlier collection; default: `initial_neuron` of
             some of the facts.
-        encoder: tells a hypernetwork what facts say, which predicts the neurons of all but the
-            first ones; None: all are fitted from the start.
+        encoder: tells what facts say, from which a hypernetwork predicts the neurons of all but
+            the first ones; None: all are fitted from the start.
         work_folder: keeps finished batches, so that an interrupted collection of the same facts
             with the same configuration resumes. Default: nothing is kept.
         progress: show a progress bar.
@@ -209,46 +243,60 @@ def collect(
         attached,
         targets,
         config,
-        said=said_for(prompted, encoder, facts, targets, config),
+        foresight=None if encoder is None else foresight(prompted, encoder, facts, config),
         initial=initial,
         work_folder=work_folder,
         progress=progress,
     )
 
 
-def said_for(
+def foresight(
     prompted: PromptedModel,
-    encoder: TextEncoder | None,
+    encoder: TextEncoder,
     facts: Sequence[Fact],
-    targets: Sequence[Targets],
     config: CollectionConfig,
+    *,
+    conditions: Tensor | None = None,
+    answers: Tensor | None = None,
     before: Edits | None = None,
-) -> Said | None:
-    """What the facts say, if a hypernetwork shall learn from it; arguments as `collect` has them.
+) -> Foresight | None:
+    """What is known of facts before they are fitted, if their neurons shall be predicted.
 
     Args:
-        targets: of the facts, as `collectable` gave them.
-        before: what was edited before, with conditions of this encoder; if it has enough facts, a
-            hypernetwork learns from them, and from those whose neurons were predicted themselves.
+        prompted: the language model.
+        encoder: makes conditions.
+        facts: that are fitted.
+        config: how.
+        conditions: [N, dim] of their queries, of this encoder; None: they are made.
+        answers: [N, A] what is known of their answers; None: it is found.
+        before: what was edited before, with conditions of this encoder. Its generator tells the
+            neurons, if it is a hypernetwork; otherwise one learns from these facts, if there are
+            enough of them.
     """
-    if encoder is None or config.pilot is None:
+    if config.pilot is None:
         return None
+    made_by = None if before is None else before.generator
+    is_told = isinstance(made_by, HypernetworkGenerator)
     learnt = before.learnt.nonzero()[:, 0] if before is not None else torch.empty(0).long()
-    has_pilot = len(learnt) >= config.pilot and len(facts) >= FEWEST_PREDICTED
+    has_pilot = is_told or (len(learnt) >= config.pilot and len(facts) >= FEWEST_PREDICTED)
     if not has_pilot and len(facts) <= config.pilot:
         return None
-    said = said_by(prompted, encoder, facts, [pairs[0][1] for pairs in targets])
+    if conditions is None:
+        conditions = encoder.encode([fact.query for fact in facts])
+    if answers is None:
+        answers = known_answers(prompted, encoder, facts)
+    of_facts = said(conditions.cpu(), answers.cpu())
+    if isinstance(made_by, HypernetworkGenerator):
+        return Foresight(of_facts, hypernetwork=copy.deepcopy(made_by).cpu())
     if before is None or not has_pilot:
-        return Said(said)
+        return Foresight(of_facts)
     rows = learnt[torch.linspace(0, len(learnt) - 1, min(len(learnt), MOST_BEFORE)).long()]
     known = [before.facts[row] for row in rows.tolist()]
-    first = config.contexts_of(prompted.tokenizer)[0]  # as in targets
-    prompts = [prompted.prompt(fact.query, first) for fact in known]
-    answers = [
-        prompted.target(prompt, fact.answer)[1] for prompt, fact in zip(prompts, known, strict=True)
-    ]
-    others = said_by(prompted, encoder, known, answers, before.conditions[rows])
-    return Said(said, others, before.layout.pack(before.neurons[rows]))
+    its = (
+        known_answers(prompted, encoder, known) if before.answers is None else before.answers[rows]
+    )
+    others = said(before.conditions.cpu()[rows], its.cpu())
+    return Foresight(of_facts, others, before.neurons[rows])
 
 
 def fit_neurons(
@@ -257,7 +305,7 @@ def fit_neurons(
     targets: Sequence[Targets],
     config: CollectionConfig,
     *,
-    said: Said | None = None,
+    foresight: Foresight | None = None,
     initial: Neurons | None = None,
     work_folder: str | Path | None = None,
     progress: bool = False,
@@ -266,11 +314,13 @@ def fit_neurons(
 
     Args:
         targets: of the facts, as `collectable` gave them.
-        said: what the facts say, as `said_for` has it.
+        foresight: what is known of the facts; None: no neuron is predicted.
     """
     model = attached.model
     lower = LowerLayers(model, attached.layer)
-    prefixes = [shared_prefix(prompted, c) for c in config.contexts_of(prompted.tokenizer)]
+    contexts = config.contexts_of(prompted.tokenizer)
+    prefixes = [shared_prefix(prompted, context) for context in contexts]
+    read_once, order = ReadOnce(model, prefixes), tried_in_order(contexts)
     # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
     dtype = fast_dtype(input_device(model), model.dtype)
     is_rounded = dtype != model.dtype
@@ -280,25 +330,23 @@ def fit_neurons(
         return FrozenProducts([model] if is_rounded else [], dtype)
 
     pilot = len(targets)
-    if said is not None and config.pilot is not None:
-        pilot = 0 if len(said.others) else config.pilot
+    if foresight is not None and config.pilot is not None:
+        pilot = 0 if foresight.is_ready else config.pilot
     first, rest = _batches(targets, pilot, config.batch_size)
     batches = first + rest
 
     def fit(rows: Sequence[int], predicted: Tensor | None) -> dict[str, Tensor]:
         started = time.perf_counter()
         batch = prompted.batch([pair for i in rows for pair in targets[i]])
-        owner = [place for place, i in enumerate(rows) for _ in targets[i]]
-        owners = torch.tensor(owner, device=input_device(model))
         with rounded()():
             fitted = NeuronFit(
                 prompted,
                 attached,
                 lower,
                 batch,
-                owners,
                 start,
-                prefixes,
+                read_once,
+                order=order,
                 predicted=predicted,
                 is_rounded=is_rounded,
             )
@@ -309,18 +357,21 @@ def fit_neurons(
             again = fit([rows[i] for i in lost], None)
             fitted.flat[lost], fitted.learnt[lost] = again["flat"], again["learnt"]
             fitted.steps[lost] += again["steps"]
+            fitted.taken[lost] = False
         seconds = torch.tensor(time.perf_counter() - started)
         return {
             "flat": fitted.flat,
             "steps": fitted.steps,
             "learnt": fitted.learnt,
+            "taken": fitted.taken,
             "seconds": seconds,
         }
 
     flat = torch.empty(len(targets), attached.layout.dim)
     steps = torch.zeros(len(targets), dtype=torch.int64)
     learnt = torch.zeros(len(targets), dtype=torch.bool)
-    seconds_before = 0.0
+    told = torch.zeros_like(learnt)
+    seconds_before, num_predicted = 0.0, 0
     with (
         frozen_products([model], dtype) if dtype == model.dtype else nullcontext(),
         progress_bar(total=len(targets), desc="collecting", unit="fact", shown=progress) as bar,
@@ -339,23 +390,25 @@ def fit_neurons(
             lower.outputs(lower.run(**one), **one)
         # Another model, fact or setting has another identity: results never mix.
         identity = fingerprint(
-            [dataclasses.asdict(config), targets, attached.layer, prefixes, said is not None],
+            [dataclasses.asdict(config), targets, attached.layer, prefixes, foresight is not None],
             *attached.ffn.weights(),
             *given,
-            *([] if said is None else [said.neurons]),
+            *([] if foresight is None else foresight.identity()),
         )
         work = WorkFolder.of(work_folder) / f"collect-{identity}"
-        hypernetwork, taught = None, 0
+        hypernetwork = None if foresight is None else foresight.hypernetwork
+        taught = 0
         known: list[int] = []  # facts whose neurons were fitted, step by step
         for number, rows in enumerate(batches):
             predicted = None
-            if said is not None and number >= len(first):
-                examples = len(said.others) + len(known)
-                if examples > GROWN * taught and 2 * examples >= pilot:
-                    hypernetwork, taught = said.learnt(known, flat[known]), examples
+            if foresight is not None and number >= len(first):
+                examples = len(foresight.others) + len(known)
+                grows = foresight.hypernetwork is None and 2 * examples >= pilot
+                if grows and examples > GROWN * taught:
+                    hypernetwork = foresight.learnt(known, attached.layout.unpack(flat[known]))
+                    taught, told = examples, torch.zeros_like(told)
                 if hypernetwork is not None:
-                    told = hypernetwork(said.facts[rows])
-                    predicted = _shorter(attached.layout, told, config.overshoot)
+                    predicted = attached.layout.pack(hypernetwork.generate(foresight.said[rows]))
             done, found = work.once(
                 f"batch-{number:05d}.safetensors",
                 functools.partial(fit, rows, predicted),
@@ -365,14 +418,26 @@ def fit_neurons(
             seconds_before += done["seconds"].item() if found else 0.0
             flat[rows], steps[rows] = done["flat"].cpu(), done["steps"].cpu()
             learnt[rows] = done["learnt"].cpu()
-            known += [i for i in rows if learnt[i] and (steps[i] or hypernetwork is None)]
+            told[rows] = done["taken"].cpu() & learnt[rows]
+            num_predicted += int(told[rows].sum())
+            known += [row for row in rows if learnt[row] and not told[row]]
             bar.update(len(rows))
-            bar.set_postfix_str(f"{int(learnt.sum())} learnt")
+            bar.set_postfix_str(f"{int(learnt.sum())} learnt, {num_predicted} as predicted")
     if not bool(flat.isfinite().all()):
         raise FloatingPointError(
             f"the fit diverged at learning_rate={config.learning_rate}; try a smaller one"
         )
-    return Collection(attached.layout.unpack(flat), learnt, steps, initial, seconds_before)
+    neurons = attached.layout.unpack(flat)
+    return Collection(
+        neurons, learnt, steps, initial, hypernetwork, told, num_predicted, seconds_before
+    )
+
+
+def tried_in_order(contexts: Sequence[Context]) -> list[int]:
+    """The numbers of contexts, those first that differ most: the last one of each form."""
+    last = {context.form: number for number, context in enumerate(contexts)}
+    first = [last[form] for form in ("chat", "raw", "template") if form in last]
+    return [*first, *(number for number in range(len(contexts)) if number not in first)]
 
 
 def _batches(
@@ -389,9 +454,3 @@ def _batches(
     rest = [row for place, row in enumerate(order) if place not in places]
     one, other = ([part[i : i + size] for i in range(0, len(part), size)] for part in (first, rest))
     return one, other
-
-
-def _shorter(layout: NeuronLayout, flat: Tensor, overshoot: float) -> Tensor:
-    """Neurons that are these ones, laid flat [N, dim], once they are lengthened."""
-    neurons = layout.unpack(flat)
-    return layout.pack(dataclasses.replace(neurons, value=neurons.value / overshoot))

@@ -11,7 +11,6 @@ Each verb of editing checks what it is given, has `Stages` make new `Edits`, and
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +21,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from meg_kernels.checks import FLAG, TEXT, instance_of
 from meg_kernels.editing.config import EditorConfig, GateKind
 from meg_kernels.editing.distill import Distillation
-from meg_kernels.editing.edited_model import EditedModel, load_base, one_at_a_time
-from meg_kernels.editing.evaluate import EvaluationReport
+from meg_kernels.editing.edited_model import load_base, one_at_a_time
+from meg_kernels.editing.kept import KeptModel
 from meg_kernels.editing.layers import default_layer
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.editing.stages import Stages
 from meg_kernels.editing.tuning import (
     regated,
+    tuned_with,
     usable_for_tuning,
     warn_of_alike,
     with_gate,
@@ -38,7 +38,6 @@ from meg_kernels.facts import (
     FactsError,
     FactsLike,
     OnConflict,
-    as_facts,
     editable_facts,
     warn_of_several_answers,
 )
@@ -49,16 +48,13 @@ from meg_kernels.nn.families import language_model
 from meg_kernels.pretrained import DEFAULT_ENCODER, load_language_model
 from meg_kernels.routing.edits import EditReport, Edits, Training
 from meg_kernels.routing.generators import GeneratorConfig
-from meg_kernels.routing.hub import ModelCard, check_repo_id, push_to_hub
 from meg_kernels.routing.router import Router
-from meg_kernels.routing.saving import load_edited, save_edits
-from meg_kernels.shipped import shipped_tuning_facts, shipped_unrelated_queries
-from meg_kernels.storage import write_text
+from meg_kernels.routing.saving import load_edited
+from meg_kernels.shipped import shipped_tuning_facts
 from meg_kernels.text_encoder import TextEncoder
-from meg_kernels.texts import as_texts
 
 
-class MeGEditor(EditedModel):
+class MeGEditor(KeptModel):
     """A language model with edited facts.
 
     Args:
@@ -91,7 +87,7 @@ class MeGEditor(EditedModel):
         router = Router(encoder, None, config.routing, model.device)
         super().__init__(prompted, attached, router, name)
         self.config = dataclasses.replace(config, layer=self.layer, template=self.template)
-        self._states: dict[Path, str | None] = {}  # of the folders that these edits are in, or were
+        self._states = {}
 
     @classmethod
     def for_model(
@@ -158,10 +154,7 @@ class MeGEditor(EditedModel):
         """
         skip_known = FLAG("skip_known", skip_known)
         facts = given = editable_facts(facts, on_conflict)
-        tuning = shipped_tuning_facts() if tuning_facts is None else as_facts(tuning_facts)
-        if unrelated_queries is None:
-            unrelated_queries = shipped_unrelated_queries()
-        unrelated = as_texts("unrelated_queries", unrelated_queries)
+        tuning, unrelated = tuned_with(tuning_facts, unrelated_queries)
         stages = self._stages(work_folder, progress).checked(facts)
         if skip_known and not (facts := self.unknown(facts, progress=progress)):
             raise FactsError(f"the model answers all {len(given)} facts so already")
@@ -169,6 +162,44 @@ class MeGEditor(EditedModel):
         warn_of_alike(self.router, facts)
         wordings = usable_for_tuning(tuning, facts, self.config)
         edits, encoder = stages.first(facts, wordings, unrelated, len(given) - len(facts))
+        self._put(edits, encoder)
+        return edits.report
+
+    @one_at_a_time
+    def prepare(
+        self,
+        facts: FactsLike | None = None,
+        *,
+        tuning_facts: FactsLike | None = None,
+        unrelated_queries: Iterable[str] | None = None,
+        on_conflict: OnConflict = "error",
+        work_folder: str | Path | None = None,
+        progress: bool = False,
+    ) -> EditReport:
+        """Learn from facts how to edit others, which takes `add` little time then; edit none.
+
+        The generator is a hypernetwork from now on, which tells the neurons of facts that it never
+        saw: of the more, the more it learnt from. What is saved now can be loaded again for any
+        number of edited models.
+
+        Args:
+            facts: such as those that are to be edited, a thousand or more; default: the package's,
+                which are 423.
+            tuning_facts, unrelated_queries, on_conflict: as `edit` has them.
+            work_folder: keeps finished work, so that an interrupted preparation resumes.
+            progress: show progress bars.
+
+        Raises:
+            FactsError: facts that contradict each other, that the model cannot be taught, or too
+                few to tune with.
+        """
+        facts = editable_facts(shipped_tuning_facts() if facts is None else facts, on_conflict)
+        tuning, unrelated = tuned_with(tuning_facts, unrelated_queries)
+        config = dataclasses.replace(self.config, generator=GeneratorConfig.hypernetwork())
+        stages = self._stages(work_folder, progress, config).checked(facts)
+        # Nothing of these facts stays, so that others may be tuned with as well.
+        wordings = usable_for_tuning(tuning, (), config)
+        edits, encoder = stages.prepared(facts, wordings, unrelated)
         self._put(edits, encoder)
         return edits.report
 
@@ -299,7 +330,8 @@ class MeGEditor(EditedModel):
         """
         edits, config = self.edits, self.config
         given = {"require_subject": require_subject, "serve_unlearnt": serve_unlearnt}
-        config = dataclasses.replace(config, **{k: v for k, v in given.items() if v is not None})
+        changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        config = dataclasses.replace(config, **changes)
         anew = config.require_subject != self.config.require_subject and config.threshold is None
         if threshold is not None or gate not in (None, config.gate):
             chosen, anew = None if threshold == "calibrated" else threshold, True
@@ -345,19 +377,6 @@ class MeGEditor(EditedModel):
         """Give the base model back, module for module; RuntimeError while a thread is answered."""
         self.attached.detach()
 
-    # Keeping
-
-    @one_at_a_time
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the edits, everything but the base model, to `folder`: whole or not at all.
-
-        Raises:
-            RuntimeError: nothing is edited, or another process writes there, or did since loading.
-            OSError: the folder holds something else, or cannot be written.
-        """
-        config = self.config.to_dict()
-        save_edits(folder, self.edits, self.encoder, self.base, config, self._states)
-
     @classmethod
     @with_gradients
     def from_pretrained(
@@ -397,51 +416,11 @@ class MeGEditor(EditedModel):
         editor._states[Path(folder).resolve()] = saved.state
         return editor
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        license: str | None = None,
-        report: EvaluationReport | None = None,
-        **options: Any,
-    ) -> str:
-        """Upload the edits, with a model card, to the Hugging Face Hub.
-
-        Args:
-            repo_id: `name`, in the user's own namespace, or `namespace/name`.
-            license: that the edits are shared under, such as `mit`.
-            report: an evaluation, for the card.
-            options: private, token, commit_message, revision, as in `editing.hub.push_to_hub`.
-
-        Returns:
-            Where they are on the Hub.
-
-        Raises:
-            RuntimeError: nothing is edited.
-            ValueError: no such name can be on the Hub.
-        """
-        check_repo_id(repo_id)
-        edits = self.edits
-        shares = {} if report is None else report.metrics.to_dict()
-        card = ModelCard(
-            self.name,
-            len(edits),
-            self.layer,
-            edits.generator.config.kind,
-            edits.gate.kind,
-            edits.gate.threshold,
-            {name: share for name, share in shares.items() if share is not None},
-            "" if report is None else report.protocol["ag"],
-            license,
-            repo_id,
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            write_text(Path(folder) / "README.md", card.markdown())
-            return push_to_hub(folder, repo_id, **options)
-
-    def _stages(self, work_folder: str | Path | None, progress: bool) -> Stages:
-        return Stages(self.prompted, self.attached, self.router, self.config, work_folder, progress)
+    def _stages(
+        self, work_folder: str | Path | None, progress: bool, config: EditorConfig | None = None
+    ) -> Stages:
+        config = config or self.config
+        return Stages(self.prompted, self.attached, self.router, config, work_folder, progress)
 
     def _put(self, edits: Edits, encoder: TextEncoder | None = None) -> None:
         """Answer by these edits from now on."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from meg_kernels.checks import Check, check_fields, integer, number
 from meg_kernels.conversation import has_chat
@@ -34,6 +34,8 @@ SHORT_ANSWER = 12  # tokens; longer ones take more steps
 ROUNDED, OF_LOGITS = 0.5, 2**-7
 # Nats by which a predicted neuron must make each token of an answer expected more than any other.
 SURE = 1.0
+# The same in the first FEW_TRIED contexts, if it is not tried in the others.
+SURE_ELSEWHERE, FEW_TRIED = 2.0, 2
 
 
 @dataclass(frozen=True)
@@ -104,28 +106,75 @@ def _contexts(value: Any) -> tuple[Context, ...]:
     return contexts
 
 
+class ReadOnce:
+    """What the prompts of each context begin with, read once for all batches of a collection.
+
+    Args:
+        model: the language model, with nothing mounted.
+        prefixes: token ids that the prompts of each context begin with; short ones are not kept.
+    """
+
+    def __init__(self, model: PreTrainedModel, prefixes: Sequence[Sequence[int]]):
+        self._model, self._tokens = model, [list(tokens) for tokens in prefixes]
+        self._found: dict[int, _Prefix | None] = {}
+
+    def of(
+        self, context: int, begins: Callable[[Tensor], bool], tried: Callable[[_Prefix], bool]
+    ) -> _Prefix | None:
+        """The prefix of a context; None if it is too short, or the model cannot.
+
+        Args:
+            context: its number.
+            begins: whether all prompts of a batch begin with these token ids [P].
+            tried: whether a prefix that was read just now gives what whole prompts give. It puts
+                what is `known` of the prefix there.
+        """
+        tokens = self._tokens[context]
+        if len(tokens) < SHORTEST_PREFIX or not begins(torch.tensor(tokens)):
+            return None
+        if context not in self._found:
+            try:
+                prefix = _Prefix(SharedPrefix(self._model, tokens))
+                self._found[context] = prefix if tried(prefix) else None
+            except Exception as error:  # in whatever way a model keeps what it has read
+                log.debug("prefixes cannot be read once: %r", error)
+                self._found[context] = None
+        return self._found[context]
+
+
+@dataclass
+class _Prefix:
+    """A prefix that was read, and what enters and leaves parts of the edited layer there.
+
+    `known` has [P, n] by the names that `NeuronFit` has for these.
+    """
+
+    shared: SharedPrefix
+    known: dict[str, Tensor] = field(default_factory=dict)
+
+
 class NeuronFit:
     """Neurons of one batch of facts, being fitted by SGD.
 
     Each step looks at one context of every fact, in turn; a fact is fitted when all its contexts,
     one after the other, needed no update, and learnt when its final neuron answers them all. The
-    final neuron is the fitted one with its value lengthened, unless the fact is lost by that.
+    final neuron is the fitted one with its value lengthened, unless the fact is lost by that; or
+    the predicted one, if it answers without a step.
 
         fit = NeuronFit(...)
         fit.run(config)      # products may be rounded
         fit.settle()         # as the model answers
-        fit.flat, fit.learnt, fit.steps
+        fit.flat, fit.learnt, fit.steps, fit.taken
 
     Args:
         prompted: the language model.
         attached: where in it the neurons sit.
         lower: the layers below.
-        batch: [R] prompts with their targets.
-        owner: [R] the fact that each prompt belongs to, 0 to F - 1, each fact's together.
+        batch: prompts with their targets, F facts after each other, each in all its contexts.
         initial: [1, dim] the neuron that facts start from, laid flat.
-        prefixes: token ids that the prompts of each context begin with, as `shared_prefix` has
-            them.
-        predicted: [F, dim] what they start from instead; it may answer them without a step.
+        read_once: what prompts begin with.
+        order: numbers of the contexts, as predicted neurons are tried in them.
+        predicted: [F, dim] final neurons that may answer without a step.
         is_rounded: whether products are rounded while it runs.
     """
 
@@ -135,82 +184,109 @@ class NeuronFit:
         attached: Attached,
         lower: LowerLayers,
         batch: TargetBatch,
-        owner: Tensor,
         initial: Tensor,
-        prefixes: Sequence[Sequence[int]],
+        read_once: ReadOnce,
         *,
+        order: Sequence[int],
         predicted: Tensor | None = None,
         is_rounded: bool = False,
     ):
         self.prompted, self.attached, self.lower, self.batch = prompted, attached, lower, batch
-        self.is_predicted, self.is_rounded = predicted is not None, is_rounded
+        self.read_once, self.order, self.is_rounded = read_once, order, is_rounded
+        device = batch.labels.device
         self.lengths = batch.inputs["attention_mask"].sum(1)  # [R]
-        everything = torch.arange(len(batch), device=owner.device)
         # What enters the edited layer, and what its parts return, by name: [R, T, ...].
         self.known: dict[str, Tensor] = {}
-        for rows in self._by_length(everything):
-            inputs = batch[rows].inputs
-            hidden = lower.run(**inputs)
-            known = {HIDDEN: hidden, **lower.outputs(hidden, **inputs)}
-            for name, part in known.items():
-                shape = *batch.inputs["input_ids"].shape, part.shape[-1]
-                whole = self.known.setdefault(name, part.new_zeros(shape))
-                whole[rows, -part.shape[1] :] = part
-        self.contexts = owner.bincount()  # [F] how many each fact has
-        self.first_row = self.contexts.cumsum(0) - self.contexts  # [F]
-        self.prefixes = [self._read_once(i, tokens) for i, tokens in enumerate(prefixes)]
-        facts = len(self.contexts)
+        self._is_known = torch.zeros_like(self.lengths, dtype=torch.bool)
+        self._prefixes: dict[int, _Prefix | None] = {}
+        facts = len(batch) // len(order)
+        self.first_row = len(order) * torch.arange(facts, device=device)  # [F]
         targets = (batch.labels != IGNORED).sum(1)
-        self.longest = targets.new_zeros(facts).scatter_reduce_(0, owner, targets, "amax")  # [F]
-        self.initial = initial.to(owner.device)
-        start = self.initial if predicted is None else predicted.to(owner.device)
-        self.flat = start.expand(facts, -1).clone()
+        self.longest = targets.view(facts, len(order)).amax(1)  # [F]
+        self.initial = initial.to(device)
+        self.predicted = None if predicted is None else predicted.to(device)
+        self.flat = self.initial.expand(facts, -1).clone()
         self.longer = self.flat
-        # The least of each fact's margins with its lengthened neuron, in all its contexts, and how
-        # far it may be from that of the model as it is.
-        self.margins = torch.full((facts,), -torch.inf, device=owner.device)
-        self.unsure = torch.zeros(facts, device=owner.device)
-        self.steps = torch.zeros(facts, dtype=torch.int64, device=owner.device)
-        self.learnt = torch.zeros(facts, dtype=torch.bool, device=owner.device)
+        # The least of each fact's margins with its final neuron, in the contexts that were looked
+        # at, and how far it may be from that of the model as it is.
+        self.margins = torch.full((facts,), -torch.inf, device=device)
+        self.unsure = torch.zeros(facts, device=device)
+        self.steps = torch.zeros(facts, dtype=torch.int64, device=device)
+        self.taken = torch.zeros(facts, dtype=torch.bool, device=device)  # as it was predicted
+        self.learnt = torch.zeros_like(self.taken)
 
-    def _read_once(self, context: int, tokens: Sequence[int]) -> SharedPrefix | None:
-        """The prefix of a context's prompts; None if it is too short, or the model cannot."""
-        rows = self.first_row + context
-        ids, most = self.batch.inputs["input_ids"], self.batch.inputs["input_ids"].shape[1]
-        targets = (self.batch.labels[rows] != IGNORED).sum(1)
-        if len(tokens) < SHORTEST_PREFIX or int((self.lengths[rows] - targets).min()) < len(tokens):
-            return None
-        place = (most - self.lengths[rows]).unsqueeze(1) + torch.arange(
-            len(tokens), device=ids.device
-        )
-        if not bool((ids[rows].gather(1, place) == ids.new_tensor([*tokens])).all()):
-            return None
-        # The shortest and the longest, between which most is padding, and that where one is alone.
-        rows = rows[self.lengths[rows].argsort()[[0, -1]]]
-        some = self.batch[rows]
-        try:
-            layer = self.attached.layer if self.lower.skips else 0
-            prefix = SharedPrefix(self.attached.model, tokens, layer)
-            with torch.no_grad():
-                whole = self.prompted.score(some).losses
-                rest = self._score(some, rows, prefix).losses
-        except Exception as error:  # in whatever way a model keeps what it has read
-            log.debug("prefixes cannot be read once: %r", error)
-            return None
-        off = 0.1 if self.is_rounded else 0.02
-        same = torch.allclose(whole.float(), rest.float(), rtol=0.02, atol=off)
-        return prefix if same else None
+    def _read(self, rows: Tensor, context: int) -> _Prefix | None:
+        """Run the layers below for these prompts, of one context, that they did not run for yet."""
+        if context not in self._prefixes:
+            self._prefixes[context] = self._prefix(self.first_row + context, context)
+        prefix = self._prefixes[context]
+        self._run_lower(rows[~self._is_known[rows]], prefix)
+        return prefix
+
+    def _run_lower(self, rows: Tensor, prefix: _Prefix | None) -> None:
+        most = self.batch.inputs["input_ids"].shape[1]
+        for some in self._by_length(rows) if len(rows) else ():
+            some = rows[some]
+
+            def inputs(some: Tensor = some) -> dict[str, Any]:
+                whole = self.batch[some].inputs
+                return whole if prefix is None else prefix.shared.inputs(whole, self.lengths[some])
+
+            hidden = self.lower.run(**inputs())
+            known = {HIDDEN: hidden, **self.lower.outputs(hidden, **inputs())}
+            for name, part in known.items():
+                shape = len(self.batch), most, part.shape[-1]
+                whole = self.known.setdefault(name, part.new_zeros(shape))
+                whole[some, -part.shape[1] :] = part
+                if prefix is not None:
+                    whole[some.unsqueeze(1), self._places(some, len(prefix.shared))] = prefix.known[
+                        name
+                    ]
+        self._is_known[rows] = True
+
+    def _places(self, rows: Tensor, count: int) -> Tensor:
+        """[B, count] the columns of the first tokens of these prompts."""
+        most = self.batch.inputs["input_ids"].shape[1]
+        return (most - self.lengths[rows]).unsqueeze(1) + torch.arange(count, device=rows.device)
+
+    def _prefix(self, rows: Tensor, context: int) -> _Prefix | None:
+        """What the prompts of a context, these rows, begin with."""
+        ids, targets = self.batch.inputs["input_ids"], (self.batch.labels[rows] != IGNORED).sum(1)
+
+        def begins(tokens: Tensor) -> bool:
+            if int((self.lengths[rows] - targets).min()) < len(tokens):
+                return False
+            place = self._places(rows, len(tokens))
+            return bool((ids[rows].gather(1, place) == tokens.to(ids.device)).all())
+
+        @torch.no_grad()
+        def tried(prefix: _Prefix) -> bool:
+            # The shortest and the longest: between them most is padding, and that where one is
+            # alone.
+            some = rows[self.lengths[rows].argsort()[[0, -1]]]
+            self._run_lower(some, None)
+            place = self._places(some[:1], len(prefix.shared))[0]
+            prefix.known = {name: whole[some[0], place] for name, whole in self.known.items()}
+            whole = self._score(self.batch[some], some, None).losses
+            self._run_lower(some, prefix)
+            rest = self._score(self.batch[some], some, prefix).losses
+            off = 0.1 if self.is_rounded else 0.02
+            self._is_known[some] = False
+            return torch.allclose(whole.float(), rest.float(), rtol=0.02, atol=off)
+
+        return self.read_once.of(context, begins, tried)
 
     def _score(
         self,
         batch: TargetBatch,
         rows: Tensor,
-        prefix: SharedPrefix | None,
+        prefix: _Prefix | None,
         with_margins: bool = False,
     ) -> TargetScores:
         """What the layers above make of these rows, with the neurons that are mounted."""
         if prefix is not None:
-            inputs = prefix.inputs(batch.inputs, self.lengths[rows])
+            layer = self.attached.layer if self.lower.skips else 0
+            inputs = prefix.shared.inputs(batch.inputs, self.lengths[rows], layer)
             batch = TargetBatch(inputs, batch.labels)
         columns = batch.inputs["input_ids"].shape[1]
         known = {name: whole[rows, -columns:] for name, whole in self.known.items()}
@@ -220,13 +296,16 @@ class NeuronFit:
     def run(self, config: CollectionConfig) -> None:
         """Fit the facts, and see what their neurons answer when lengthened."""
         active = torch.arange(len(self.flat), device=self.flat.device)
-        if self.is_predicted:
-            self._lengthen(active, config.overshoot)
-            wild = ~(self.longer.isfinite().all(1) & self.margins.isfinite())
-            self.flat[wild] = self.initial
-            active = active[~(self.margins >= SURE)]
+        if self.predicted is not None:
+            self.longer = self.predicted
+            self._try_predicted(active)
+            tame = self.predicted.isfinite().all(1) & self.margins.isfinite()
+            self.flat = self.flat.where(
+                ~tame.unsqueeze(1), self._scaled(self.predicted, 1 / config.overshoot)
+            )
+            active = active[~self.taken]
         taught = active
-        passed = torch.zeros_like(self.contexts)  # contexts in a row that needed no update
+        passed = torch.zeros_like(self.steps)  # contexts in a row that needed no update
         longer = (self.longest / SHORT_ANSWER).clamp(min=1)  # [F]
         most = (config.max_steps * longer).ceil()
         for step in range(int(most.max())):
@@ -238,7 +317,7 @@ class NeuronFit:
             self.flat[active] -= update
             self.steps[active] += ~good
             passed[active] = torch.where(good, passed[active] + 1, 0)
-            goes_on = (passed[active] < self.contexts[active]) & (step + 1 < most[active])
+            goes_on = (passed[active] < len(self.order)) & (step + 1 < most[active])
             active = active[goes_on]
         self._lengthen(taught, config.overshoot)
 
@@ -254,15 +333,20 @@ class NeuronFit:
         self.learnt[recovered] = True
         self.flat = self.longer
 
+    def _scaled(self, flat: Tensor, factor: float) -> Tensor:
+        """Neurons laid flat with their values multiplied."""
+        neurons = self.attached.layout.unpack(flat)
+        longer = dataclasses.replace(neurons, value=neurons.value * factor)
+        return self.attached.layout.pack(longer)
+
     def _lengthen(self, facts: Tensor, overshoot: float) -> None:
         """Multiply these facts' values, and note how surely they are answered then."""
-        fitted = self.attached.layout.unpack(self.flat)
-        longer = dataclasses.replace(fitted, value=fitted.value * overshoot)
-        self.longer = self.attached.layout.pack(longer)
+        self.longer = self.longer.clone()
+        self.longer[facts] = self._scaled(self.flat[facts], overshoot)
         margins = torch.full((len(facts),), torch.inf, device=facts.device)
         unsure = torch.zeros_like(margins)
         left = torch.arange(len(facts), device=facts.device)
-        for turn in range(self._turns(facts)):
+        for turn in range(len(self.order)):
             if not len(left):
                 break
             some = facts[left]
@@ -272,29 +356,44 @@ class NeuronFit:
             left = left[margins[left] >= -unsure[left]]  # the others are lost already
         self.margins[facts], self.unsure[facts] = margins, unsure
 
+    def _try_predicted(self, facts: Tensor) -> None:
+        """Take the predicted neurons that answer surely.
+
+        One that is very sure in the contexts that differ most is not tried in the others.
+        """
+        self.margins.fill_(torch.inf)
+        left = facts
+        for tried, context in enumerate(self.order, 1):
+            if not len(left):
+                break
+            looked = self._look(left, self.longer[left], context, with_gradient=False)
+            self.margins[left] = self.margins[left].minimum(looked.margins)
+            self.unsure[left] = self.unsure[left].maximum(looked.unsure)
+            enough = SURE if tried == len(self.order) else SURE_ELSEWHERE
+            if tried >= min(FEW_TRIED, len(self.order)):
+                self.taken[left] = self.margins[left] >= enough
+            left = left[(self.margins[left] >= SURE) & ~self.taken[left]]
+
     def _answered(self, facts: Tensor, flat: Tensor) -> Tensor:
         """[F] bool: which of these facts the model itself answers in all their contexts."""
         right = torch.ones_like(facts, dtype=torch.bool)
-        for turn in range(self._turns(facts)):
+        for turn in range(len(self.order)):
             left = right.nonzero()[:, 0]  # a fact that failed once needs no other context
-            rows = self.first_row[facts[left]] + turn % self.contexts[facts[left]]
+            rows = self.first_row[facts[left]] + turn
             for some in self._by_length(rows) if len(left) else ():
                 neurons = self.attached.layout.unpack(flat[left[some]])
                 with torch.no_grad(), self.attached.neurons(neurons):
                     right[left[some]] = self.prompted.score(self.batch[rows[some]]).right
         return right
 
-    def _turns(self, facts: Tensor) -> int:
-        """The most contexts that one of these facts has."""
-        return int(self.contexts[facts].max()) if len(facts) else 0
-
     def _look(self, facts: Tensor, flat: Tensor, turn: int, with_gradient: bool) -> _Look:
         """One context of each of these facts, with the neurons `flat`.
 
         Without a gradient, the neurons act on whole prompts, as they do when they answer.
         """
-        rows = self.first_row[facts] + turn % self.contexts[facts]
-        prefix = self.prefixes[turn % len(self.prefixes)] if with_gradient else None
+        context = turn % len(self.order)
+        rows = self.first_row[facts] + context
+        prefix = self._read(rows, context)
         losses, margins, unsure = torch.zeros(3, len(facts), device=flat.device)
         right = torch.empty_like(facts, dtype=torch.bool)
         gradient = torch.zeros_like(flat)
@@ -304,7 +403,9 @@ class NeuronFit:
                 torch.set_grad_enabled(with_gradient),
                 self.attached.neurons(self.attached.layout.unpack(part)),
             ):
-                scores = self._score(self.batch[rows[some]], rows[some], prefix, not with_gradient)
+                # Neurons act on whole prompts when they answer.
+                began = prefix if with_gradient else None
+                scores = self._score(self.batch[rows[some]], rows[some], began, not with_gradient)
             if with_gradient:
                 (gradient[some],) = torch.autograd.grad(scores.losses.sum(), part)
             losses[some], right[some] = scores.losses.detach(), scores.right

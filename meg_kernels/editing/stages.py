@@ -1,6 +1,7 @@
 """The work of editing: facts become `Edits`, and `Edits` become other `Edits`.
 
-    first      facts -> collected neurons -> tuned encoder, gate -> trained generator
+    first      facts -> tuned encoder -> collected neurons, gate -> trained generator
+    prepared   the same, without the facts: what any facts are edited with
     added      further facts; the generator stays as it is
     trained    the generator learns what was added
     replaced   another generator, trained from the start
@@ -18,12 +19,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from meg_kernels.checks import instance_of
 from meg_kernels.editing.answered import answers_with
-from meg_kernels.editing.collect import Collection, Targets, collectable, fit_neurons, said_for
+from meg_kernels.editing.collect import (
+    Collection,
+    Targets,
+    collectable,
+    fit_neurons,
+    foresight,
+)
 from meg_kernels.editing.config import EditorConfig
 from meg_kernels.editing.distill import Distillation, distill
+from meg_kernels.editing.hypernetwork import known_answers
 from meg_kernels.editing.prompting import PromptedModel
 from meg_kernels.editing.train import train_generator
 from meg_kernels.editing.trial import AnswersRight
@@ -42,6 +51,7 @@ from meg_kernels.routing.generators import (
     DiTGenerator,
     Generator,
     GeneratorConfig,
+    HypernetworkGenerator,
     build_generator,
 )
 from meg_kernels.routing.router import Router
@@ -107,16 +117,21 @@ class Stages:
         """
         stopwatch, config = Stopwatch(), self.config
         # First, so that a network that cannot be built is not refused after hours.
-        generator = build_generator(config.generator, self.attached.layout, self.router.encoder.dim)
-        collection = self._collect(facts, None, stopwatch)
+        generator = self._built(config.generator)
         with stopwatch.stage("encoder"):
             router, held_out, before = tuned_router(
                 self.router, wordings, unrelated, config, self.work_folder, self.progress
             )
             conditions = router.encode([fact.query for fact in facts])
         stopwatch.add("encoder", before)
+        stages = dataclasses.replace(self, router=router)
+        collection, answers = stages._collect(facts, conditions, None, stopwatch)
         with stopwatch.stage("gate"):
             gate, calibration = calibrated_gate(facts, conditions, held_out, config, self.progress)
+        made = collection.hypernetwork
+        is_told = isinstance(generator, HypernetworkGenerator)
+        if is_told and made is not None:
+            generator = made
         edits = Edits(
             tuple(facts),
             conditions,
@@ -124,26 +139,59 @@ class Stages:
             collection.initial,
             held_out,
             gate,
-            generator,
-            torch.ones(len(facts), dtype=torch.bool),
-            EditReport(collection.unlearnt(facts), calibration, None, {}, num_left_out),
+            generator.to(conditions.device),
+            collection.told if is_told else torch.ones(len(facts), dtype=torch.bool),
+            EditReport(
+                collection.unlearnt(facts),
+                calibration,
+                None,
+                {},
+                num_left_out,
+                collection.num_predicted,
+            ),
+            answers,
         )
-        training = self._train(edits, edits.generator, stopwatch)
+        if is_told and made is not None:
+            training = self._told(edits)
+        else:
+            edits, training = self._learning(edits, edits.generator, stopwatch)
         report = dataclasses.replace(edits.report, training=training, seconds=stopwatch.seconds)
         return dataclasses.replace(edits, report=report), router.encoder
+
+    def prepared(
+        self, facts: Sequence[Fact], wordings: Sequence[Wordings], unrelated: Sequence[str]
+    ) -> tuple[Edits, TextEncoder]:
+        """No edits, and all that editing any facts takes; arguments as `first` has them.
+
+        A hypernetwork learns from these facts, the encoder is tuned, and what gates are calibrated
+        on is found.
+        """
+        edits, encoder = self.first(facts, wordings, unrelated, 0)
+        return edits.without(range(len(edits))), encoder
 
     def added(self, before: Edits, facts: Sequence[Fact]) -> tuple[Edits, EditReport]:
         """`before` and further facts, answered by their collected neurons; and how that went."""
         stopwatch = Stopwatch()
-        collection = self._collect(facts, before.initial, stopwatch, before)
         with stopwatch.stage("encoder"):
             conditions = self.router.encode([fact.query for fact in facts])
-        joined = before.joined(facts, conditions, collection.neurons)
+        collection, answers = self._collect(facts, conditions, before.initial, stopwatch, before)
+        is_told = isinstance(before.generator, HypernetworkGenerator)
+        told = collection.told if is_told else None
+        joined = before.joined(facts, conditions, collection.neurons, told, answers)
         with stopwatch.stage("gate"):
             edits = regated(joined, self.config, self.progress)
         calibration = None if edits is joined else edits.calibration
-        report = EditReport(collection.unlearnt(facts), calibration, None, stopwatch.seconds)
-        return dataclasses.replace(edits, report=before.report + report), report
+        report = EditReport(
+            collection.unlearnt(facts),
+            calibration,
+            None,
+            stopwatch.seconds,
+            num_predicted=collection.num_predicted,
+        )
+        whole = before.report + report
+        if is_told:
+            whole = dataclasses.replace(whole, training=self._told(edits))
+        return dataclasses.replace(edits, report=whole), report
 
     def trained(self, before: Edits) -> Edits:
         """`before` with its generator trained further, on the neurons of all facts.
@@ -151,31 +199,38 @@ class Stages:
         Facts that it does not answer in the end keep their collected neurons.
         """
         generator, stopwatch = copy.deepcopy(before.generator), Stopwatch()
-        training = self._train(before, generator, stopwatch, further=True)
+        edits, training = self._learning(before, generator, stopwatch, further=True)
+        report = before.report + EditReport((), None, training, stopwatch.seconds)
+        edits = dataclasses.replace(edits, report=report)
+        if isinstance(generator, HypernetworkGenerator):
+            return edits
         rows = (~before.generated).nonzero()[:, 0]
-        made = generator.generate(before.conditions[rows.to(before.conditions.device)])
+        made = generator.generate(before.inputs(rows))
         collected, answers = before.neurons[rows].to(made.device), self._answers(before.facts)
         generated = before.generated.clone()
         # Facts that not even their collected neurons answer are not the generator's to reach.
         generated[rows] = (answers(made, rows) | ~answers(collected, rows)).cpu()
-        report = before.report + EditReport((), None, training, stopwatch.seconds)
-        return dataclasses.replace(before, generator=generator, generated=generated, report=report)
+        return dataclasses.replace(edits, generated=generated)
 
     def replaced(self, before: Edits, config: GeneratorConfig) -> Edits:
         """`before` with another generator, trained from the start on the neurons of all facts."""
         stopwatch = Stopwatch()
-        instance_of(GeneratorConfig)("config", config)
-        generator = build_generator(config, self.attached.layout, before.conditions.shape[1])
-        training = self._train(before, generator, stopwatch)
-        kept = {k: v for k, v in before.report.seconds.items() if k not in ("generator", "distill")}
-        return dataclasses.replace(
+        generator = self._built(config)
+        answers = None
+        if config.knows_answers:
+            answers = known_answers(self.prompted, self.router.encoder, before.facts)
+        edits = dataclasses.replace(
             before,
             generator=generator,
             generated=torch.ones_like(before.generated),
-            report=dataclasses.replace(
-                before.report, training=training, seconds=kept | stopwatch.seconds
-            ),
+            answers=answers,
         )
+        edits, training = self._learning(edits, generator, stopwatch)
+        kept = {k: v for k, v in before.report.seconds.items() if k not in ("generator", "distill")}
+        report = dataclasses.replace(
+            before.report, training=training, seconds=kept | stopwatch.seconds
+        )
+        return dataclasses.replace(edits, report=report)
 
     def distilled(
         self, before: Edits, steps: int, teacher_steps: int | None, seed: int | None
@@ -195,7 +250,7 @@ class Stages:
         with stopwatch.stage("distill"):
             student, distillation = distill(
                 before.generator,
-                before.conditions,
+                before.inputs(),
                 before.neurons,
                 self._answers(before.facts),
                 steps,
@@ -209,36 +264,65 @@ class Stages:
         report = before.report + EditReport((), None, None, stopwatch.seconds)
         return dataclasses.replace(before, generator=student, report=report), distillation
 
+    def _built(self, config: GeneratorConfig) -> Generator:
+        """An untrained generator for what the encoder and the language model make of facts."""
+        instance_of(GeneratorConfig)("config", config)
+        dim = self.router.encoder.dim
+        if config.knows_answers:
+            dim += known_answers(self.prompted, self.router.encoder, []).shape[1]
+        return build_generator(config, self.attached.layout, dim)
+
     def _collect(
         self,
         facts: Sequence[Fact],
+        conditions: Tensor,
         initial: Neurons | None,
         stopwatch: Stopwatch,
         before: Edits | None = None,
-    ) -> Collection:
+    ) -> tuple[Collection, Tensor | None]:
+        """The facts' neurons, and what is known of their answers if the generator is given that."""
+        config = self.config.collection
         with stopwatch.stage("collect"):
-            targets, config = [self.targets[fact.id] for fact in facts], self.config.collection
+            answers = None
+            if self.config.generator.knows_answers:
+                answers = known_answers(self.prompted, self.router.encoder, facts)
+            known = foresight(
+                self.prompted,
+                self.router.encoder,
+                facts,
+                config,
+                conditions=conditions,
+                answers=answers,
+                before=before,
+            )
             collection = fit_neurons(
                 self.prompted,
                 self.attached,
-                targets,
+                [self.targets[fact.id] for fact in facts],
                 config,
-                said=said_for(self.prompted, self.router.encoder, facts, targets, config, before),
+                foresight=known,
                 initial=initial,
                 work_folder=self.work_folder,
                 progress=self.progress,
             )
         stopwatch.add("collect", collection.seconds_before)
-        return collection
+        return collection, answers
 
-    def _train(
+    def _told(self, edits: Edits) -> Training:
+        """What a hypernetwork achieves, which learnt while neurons were collected."""
+        return Training(0, edits.generated.double().mean().item())
+
+    def _learning(
         self, edits: Edits, generator: Generator, stopwatch: Stopwatch, further: bool = False
-    ) -> Training:
-        """Train `generator`, in place, on the collected neurons of these edits."""
+    ) -> tuple[Edits, Training]:
+        """`edits` whose `generator` has learnt, in place, the collected neurons; how that went."""
         with stopwatch.stage("generator"):
+            if isinstance(generator, HypernetworkGenerator):
+                edits = self._learnt(edits, generator)
+                return edits, self._told(edits)
             training = train_generator(
                 generator,
-                edits.conditions,
+                edits.inputs(),
                 edits.neurons,
                 self._answers(edits.facts),
                 rewording=self._rewording(edits, generator),
@@ -247,7 +331,21 @@ class Stages:
                 progress=self.progress,
             )
         stopwatch.add("generator", training.seconds_before)
-        return training
+        return dataclasses.replace(edits, generator=generator), training
+
+    def _learnt(self, edits: Edits, generator: HypernetworkGenerator) -> Edits:
+        """`edits` with a hypernetwork that learnt all their neurons, and makes those it can."""
+        generator.to(edits.conditions.device)
+        rows = edits.learnt.nonzero()[:, 0]
+        if len(rows):
+            generator.learn(edits.inputs(rows), edits.neurons[rows].to(edits.conditions.device))
+        made = generator.generate(edits.inputs())
+        everything = torch.arange(len(edits), device=edits.conditions.device)
+        right = self._answers(edits.facts)(made, everything).cpu() & edits.learnt
+        flat = edits.layout.pack(edits.neurons).clone()
+        flat[right] = edits.layout.pack(made).cpu()[right]
+        neurons = edits.layout.unpack(flat)
+        return dataclasses.replace(edits, generator=generator, generated=right, neurons=neurons)
 
     def _answers(self, facts: Sequence[Fact]) -> AnswersRight:
         size = self.config.collection.batch_size

@@ -11,7 +11,7 @@ import dataclasses
 import random
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from meg_kernels.editing.config import EditorConfig
-from meg_kernels.facts import Fact, FactsError, listing, unrelated_to
+from meg_kernels.facts import Fact, FactsError, FactsLike, as_facts, listing, unrelated_to
 from meg_kernels.familiarity import (
     Calibration,
     FamiliarityNetwork,
@@ -31,6 +31,7 @@ from meg_kernels.pretrained import MULTILINGUAL_ENCODER
 from meg_kernels.routing.edits import Edits, HeldOut
 from meg_kernels.routing.router import FEW_FACTS, Router, RoutingConfig
 from meg_kernels.scoped import seeded
+from meg_kernels.shipped import shipped_tuning_facts, shipped_unrelated_queries
 from meg_kernels.storage import (
     CorruptFileError,
     WorkFolder,
@@ -39,7 +40,7 @@ from meg_kernels.storage import (
     write_tensors,
 )
 from meg_kernels.text_encoder import EncoderTuningConfig, TextEncoder, Wordings
-from meg_kernels.texts import names, normalized_query
+from meg_kernels.texts import as_texts, names, normalized_query
 
 FEWEST_TUNING_FACTS = 8
 SAME = 0.985  # a cosine from which on conditions count as one
@@ -307,3 +308,13 @@ def regated(edits: Edits, config: EditorConfig, progress: bool) -> Edits:
     if config.gate == SimilarityGate.kind and max(then, now) <= CALIBRATED_TO * min(then, now):
         return edits
     return with_gate(edits, config, progress)
+
+
+def tuned_with(
+    tuning_facts: FactsLike | None, unrelated_queries: Iterable[str] | None
+) -> tuple[list[Fact], list[str]]:
+    """Facts that tune, and queries about anything; the package's where None are given."""
+    tuning = shipped_tuning_facts() if tuning_facts is None else as_facts(tuning_facts)
+    if unrelated_queries is None:
+        unrelated_queries = shipped_unrelated_queries()
+    return tuning, as_texts("unrelated_queries", unrelated_queries)

@@ -20,7 +20,8 @@ from meg_kernels.checks import shown
 from meg_kernels.facts import Fact, FactsError, check_facts, listed_facts
 from meg_kernels.familiarity import Calibration, Gate, Rewording, transplant
 from meg_kernels.neuron import NeuronLayout, Neurons
-from meg_kernels.routing.generators import Generator, NeuronBank
+from meg_kernels.routing.generators import Generator, HypernetworkGenerator, NeuronBank
+from meg_kernels.routing.ridge import said
 from meg_kernels.texts import normalized_query
 
 
@@ -122,6 +123,8 @@ class EditReport:
         seconds: that each stage took: collect, encoder, gate, generator or distill; including what
             an interruption ended.
         num_left_out: facts that were not edited, because the model gave their answers already.
+        num_predicted: facts whose neurons a hypernetwork told, so that none was fitted for them; it
+            is not saved.
     """
 
     unlearnt: tuple[Fact, ...]
@@ -129,6 +132,7 @@ class EditReport:
     training: Training | None
     seconds: dict[str, float]
     num_left_out: int = 0
+    num_predicted: int = field(default=0, compare=False)
 
     def __add__(self, later: EditReport) -> EditReport:
         """Both steps; of calibration and training the later one."""
@@ -140,6 +144,7 @@ class EditReport:
             later.training or self.training,
             seconds,
             self.num_left_out + later.num_left_out,
+            self.num_predicted + later.num_predicted,
         )
 
 
@@ -150,7 +155,8 @@ class Edits:
     Args:
         facts: N edited facts.
         conditions: [N, dim] unit vectors of their queries.
-        neurons: the N neurons that were collected for them, on the CPU.
+        neurons: the N neurons that were collected for them, on the CPU; a hypernetwork's are those
+            that it makes.
         initial: the one neuron that the collection started from.
         held_out: what gates are calibrated on.
         gate: decides whether a query is one of the edited ones.
@@ -158,6 +164,8 @@ class Edits:
         generated: [N] bool, on the CPU: whether the generator makes this fact's neuron. It was not
             trained on the others, which were added since: they have their collected neurons.
         report: of all steps so far.
+        answers: [N, A] what is known of the facts' answers, for a generator that is given it; None
+            for another.
     """
 
     facts: tuple[Fact, ...]
@@ -169,6 +177,13 @@ class Edits:
     generator: Generator
     generated: Tensor
     report: EditReport = field(repr=False)
+    answers: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.generator.config.knows_answers != (self.answers is not None):
+            raise ValueError(
+                "answers must be given to a generator that knows them, and to no other"
+            )
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -192,8 +207,29 @@ class Edits:
 
     @functools.cached_property
     def keys(self) -> list[bytes]:
-        """What tells each fact's condition from others, on the host."""
-        return condition_keys(self.conditions)
+        """What tells each fact's condition, and its answer, from others, on the host."""
+        keys = condition_keys(self.conditions)
+        if self.answers is None:
+            return keys
+        texts = (fact.answer.encode() for fact in self.facts)
+        return [key + text for key, text in zip(keys, texts, strict=True)]
+
+    def inputs(self, rows: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+        """What the generator is given for these facts, [B, its condition_dim].
+
+        Args:
+            rows: [B] of the facts; None: of all.
+            z: [B, dim] conditions that stand in for those of the facts' own queries.
+        """
+        rows = torch.arange(len(self)) if rows is None else rows
+        z = self.conditions[rows.to(self.conditions.device)] if z is None else z
+        return z if self.answers is None else said(z, self.answers[rows.to(self.answers.device)])
+
+    @property
+    def is_made_again(self) -> Tensor:
+        """[N] bool, on the CPU: whether the generator makes just this fact's neuron again."""
+        made = isinstance(self.generator, HypernetworkGenerator)
+        return self.generated if made else torch.zeros_like(self.generated)
 
     @functools.cached_property
     def subjects(self) -> list[str | None]:
@@ -264,6 +300,7 @@ class Edits:
             self.conditions[kept],
             self.neurons[kept],
             self.generated[kept],
+            None if self.answers is None else self.answers[kept],
             dataclasses.replace(
                 self.report, unlearnt=tuple(f for f in self.report.unlearnt if f in left)
             ),
@@ -292,21 +329,34 @@ class Edits:
             raise FactsError(f"{error}\n{hint}") from None
         return left
 
-    def joined(self, facts: Sequence[Fact], conditions: Tensor, neurons: Neurons) -> Edits:
+    def joined(
+        self,
+        facts: Sequence[Fact],
+        conditions: Tensor,
+        neurons: Neurons,
+        generated: Tensor | None = None,
+        answers: Tensor | None = None,
+    ) -> Edits:
         """These edits and further facts, whose collected neurons answer them.
 
         The generator stays as it is, and the gate keeps its threshold.
 
         Args:
-            facts: A facts with other queries and ids.
-            conditions: [A, dim] of their queries.
-            neurons: the A neurons collected for them.
+            facts: F facts with other queries and ids.
+            conditions: [F, dim] of their queries.
+            neurons: the F neurons collected for them.
+            generated: [F] bool: whether the generator makes these; None: none of them.
+            answers: [F, A] what is known of their answers, for a generator that is given it.
         """
+        generated = torch.zeros(len(facts), dtype=torch.bool) if generated is None else generated
+        if self.answers is not None and answers is not None:
+            answers = torch.cat([self.answers, answers.to(self.answers.device)])
         return self._over(
             (*self.facts, *facts),
             torch.cat([self.conditions, conditions]),
             Neurons.cat([self.neurons, neurons]),
-            torch.cat([self.generated, torch.zeros(len(facts), dtype=torch.bool)]),
+            torch.cat([self.generated, generated]),
+            answers,
             self.report,
         )
 
@@ -316,6 +366,7 @@ class Edits:
         conditions: Tensor,
         neurons: Neurons,
         generated: Tensor,
+        answers: Tensor | None,
         report: EditReport,
     ) -> Edits:
         generator = self.generator
@@ -332,6 +383,7 @@ class Edits:
             generator=generator,
             generated=generated,
             report=report,
+            answers=answers,
         )
 
     def identity(self) -> list[Any]:
@@ -341,8 +393,9 @@ class Edits:
             self.gate.threshold,
             self.generator.config.to_dict(),
             self.conditions,
-            self.layout.pack(self.neurons),
+            self.layout.pack(self.neurons)[~self.is_made_again],
             self.generated,
+            *([] if self.answers is None else [self.answers]),
             *self.gate.state_dict().values(),
             *self.generator.state_dict().values(),
         ]

@@ -3,10 +3,14 @@
     DiTGenerator    the paper's: a conditional diffusion model samples the weights
     MLPGenerator    the paper's ablation: one regression step
     NeuronBank      no network: the stored neuron of the nearest edited query
+    HypernetworkGenerator
+                    no network either: a linear map, in closed form, from what a fact says, its
+                    query and its answer; it also makes neurons of facts that it never saw
 
 The two with a network learn standardised weights from standardised conditions: scaling decides
 whether they converge (the mean neuron and one standard deviation for each of key, bias and value
-are taken out; conditions are centred and scaled to unit variance).
+are taken out; conditions are centred and scaled to unit variance). They can be given the answers as
+well.
 
 Each kind has a configuration of its own, made by a name:
 
@@ -49,11 +53,13 @@ from meg_kernels.diffusion import (
 )
 from meg_kernels.diffusion.dit import LARGEST_WIDTH
 from meg_kernels.neuron import NeuronLayout, Neurons
+from meg_kernels.routing.ridge import ridge_regression
 from meg_kernels.scoped import seeded
 
 PAPER_WEIGHT_STD = 0.01
 FEWEST_STEPS, PASSES = 3000, 100  # a training may take, if nothing else is asked for
 MLP_WIDTH = 1024
+RIDGE = 300.0  # in SmolLM2 a third of it makes no difference
 
 _Config = TypeVar("_Config", bound="NetworkGeneratorConfig")
 
@@ -149,9 +155,10 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """Which generator an editor has; made by `dit`, `dit_b`, `paper`, `mlp` or `bank`.
+    """Which generator an editor has.
 
-    Its field `kind` is "dit", "mlp" or "bank". All that can be wrong with a configuration is
+    It is made by `dit`, `dit_b`, `paper`, `mlp`, `hypernetwork` or `bank`, and its field `kind` is
+    "dit", "mlp", "hypernetwork" or "bank". All that can be wrong with a configuration is
     refused when it is made, not after neurons were collected for it.
 
     Raises:
@@ -164,7 +171,7 @@ class GeneratorConfig:
         if type(self) is GeneratorConfig:
             raise TypeError(
                 "GeneratorConfig() says no kind; use GeneratorConfig.dit(), .dit_b(), .paper(), "
-                ".mlp() or .bank()"
+                ".mlp(), .hypernetwork() or .bank()"
             )
 
     @staticmethod
@@ -258,9 +265,19 @@ class GeneratorConfig:
         return MLPGeneratorConfig(width=width, training=TrainingConfig().with_fields(**training))
 
     @staticmethod
+    def hypernetwork() -> HypernetworkConfig:
+        """A linear map from what a fact says to its neuron, also of facts that it never saw."""
+        return HypernetworkConfig()
+
+    @staticmethod
     def bank() -> BankConfig:
         """No network: each query gets the collected neuron of the nearest edited query."""
         return BankConfig()
+
+    @property
+    def knows_answers(self) -> bool:
+        """Whether the generator is given what answers say beside the conditions of queries."""
+        return False
 
     def rewords(self, snap: bool) -> bool:
         """Whether training wants conditions of other wordings, in an editor that snaps or not."""
@@ -299,20 +316,31 @@ class NetworkGeneratorConfig(GeneratorConfig):
 
     Args:
         training: how the network is trained.
+        with_answers: whether it is given what answers say beside the conditions of queries.
 
     Raises:
         TypeError: training is no TrainingConfig.
+        ValueError: with_answers is not True or False, or conditions with answers shall be reworded.
     """
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    with_answers: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(self, training=instance_of(TrainingConfig))
+        check_fields(self, training=instance_of(TrainingConfig), with_answers=FLAG)
+        if self.with_answers and self.training.reword:
+            raise ValueError("reword is True, but with answers only noise makes other conditions")
+
+    @property
+    def knows_answers(self) -> bool:
+        """Whether the generator is given what answers say beside the conditions of queries."""
+        return self.with_answers
 
     def rewords(self, snap: bool) -> bool:
         """Whether training wants conditions of other wordings, in an editor that snaps or not."""
-        return not snap if self.training.reword is None else self.training.reword
+        wanted = not snap if self.training.reword is None else self.training.reword
+        return wanted and not self.with_answers
 
     def with_training(self: _Config, **changes: Any) -> _Config:
         """This configuration with some fields of its training changed.
@@ -377,6 +405,18 @@ class MLPGeneratorConfig(NetworkGeneratorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, width=integer(1, LARGEST_WIDTH))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HypernetworkConfig(GeneratorConfig):
+    """The configuration of a `HypernetworkGenerator`, which has nothing to choose."""
+
+    kind: str = field(default="hypernetwork", init=False)
+
+    @property
+    def knows_answers(self) -> bool:
+        """Whether the generator is given what answers say beside the conditions of queries."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -652,9 +692,55 @@ class NeuronBank(Generator):
         return self.weights[(F.normalize(z, dim=-1) @ self.conditions.T).argmax(1)]
 
 
+class HypernetworkGenerator(Generator):
+    """A ridge regression, in closed form, from what facts say to their neurons.
+
+    The neuron of a fact is a smooth function of its query and its answer: what is learnt from facts
+    whose neurons are known tells those of others.
+
+    Args:
+        config: of a hypernetwork.
+        layout: of the neurons.
+        condition_dim: length of what a fact says (`routing.ridge.said`).
+    """
+
+    config: HypernetworkConfig
+    said_mean: Tensor
+    neuron_mean: Tensor
+    weight: Tensor
+
+    def __init__(self, config: HypernetworkConfig, layout: NeuronLayout, condition_dim: int):
+        super().__init__(config, layout, condition_dim)
+        self.register_buffer("said_mean", torch.zeros(condition_dim))
+        self.register_buffer("neuron_mean", torch.zeros(layout.dim))
+        self.register_buffer("weight", torch.zeros(condition_dim, layout.dim))
+
+    def learn(self, said: Tensor, neurons: Neurons, ridge: float = RIDGE) -> None:
+        """Learn from these facts alone.
+
+        Args:
+            said: [N, condition_dim] what they say.
+            neurons: theirs.
+            ridge: the L2 penalty of the regression, positive.
+
+        Raises:
+            ValueError: there are none, they do not pair up, or the penalty is out of range.
+        """
+        ridge = number(above=0)("ridge", ridge)
+        self._check_pairs(said, neurons)
+        if not len(said):
+            raise ValueError("there are no facts to learn from")
+        found = ridge_regression(said, self.layout.pack(neurons), ridge)
+        self.said_mean, self.neuron_mean, self.weight = found
+
+    def _weights(self, z: Tensor) -> Tensor:
+        return (z.float() - self.said_mean) @ self.weight + self.neuron_mean
+
+
 GENERATORS: dict[str, tuple[type[GeneratorConfig], type[Generator]]] = {
     "dit": (DiTGeneratorConfig, DiTGenerator),
     "mlp": (MLPGeneratorConfig, MLPGenerator),
+    "hypernetwork": (HypernetworkConfig, HypernetworkGenerator),
     "bank": (BankConfig, NeuronBank),
 }
 

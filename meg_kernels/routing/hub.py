@@ -16,6 +16,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from meg_kernels.checks import FLAG, as_path
 from meg_kernels.pretrained import SMOLLM2
+from meg_kernels.routing.edits import Edits
 from meg_kernels.routing.manifest import KINDS, MANIFEST
 
 _SMOLLM2_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -63,6 +64,31 @@ class ModelCard:
     def __post_init__(self) -> None:
         if self.repo_id is not None:
             check_repo_id(self.repo_id)
+
+    @classmethod
+    def of(
+        cls,
+        edits: Edits,
+        base_model: str,
+        layer: int,
+        metrics: Mapping[str, float | None],
+        protocol: str,
+        license: str | None = None,
+        repo_id: str | None = None,
+    ) -> ModelCard:
+        """The card of these edits; a metric that is None was not measured."""
+        return cls(
+            base_model,
+            len(edits),
+            layer,
+            edits.generator.config.kind,
+            edits.gate.kind,
+            edits.gate.threshold,
+            {name: share for name, share in metrics.items() if share is not None},
+            protocol,
+            license,
+            repo_id,
+        )
 
     def markdown(self) -> str:
         """The card as the text of a README.md with the Hub's metadata before it."""

@@ -285,7 +285,7 @@ class Router:
         """
         by, prompts = self._by, as_prompts("prompts", prompts)
         parts = [spans(prompt) for prompt in prompts]
-        if by.edits is not None:
+        if by.edits is not None and len(by.edits):
             parts = [[*found, *_respelt(found, by.spelling)] for found in parts]
         owner = torch.tensor([row for row, found in enumerate(parts) for _ in found]).long()
         looked = [span for found in parts for span in found]
@@ -293,7 +293,7 @@ class Router:
         followed = [place for place, span in enumerate(looked) if span.follows]
         texts = [span.text for span in looked] + [looked[place].follows for place in followed]
         z, edits = by.encoder.encode(texts).to(self.device), by.edits
-        if edits is None:
+        if edits is None or not len(edits):  # prepared, that is
             first = _first_of(owner, len(parts))
             nowhere = torch.full((len(parts),), -1)
             score, none, named = nowhere.float(), nowhere > 0, nowhere < 0
@@ -336,15 +336,15 @@ class Router:
         assert edits is not None  # nothing is accepted where nothing is edited
         if routing.snap:  # each fact's neuron is made once
             facts, index[rows] = routing.fact[rows].unique(return_inverse=True)
-            z, keys = edits.conditions[facts], [edits.keys[row] for row in facts.tolist()]
+            z, keys = edits.inputs(facts), [edits.keys[row] for row in facts.tolist()]
         else:
             facts, index[rows] = routing.fact[rows], torch.arange(len(rows))
-            z = routing.z[rows]
+            z = edits.inputs(facts, routing.z[rows])
             keys = condition_keys(z)
         return self._made(edits, facts, z, keys), index
 
     def _made(self, edits: Edits, facts: Tensor, z: Tensor, keys: list[bytes]) -> Neurons:
-        """Neurons for conditions z [A, dim] whose nearest edited facts are facts [A]."""
+        """Neurons for what the generator is given, z [A, ...], for edited facts [A]."""
         if not edits.num_waiting:
             made, served = self._cache.generate(edits.generator, z, keys)
             self._count(served)

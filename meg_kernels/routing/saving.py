@@ -19,7 +19,7 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +30,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from meg_kernels.checks import as_path
-from meg_kernels.facts import FactsError, write_facts, written_facts
+from meg_kernels.facts import Fact, FactsError, write_facts, written_facts
 from meg_kernels.familiarity import Calibration, FamiliarityNetwork, Gate, SimilarityGate
 from meg_kernels.locking import WriterLock
 from meg_kernels.neuron import NeuronLayout
 from meg_kernels.pretrained import usable_device
 from meg_kernels.routing.edits import EditReport, Edits, HeldOut, Training
-from meg_kernels.routing.generators import GeneratorConfig, NeuronBank, build_generator
+from meg_kernels.routing.generators import (
+    GeneratorConfig,
+    HypernetworkConfig,
+    HypernetworkGenerator,
+    NeuronBank,
+    build_generator,
+)
 from meg_kernels.routing.manifest import (
     FORMAT,
     KINDS,
@@ -47,6 +53,7 @@ from meg_kernels.routing.manifest import (
     read_manifest,
     sealed,
 )
+from meg_kernels.routing.ridge import said
 from meg_kernels.storage import (
     TEMPORARY,
     CorruptFileError,
@@ -272,10 +279,12 @@ class Writer:
         layout, report = edits.layout, edits.report
         tensors = {f"held_out.{k}": v for k, v in edits.held_out.tensors().items()} | {
             "conditions": edits.conditions,
-            "neurons": layout.pack(edits.neurons),
+            "neurons": layout.pack(edits.neurons)[~edits.is_made_again],
             "initial": layout.pack(edits.initial),
             "generated": edits.generated,
         }
+        if edits.answers is not None:  # which many facts share
+            tensors["answers"] = edits.answers[[*_first_rows(edits.facts).values()]]
         make_folder(new)
         write_facts(new / "facts", edits.facts)
         write_tensors(new / "edits", tensors)
@@ -452,15 +461,21 @@ def _read_edits(folder: Path, manifest: dict[str, Any], device: torch.device) ->
     except FactsError as error:
         raise CorruptFileError(f"{error}; {MENDING}") from error
     tensors, layout = _finite(files["edits"]), NeuronLayout(**manifest["layout"])
-    _check_shapes(files["edits"], tensors, len(facts), layout)
+    config, report = manifest["config"], manifest["report"]
+    made_by = GeneratorConfig.from_dict(config["generator"])
+    _check_shapes(files["edits"], tensors, facts, layout, made_by)
     conditions = tensors["conditions"].to(device)
-    dim, config, report = conditions.shape[1], manifest["config"], manifest["report"]
+    dim, answers = conditions.shape[1], None
+    if made_by.knows_answers:
+        first = _first_rows(facts)
+        places = {text: place for place, text in enumerate(first)}
+        answers = tensors["answers"][[places[fact.answer] for fact in facts]]
     gate: Gate = (
         SimilarityGate(conditions, manifest["threshold"])
         if config["gate"] == SimilarityGate.kind
         else FamiliarityNetwork(dim, threshold=manifest["threshold"])
     )
-    generator = build_generator(GeneratorConfig.from_dict(config["generator"]), layout, dim)
+    generator = build_generator(made_by, layout, dim + (0 if answers is None else answers.shape[1]))
     if isinstance(generator, NeuronBank):
         generator.resize(len(facts))
     if unknown := {*report["unlearnt"]} - {fact.id for fact in facts}:
@@ -468,10 +483,19 @@ def _read_edits(folder: Path, manifest: dict[str, Any], device: torch.device) ->
             f"{folder / MANIFEST}: report.unlearnt names {min(unknown)!r}, which is no edited "
             f"fact; {MENDING}"
         )
+    generator = _load_state(generator, files["generator"]).to(device)
+    neurons, generated = tensors["neurons"], tensors["generated"]
+    if isinstance(generator, HypernetworkGenerator):  # which makes the others again
+        assert answers is not None
+        stored, neurons = neurons, torch.empty(len(facts), layout.dim)
+        neurons[~generated] = stored
+        rows = generated.to(device)
+        told = said(conditions[rows], answers[generated])
+        neurons[generated] = layout.pack(generator.generate(told)).cpu()
     edits = Edits(
         facts,
         conditions,
-        layout.unpack(tensors["neurons"]),
+        layout.unpack(neurons),
         layout.unpack(tensors["initial"]),
         HeldOut(
             **{
@@ -480,8 +504,8 @@ def _read_edits(folder: Path, manifest: dict[str, Any], device: torch.device) ->
             }
         ),
         _load_state(gate, files["gate"]).to(device),
-        _load_state(generator, files["generator"]).to(device),
-        tensors["generated"],
+        generator,
+        generated,
         EditReport(
             tuple(fact for fact in facts if fact.id in report["unlearnt"]),
             Calibration(**report["calibration"]),
@@ -489,6 +513,7 @@ def _read_edits(folder: Path, manifest: dict[str, Any], device: torch.device) ->
             report["seconds"],
             report["num_left_out"],
         ),
+        answers,
     )
     return Saved(edits, BaseModel(**manifest["base"]), config, folder, manifest["digest"])
 
@@ -521,27 +546,47 @@ def _finite(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _first_rows(facts: Sequence[Fact]) -> dict[str, int]:
+    """Each answer, and the row of the first fact that has it."""
+    rows: dict[str, int] = {}
+    for row, fact in enumerate(facts):
+        rows.setdefault(fact.answer, row)
+    return rows
+
+
 def _check_shapes(
-    path: Path, tensors: Mapping[str, Tensor], num_facts: int, layout: NeuronLayout
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    facts: Sequence[Fact],
+    layout: NeuronLayout,
+    generator: GeneratorConfig,
 ) -> None:
-    """Refuse tensors that do not fit the facts, the layout and each other."""
+    """Refuse tensors that do not fit the facts, the layout, the generator and each other."""
     floats, held = torch.float32, {f"held_out.{f.name}" for f in dataclasses.fields(HeldOut)}
     wanted = {"conditions", "neurons", "initial", "generated", *held}
+    if generator.knows_answers:
+        wanted.add("answers")
     if different := tensors.keys() ^ wanted:
         name = min(different)
         what = "is missing" if name in wanted else "is no part of edits"
         raise CorruptFileError(f"{path}: {name} {what}; {MENDING}")
     dim = tensors["conditions"].shape[-1] if tensors["conditions"].dim() else 0
+    stored = len(facts)
+    if isinstance(generator, HypernetworkConfig):
+        stored -= int(tensors["generated"].bool().sum())
     flags = {
         f"held_out.{flag}": len(tensors[f"held_out.{of}"])
         for flag, of in (("named", "paraphrases"), ("alike_named", "alike"))
     }
     shapes: dict[str, tuple[torch.dtype, int | None, int | None]] = {
-        "conditions": (floats, num_facts, dim),
-        "neurons": (floats, num_facts, layout.dim),
+        "conditions": (floats, len(facts), dim),
+        "neurons": (floats, stored, layout.dim),
         "initial": (floats, 1, layout.dim),
         **dict.fromkeys(sorted(held - flags.keys()), (floats, None, dim)),
     }
+    if generator.knows_answers:
+        width = tensors["answers"].shape[-1] if tensors["answers"].dim() else 0
+        shapes["answers"] = (floats, len(_first_rows(facts)), width)
     for name, (dtype, rows, columns) in shapes.items():
         shape = tuple(tensors[name].shape)
         fits = len(shape) == 2 and rows in (None, shape[0]) and columns == shape[1] > 0
@@ -550,7 +595,7 @@ def _check_shapes(
                 f"{path}: {name} is {tensors[name].dtype} {list(shape)}; it must be {dtype} "
                 f"[{'any' if rows is None else rows}, {columns}]: {MENDING}"
             )
-    flags["generated"] = num_facts
+    flags["generated"] = len(facts)
     for name, rows in flags.items():
         flag = tensors[name]
         if flag.dtype != torch.bool or flag.dim() != 1 or len(flag) != rows:
