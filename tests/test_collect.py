@@ -194,7 +194,10 @@ def test_unlearnt_lists_only_what_was_not_learnt(build, tokenizer):
     assert collection.unlearnt(FACTS) == tuple(expected)
 
 
-def test_values_are_lengthened_by_the_overshoot_where_the_fact_survives_it(build, tokenizer):
+def test_values_are_lengthened_by_the_overshoot_where_the_fact_survives_it(
+    build, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(neuron_fit, "FIRM", -torch.inf)  # no further steps where it does not
     model = build()
     plain, longer = (
         collected(model, tokenizer, config=dataclasses.replace(CONFIG, overshoot=overshoot))

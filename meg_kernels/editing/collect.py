@@ -55,6 +55,7 @@ from meg_kernels.text_encoder import TextEncoder
 GROWN = 1.5  # times as many facts as it learnt from, and a hypernetwork learns again
 FEWEST_PREDICTED = 16  # facts added at once, from which on it pays to learn from those before
 MOST_BEFORE = 1024  # of them
+MOST_BATCHES = 4  # looked at together, where few facts take steps
 INITIAL_FACTS = 8  # whose prompts decide the initial neuron; one direction needs no more
 
 
@@ -320,7 +321,7 @@ def fit_neurons(
     lower = LowerLayers(model, attached.layer)
     contexts = config.contexts_of(prompted.tokenizer)
     prefixes = [shared_prefix(prompted, context) for context in contexts]
-    read_once, order = ReadOnce(model, prefixes), tried_in_order(contexts)
+    read_once, (order, tried) = ReadOnce(model, prefixes), tried_in_order(contexts)
     # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
     dtype = fast_dtype(input_device(model), model.dtype)
     is_rounded = dtype != model.dtype
@@ -332,7 +333,8 @@ def fit_neurons(
     pilot = len(targets)
     if foresight is not None and config.pilot is not None:
         pilot = 0 if foresight.is_ready else config.pilot
-    first, rest = _batches(targets, pilot, config.batch_size)
+    learnt_from = pilot if foresight is None or not foresight.is_ready else len(targets)
+    first, rest = _batches(targets, pilot, config.batch_size, learnt_from)
     batches = first + rest
 
     def fit(rows: Sequence[int], predicted: Tensor | None) -> dict[str, Tensor]:
@@ -347,6 +349,7 @@ def fit_neurons(
                 start,
                 read_once,
                 order=order,
+                tried=tried,
                 predicted=predicted,
                 is_rounded=is_rounded,
             )
@@ -433,24 +436,39 @@ def fit_neurons(
     )
 
 
-def tried_in_order(contexts: Sequence[Context]) -> list[int]:
-    """The numbers of contexts, those first that differ most: the last one of each form."""
-    last = {context.form: number for number, context in enumerate(contexts)}
-    first = [last[form] for form in ("chat", "raw", "template") if form in last]
-    return [*first, *(number for number in range(len(contexts)) if number not in first)]
+def tried_in_order(contexts: Sequence[Context]) -> tuple[list[int], int]:
+    """The numbers of contexts, one of each form first, and how many forms there are.
+
+    A predicted neuron that answers surely in one context of each form answers in the others: what
+    slips through was measured (benchmarks/quality/hypernetwork.py).
+    """
+    of_form: dict[str, int] = {}
+    for number, context in enumerate(contexts):
+        of_form.setdefault(context.form, number)
+    first = [*of_form.values()]
+    return [*first, *(i for i in range(len(contexts)) if i not in first)], len(first)
 
 
 def _batches(
-    targets: Sequence[Targets], pilot: int, size: int
+    targets: Sequence[Targets], pilot: int, size: int, done: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """The rows of the pilot's facts, and of the others, in batches of `size`.
+    """The rows of the pilot's facts, in batches of `size`, and of the others, in larger ones.
 
-    Batches of one length waste no columns on padding; the pilot has facts of all lengths.
+    Batches of one length waste no columns on padding; the pilot has facts of all lengths. Of facts
+    with a prediction few take steps, so that more of them are looked at together; but not many more
+    than a hypernetwork has learnt from, which learns again from them.
+
+    Args:
+        done: how many facts it will have learnt from before the first batch of the others.
     """
     order = sorted(range(len(targets)), key=lambda i: max(len(p) + len(t) for p, t in targets[i]))
     pilot = min(pilot, len(order))
     places = {place * len(order) // pilot for place in range(pilot)}
     first = [row for place, row in enumerate(order) if place in places]
     rest = [row for place, row in enumerate(order) if place not in places]
-    one, other = ([part[i : i + size] for i in range(0, len(part), size)] for part in (first, rest))
-    return one, other
+    others: list[list[int]] = []
+    while rest:
+        some = min(max(size, done // 2), MOST_BATCHES * size)
+        others.append(rest[:some])
+        rest, done = rest[some:], done + some
+    return [first[i : i + size] for i in range(0, len(first), size)], others

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,8 +34,7 @@ SHORT_ANSWER = 12  # tokens; longer ones take more steps
 ROUNDED, OF_LOGITS = 0.5, 2**-7
 # Nats by which a predicted neuron must make each token of an answer expected more than any other.
 SURE = 1.0
-# The same in the first FEW_TRIED contexts, if it is not tried in the others.
-SURE_ELSEWHERE, FEW_TRIED = 2.0, 2
+FIRM = 2.0  # the same of one that takes steps: of a fitted one once it is lengthened
 
 
 @dataclass(frozen=True)
@@ -156,10 +155,11 @@ class _Prefix:
 class NeuronFit:
     """Neurons of one batch of facts, being fitted by SGD.
 
-    Each step looks at one context of every fact, in turn; a fact is fitted when all its contexts,
-    one after the other, needed no update, and learnt when its final neuron answers them all. The
-    final neuron is the fitted one with its value lengthened, unless the fact is lost by that; or
-    the predicted one, if it answers without a step.
+    Each step looks at one context of the facts that may need an update there. When none does, the
+    values are lengthened, and where that does not answer firmly, more steps follow. A fact is
+    learnt when its final neuron answers in all contexts. The final neuron is the fitted one with
+    its value lengthened, unless the fact is lost by that; or the predicted one, if it answers
+    without a step.
 
         fit = NeuronFit(...)
         fit.run(config)      # products may be rounded
@@ -174,6 +174,7 @@ class NeuronFit:
         initial: [1, dim] the neuron that facts start from, laid flat.
         read_once: what prompts begin with.
         order: numbers of the contexts, as predicted neurons are tried in them.
+        tried: so many of them, the first ones, tell whether one answers in all.
         predicted: [F, dim] final neurons that may answer without a step.
         is_rounded: whether products are rounded while it runs.
     """
@@ -188,11 +189,13 @@ class NeuronFit:
         read_once: ReadOnce,
         *,
         order: Sequence[int],
+        tried: int,
         predicted: Tensor | None = None,
         is_rounded: bool = False,
     ):
         self.prompted, self.attached, self.lower, self.batch = prompted, attached, lower, batch
-        self.read_once, self.order, self.is_rounded = read_once, order, is_rounded
+        self.read_once, self.is_rounded = read_once, is_rounded
+        self.order, self.tried = order, order[:tried]
         device = batch.labels.device
         self.lengths = batch.inputs["attention_mask"].sum(1)  # [R]
         # What enters the edited layer, and what its parts return, by name: [R, T, ...].
@@ -212,8 +215,12 @@ class NeuronFit:
         self.margins = torch.full((facts,), -torch.inf, device=device)
         self.unsure = torch.zeros(facts, device=device)
         self.steps = torch.zeros(facts, dtype=torch.int64, device=device)
-        self.taken = torch.zeros(facts, dtype=torch.bool, device=device)  # as it was predicted
-        self.learnt = torch.zeros_like(self.taken)
+        self.learnt = torch.zeros(facts, dtype=torch.bool, device=device)
+        # Those that start from a prediction, which is of the final neuron.
+        self.is_begun = torch.zeros_like(self.learnt)
+        # In which contexts they may need steps.
+        self.open = torch.ones(facts, len(order), dtype=torch.bool, device=device)
+        self.taken = torch.zeros_like(self.learnt)  # as it was predicted
 
     def _read(self, rows: Tensor, context: int) -> _Prefix | None:
         """Run the layers below for these prompts, of one context, that they did not run for yet."""
@@ -236,7 +243,9 @@ class NeuronFit:
             known = {HIDDEN: hidden, **self.lower.outputs(hidden, **inputs())}
             for name, part in known.items():
                 shape = len(self.batch), most, part.shape[-1]
-                whole = self.known.setdefault(name, part.new_zeros(shape))
+                if name not in self.known:
+                    self.known[name] = part.new_zeros(shape)
+                whole = self.known[name]
                 whole[some, -part.shape[1] :] = part
                 if prefix is not None:
                     whole[some.unsqueeze(1), self._places(some, len(prefix.shared))] = prefix.known[
@@ -296,30 +305,37 @@ class NeuronFit:
     def run(self, config: CollectionConfig) -> None:
         """Fit the facts, and see what their neurons answer when lengthened."""
         active = torch.arange(len(self.flat), device=self.flat.device)
+        self.stretch = torch.full_like(self.margins, config.overshoot)
         if self.predicted is not None:
             self.longer = self.predicted
-            self._try_predicted(active)
-            tame = self.predicted.isfinite().all(1) & self.margins.isfinite()
-            self.flat = self.flat.where(
-                ~tame.unsqueeze(1), self._scaled(self.predicted, 1 / config.overshoot)
-            )
+            self.taken[self._try_longer(active, self.tried, SURE, SURE)] = True
+            self.is_begun = self.predicted.isfinite().all(1) & self.margins.isfinite()
+            self.flat = self.predicted.where(self.is_begun.unsqueeze(1), self.flat)
+            self.stretch[self.is_begun] = 1.0
             active = active[~self.taken]
-        taught = active
-        passed = torch.zeros_like(self.steps)  # contexts in a row that needed no update
         longer = (self.longest / SHORT_ANSWER).clamp(min=1)  # [F]
         most = (config.max_steps * longer).ceil()
-        for step in range(int(most.max())):
-            if not len(active):
-                break
-            looked = self._look(active, self.flat[active], step, with_gradient=True)
-            good = looked.right & (looked.losses < config.target_loss)
-            update = config.learning_rate * looked.gradient * ~good.unsqueeze(1)
-            self.flat[active] -= update
-            self.steps[active] += ~good
-            passed[active] = torch.where(good, passed[active] + 1, 0)
-            goes_on = (passed[active] < len(self.order)) & (step + 1 < most[active])
-            active = active[goes_on]
-        self._lengthen(taught, config.overshoot)
+        looks, tried_at = torch.zeros_like(self.steps), torch.full_like(self.steps, -1)
+        while len(active):
+            for context in range(len(self.order)):
+                some = active[self.open[active, context] & (looks[active] < most[active])]
+                if not len(some):
+                    continue
+                looked = self._look(some, self.flat[some], context, with_gradient=True)
+                fitted = looked.right & (looked.losses < config.target_loss)
+                good = torch.where(self.is_begun[some], looked.margins >= FIRM, fitted)
+                update = config.learning_rate * looked.gradient * ~good.unsqueeze(1)
+                self.flat[some] -= update
+                self.steps[some] += ~good
+                self.open[some, context] = ~good
+                looks[some] += 1
+            if bool((self.open[active].any(1) & (looks[active] < most[active])).any()):
+                continue
+            # A fact that failed before, and has not changed since, fails again.
+            active = active[self.steps[active] > tried_at[active]]
+            tried_at[active] = self.steps[active]
+            self._lengthen(active)
+            active = active[self.open[active].any(1) & (looks[active] < most[active])]
 
     def settle(self) -> None:
         """Decide on the final neurons, by the model as it is where rounding could have decided."""
@@ -333,46 +349,45 @@ class NeuronFit:
         self.learnt[recovered] = True
         self.flat = self.longer
 
-    def _scaled(self, flat: Tensor, factor: float) -> Tensor:
-        """Neurons laid flat with their values multiplied."""
-        neurons = self.attached.layout.unpack(flat)
-        longer = dataclasses.replace(neurons, value=neurons.value * factor)
-        return self.attached.layout.pack(longer)
-
-    def _lengthen(self, facts: Tensor, overshoot: float) -> None:
-        """Multiply these facts' values, and note how surely they are answered then."""
+    def _lengthen(self, facts: Tensor) -> None:
+        """Multiply these facts' values, and see how surely they are answered then."""
+        neurons = self.attached.layout.unpack(self.flat[facts])
+        longer = neurons.value * self.stretch[facts].unsqueeze(1)
         self.longer = self.longer.clone()
-        self.longer[facts] = self._scaled(self.flat[facts], overshoot)
-        margins = torch.full((len(facts),), torch.inf, device=facts.device)
-        unsure = torch.zeros_like(margins)
-        left = torch.arange(len(facts), device=facts.device)
-        for turn in range(len(self.order)):
-            if not len(left):
-                break
-            some = facts[left]
-            looked = self._look(some, self.longer[some], turn, with_gradient=False)
-            margins[left] = margins[left].minimum(looked.margins)
-            unsure[left] = unsure[left].maximum(looked.unsure)
-            left = left[margins[left] >= -unsure[left]]  # the others are lost already
-        self.margins[facts], self.unsure[facts] = margins, unsure
+        self.longer[facts] = self.attached.layout.pack(dataclasses.replace(neurons, value=longer))
+        sure = torch.where(self.is_begun[facts], SURE, FIRM)
+        self._try_longer(facts, range(len(self.order)), sure)
 
-    def _try_predicted(self, facts: Tensor) -> None:
-        """Take the predicted neurons that answer surely.
+    def _try_longer(
+        self,
+        facts: Tensor,
+        contexts: Iterable[int],
+        sure: Tensor | float,
+        until: float = -torch.inf,
+    ) -> Tensor:
+        """Ask these facts with their final neurons, context by context, until one loses a fact.
 
-        One that is very sure in the contexts that differ most is not tried in the others.
+        Args:
+            facts: [A] of the F.
+            contexts: that are looked at; those in which a fact is sure are no longer open.
+            sure: [A] nats by which answers must be expected more than any other, or one for all.
+            until: a fact with a smaller margin, in nats, is lost.
+
+        Returns:
+            The facts that were not lost.
         """
-        self.margins.fill_(torch.inf)
-        left = facts
-        for tried, context in enumerate(self.order, 1):
-            if not len(left):
+        self.margins[facts], self.unsure[facts] = torch.inf, 0.0
+        sure = torch.as_tensor(sure, device=facts.device).expand(len(facts))
+        for context in contexts:
+            if not len(facts):
                 break
-            looked = self._look(left, self.longer[left], context, with_gradient=False)
-            self.margins[left] = self.margins[left].minimum(looked.margins)
-            self.unsure[left] = self.unsure[left].maximum(looked.unsure)
-            enough = SURE if tried == len(self.order) else SURE_ELSEWHERE
-            if tried >= min(FEW_TRIED, len(self.order)):
-                self.taken[left] = self.margins[left] >= enough
-            left = left[(self.margins[left] >= SURE) & ~self.taken[left]]
+            looked = self._look(facts, self.longer[facts], context, with_gradient=False)
+            self.margins[facts] = self.margins[facts].minimum(looked.margins)
+            self.unsure[facts] = self.unsure[facts].maximum(looked.unsure)
+            self.open[facts, context] = ~(looked.margins >= sure)
+            left = looked.margins >= (-looked.unsure).clamp(min=until)
+            facts, sure = facts[left], sure[left]
+        return facts
 
     def _answered(self, facts: Tensor, flat: Tensor) -> Tensor:
         """[F] bool: which of these facts the model itself answers in all their contexts."""
@@ -405,7 +420,7 @@ class NeuronFit:
             ):
                 # Neurons act on whole prompts when they answer.
                 began = prefix if with_gradient else None
-                scores = self._score(self.batch[rows[some]], rows[some], began, not with_gradient)
+                scores = self._score(self.batch[rows[some]], rows[some], began, True)
             if with_gradient:
                 (gradient[some],) = torch.autograd.grad(scores.losses.sum(), part)
             losses[some], right[some] = scores.losses.detach(), scores.right

@@ -59,7 +59,7 @@ from meg_kernels.scoped import seeded
 PAPER_WEIGHT_STD = 0.01
 FEWEST_STEPS, PASSES = 3000, 100  # a training may take, if nothing else is asked for
 MLP_WIDTH = 1024
-RIDGE = 300.0  # in SmolLM2 a third of it makes no difference
+RIDGE = 30.0  # in SmolLM2, from 512 facts to 6,016, more facts are answered than with 100 or 300
 
 _Config = TypeVar("_Config", bound="NetworkGeneratorConfig")
 
