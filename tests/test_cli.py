@@ -42,10 +42,12 @@ from meg_kernels.cli import commands, tables
 from meg_kernels.editing.contexts import FITTED, TEMPLATE
 from meg_kernels.editing.distill import Distillation, Quality
 from meg_kernels.editing.evaluate import METRICS
+from meg_kernels.routing.generators import NetworkGeneratorConfig
 from meg_kernels.routing.manifest import sealed
 
 EDITED = FACTS[:4]
 COMMANDS = (
+    "prepare",
     "edit",
     "list",
     "add",
@@ -69,10 +71,8 @@ def tiny_settings(tmp_path_factory):
 
     def configure(**given) -> EditorConfig:
         chosen = given["generator"]
-        tiny = GENERATORS[chosen.kind]
-        if chosen.kind != "bank":
-            tiny = tiny.with_training(seed=chosen.training.seed)
-        given["generator"] = tiny
+        if isinstance(chosen, NetworkGeneratorConfig):
+            given["generator"] = GENERATORS[chosen.kind].with_training(seed=chosen.training.seed)
         return EditorConfig(
             **(given | {"collection": CONFIG.collection, "encoder_tuning": CONFIG.encoder_tuning})
         )
@@ -173,6 +173,10 @@ def test_the_package_runs_as_a_module():
         [sys.executable, "-m", "meg_kernels.cli", "--help"], capture_output=True, text=True
     )
     assert ran.returncode == 0 and "Usage:" in ran.stdout, ran.stderr
+
+
+def test_the_version_is_shown():
+    assert run("--version").strip() == f"meg-kernels {meg_kernels.__version__}"
 
 
 def test_the_help_lists_all_commands():
@@ -393,6 +397,48 @@ def test_facts_are_removed_by_id_or_query(edited, tmp_path, monkeypatch, capsys)
     assert MeGEditor.from_pretrained(out).facts == [EDITED[1], EDITED[3]]
 
 
+@pytest.fixture(scope="module")
+def prepared(models, tuning_file, tmp_path_factory):
+    """A folder with what `meg prepare` saves, and what it printed."""
+    folder = tmp_path_factory.mktemp("prepared")
+    write_facts(folder / "learnt.jsonl", [dataclasses.replace(f, locality=()) for f in FACTS[5:7]])
+    (_, model, *encoder) = models
+    arguments = ("--facts", folder / "learnt.jsonl", "--tuning", tuning_file, "--layer", 1)
+    shown = run("prepare", model, *encoder, *arguments, "--out", folder / "prepared")
+    return folder / "prepared", shown
+
+
+def test_what_is_prepared_edits_facts_into_other_folders(prepared, facts_file, tmp_path):
+    folder, shown = prepared
+    assert "2 of 2 facts learnt" in shown and f"--prepared {folder}" in " ".join(shown.split())
+    before = sorted(path.name for path in folder.iterdir())
+    shown = run("edit", facts_file, "--prepared", folder, "--out", tmp_path / "edited")
+    assert f"{len(EDITED)} facts are edited" in shown and "meg ask" in shown
+    loaded = MeGEditor.from_pretrained(tmp_path / "edited")
+    assert loaded.generate([f.query for f in EDITED], 5) == [f.answer for f in EDITED]
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert "0 facts" in run("list", folder)
+
+
+@pytest.mark.parametrize("option", ["--layer=1", "--generator=bank", "--no-snap", "--seed=3"])
+def test_what_was_decided_when_it_was_prepared_is_not_asked_again(
+    prepared, facts_file, tmp_path, monkeypatch, capsys, option
+):
+    arguments = ("edit", facts_file, "--prepared", prepared[0], "--out", tmp_path / "no", option)
+    said = fails(monkeypatch, capsys, *arguments)
+    name = option.removeprefix("--no-").removeprefix("--").partition("=")[0]
+    assert f"--{name} was decided by what --prepared names" in " ".join(said.split())
+    assert not (tmp_path / "no").exists()
+
+
+def test_an_edited_model_is_not_what_was_prepared(
+    edited, facts_file, tmp_path, monkeypatch, capsys
+):
+    arguments = ("edit", facts_file, "--prepared", edited[0], "--out", tmp_path / "no")
+    said = fails(monkeypatch, capsys, *arguments)
+    assert "holds an edited model; `meg add`" in " ".join(said.split())
+
+
 def test_a_folder_of_other_things_is_refused_before_the_work(
     facts_file, models, edited, tmp_path, monkeypatch, capsys
 ):
@@ -505,7 +551,7 @@ def test_each_generator_has_a_configuration():
     for kind in commands.GeneratorKind:
         made = commands._generator_config(kind, 7)
         assert made.kind == kind.value.removesuffix("-b")
-        assert made.kind == "bank" or made.training.seed == 7
+        assert made.kind in ("bank", "hypernetwork") or made.training.seed == 7
     published = GeneratorConfig.paper().network
     big = commands._generator_config(commands.GeneratorKind.dit_b, 0)
     assert big.network == dataclasses.replace(published, condition_dropout=0.0)

@@ -60,7 +60,6 @@ from meg_kernels import (
     Router,
     TextEncoder,
 )
-from meg_kernels.editing import editor as editing
 from meg_kernels.editing import fit as fitting
 from meg_kernels.editing import stages, tuning
 from meg_kernels.editing.contexts import MEASURED
@@ -382,7 +381,7 @@ def test_edits_are_pushed_with_a_card(editor, monkeypatch):
         seen["card"] = (Path(folder) / "README.md").read_text(encoding="utf-8")
         return "there"
 
-    monkeypatch.setattr(editing, "push_to_hub", upload)
+    monkeypatch.setattr("meg_kernels.editing.kept.push_to_hub", upload)
     assert editor.push_to_hub("me/edits", private=True) == "there"
     assert {"meg.json", "README.md"} < seen["files"] and seen["private"] is True
     assert "me/edits" in seen["card"] and "5" in seen["card"]

@@ -10,8 +10,9 @@ import tiny
 import torch
 from tiny import FACTS
 
-from benchmarks.quality import hypernetwork
+from benchmarks.quality import hypernetwork, speed
 from benchmarks.quality.report import hypernetwork as table
+from benchmarks.quality.report import speed as table_of_speed
 from meg_kernels.editing.collect import collect
 
 
@@ -25,7 +26,6 @@ def test_new_facts_are_asked_with_neurons_that_were_not_fitted_for_them(
     editor, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(hypernetwork, "NEW", 3)
-    monkeypatch.setattr(hypernetwork, "LOOKED_AT", [0, 1])
     monkeypatch.setattr(hypernetwork, "TURNS", 1)
     found = hypernetwork.by_pilot(editor, FACTS, [2, 7, 9], tmp_path)
     assert [row["pilot"] for row in found["by_pilot"]] == [2, 7]
@@ -36,14 +36,19 @@ def test_new_facts_are_asked_with_neurons_that_were_not_fitted_for_them(
     assert found["fitted"]["in_all"] == 1.0
     study = {"data": "tiny", "rows": found.pop("by_pilot"), **found}
     study["turns"] = hypernetwork.in_turns(editor, FACTS)
+    sets = {"one": FACTS, "other": FACTS[::-1]}
+    study["across"] = hypernetwork.across(editor, sets, tmp_path)
+    assert [(row["from"], row["to"], row["pilot"]) for row in study["across"]] == [
+        (one, other, 7) for one in sets for other in sets
+    ]
     text = table({"hypernetwork": [json.loads(json.dumps(study))]}, tmp_path)
     assert "| fitted themselves | 1.000 | 1.000 | 1.000 | 1.000 |" in text
+    assert "| one, 7 facts | other |" in text and "ahead by 1 nats" in text
     assert "10 facts take" in text and (tmp_path / "hypernetwork.png").exists()
     assert table({"hypernetwork": []}, tmp_path) == ""
 
 
-def test_margins_are_those_of_each_context(editor, monkeypatch):
-    monkeypatch.setattr(hypernetwork, "LOOKED_AT", [0, 1])
+def test_margins_are_those_of_each_context(editor):
     config = dataclasses.replace(editor.config.collection, pilot=None)
     found = collect(editor.prompted, editor.attached, FACTS[:4], config)
     asked = hypernetwork.New(editor, FACTS[:4])
@@ -58,3 +63,27 @@ def test_what_slips_through_is_taken_and_wrong_elsewhere():
     right = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
     found = hypernetwork.slips(margins, right, 1.0)
     assert found == {"least": 1.0, "taken": pytest.approx(2 / 3), "wrong": pytest.approx(1 / 3)}
+
+
+def test_editing_is_timed_and_its_generators_compared(monkeypatch):
+    monkeypatch.setattr(speed, "GENERATORS", {"bank": lambda: tiny.GENERATORS["bank"]})
+    monkeypatch.setattr(speed, "EditorConfig", lambda generator: tiny_config(generator))
+    monkeypatch.setattr(speed.MeGEditor, "for_model", lambda name, config: tiny.make_editor(config))
+    monkeypatch.setattr(
+        "meg_kernels.editing.tuning.shipped_unrelated_queries", lambda: tiny.UNRELATED
+    )
+    alone = [dataclasses.replace(fact, locality=()) for fact in FACTS]
+    row = speed.run(alone[:7], alone[7:9], ["bank"], tuning=tiny.OTHER_FACTS)
+    assert row["facts"] == 7 and row["way"] == "from the start" and row["learnt"] == 7
+    assert row["seconds"] > sum(row["stages"].values()) * 0.99 and row["peak_mib"] > 100
+    assert [made["generator"] for made in row["generators"]] == ["hypernetwork", "bank"]
+    for made in row["generators"]:
+        assert made["snapped"]["reliability_ag"] == 1.0 and made["bytes"] > 7 * 64
+    assert row["added"]["facts"] == 2
+    text = table_of_speed({"speed": [{"rows": [row], "threads": 2}]}, None)
+    assert "| 7 | from the start |" in text and "| 7 | bank |" in text
+
+
+def tiny_config(generator):
+    collection = dataclasses.replace(tiny.BANK.collection, pilot=2, max_steps=200)
+    return dataclasses.replace(tiny.BANK, collection=collection, generator=generator)

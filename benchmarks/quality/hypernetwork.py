@@ -5,7 +5,8 @@
 CounterFact facts are collected as `meg edit` does it. From the first 128, 256, ... of them a
 hypernetwork is fitted, which then predicts the neurons of 128 facts that it never saw. These are
 asked in each context, with no step of SGD; and in the template their paraphrases are, beside the
-same facts' fitted neurons.
+same facts' fitted neurons. So are ZsRE's facts, with CounterFact's hypernetwork, and the other way
+round.
 
 Then the same facts are collected both ways, with a hypernetwork and without, in turns.
 
@@ -30,19 +31,26 @@ from torch import Tensor
 from benchmarks.quality.kept import kept
 from meg_kernels import Fact, MeGEditor
 from meg_kernels.editing.answered import answers_with
-from meg_kernels.editing.collect import Said, collect, collectable, fit_neurons
-from meg_kernels.editing.hypernetwork import Hypernetwork, said_by
+from meg_kernels.editing.collect import (
+    Foresight,
+    collect,
+    collectable,
+    fit_neurons,
+    tried_in_order,
+)
+from meg_kernels.editing.hypernetwork import known_answers
 from meg_kernels.editing.neuron_fit import SURE
 from meg_kernels.facts import read_facts
 from meg_kernels.neuron import Neurons
 from meg_kernels.pretrained import SMOLLM2
+from meg_kernels.routing.generators import HypernetworkGenerator
+from meg_kernels.routing.ridge import said
 from meg_kernels.storage import write_json
 
 RESULT = Path(__file__).parents[1] / "results" / "hypernetwork.json"
 NEW = 128  # facts that are never fitted but to compare with
 TIMED = 256  # facts that are collected both ways
 TURNS = 2
-LOOKED_AT = [2, 3]  # contexts that are furthest from the others: raw, and a chat
 
 
 def drawn(path: Path, count: int) -> list[Fact]:
@@ -109,52 +117,95 @@ class New:
         margins = self.margins(neurons)
         right = (margins > 0).double()
         names = [context.name for context in self.contexts]
+        order, tried = tried_in_order(self.contexts)
         paraphrased = self.paraphrases(neurons[self.owners], torch.arange(len(self.owners)))
         return {
             "answered": dict(zip(names, right.mean(0).tolist(), strict=True)),
             "in_all": right.amin(1).mean().item(),
             "surely_in_all": (margins.amin(1) >= SURE).double().mean().item(),
             "paraphrases": paraphrased.double().mean().item(),
-            "in_two": [slips(margins[:, LOOKED_AT], right, least) for least in (1.0, 2.0, 3.0)],
+            "tried": [slips(margins[:, order[:tried]], right, least) for least in (0.0, SURE)],
         }
+
+
+class Learnt:
+    """Facts whose neurons were collected, from which hypernetworks learn; and what facts say.
+
+    Args:
+        editor: of the language model.
+        facts: that are collected.
+        work: keeps what was collected.
+    """
+
+    def __init__(self, editor: MeGEditor, facts: Sequence[Fact], work: Path):
+        self.editor, config = editor, editor.config.collection
+        targets = collectable(editor.prompted, editor.attached, facts, config)
+        self.said = self.says(facts)
+        self.collection = fit_neurons(
+            editor.prompted,
+            editor.attached,
+            targets,
+            config,
+            foresight=Foresight(self.said),
+            work_folder=work,
+            progress=True,
+        )
+
+    def says(self, facts: Sequence[Fact]) -> Tensor:
+        """[N, features] what facts say."""
+        encoder = self.editor.router.encoder
+        conditions = encoder.encode([fact.query for fact in facts]).cpu()
+        return said(conditions, known_answers(self.editor.prompted, encoder, facts))
+
+    def told(self, facts: Sequence[Fact], pilot: int) -> Neurons:
+        """The neurons of other facts, as the first ones of these tell them."""
+        known = Foresight(self.said)
+        made: HypernetworkGenerator = known.learnt(range(pilot), self.collection.neurons[:pilot])
+        return made.generate(self.says(facts))
 
 
 def by_pilot(editor: MeGEditor, facts: list[Fact], pilots: Sequence[int], work: Path) -> Any:
     """What hypernetworks that were fitted on so many facts tell of new ones."""
-    config = editor.config.collection
-    prompted, attached, encoder = editor.prompted, editor.attached, editor.router.encoder
-    new, others = facts[:NEW], facts[NEW:]
-    targets = collectable(prompted, attached, facts, config)
-    said = said_by(prompted, encoder, facts, [pairs[0][1] for pairs in targets])
-    collection = fit_neurons(
-        prompted,
-        attached,
-        targets[NEW:],
-        config,
-        said=Said(said[NEW:]),
-        work_folder=work,
-        progress=True,
-    )
-    asked = New(editor, new)
-    flat = attached.layout.pack(collection.neurons)
-    rows = []
-    for pilot in (each for each in pilots if each <= len(others)):
+    new, learnt = facts[:NEW], Learnt(editor, facts[NEW:], work)
+    asked, rows = New(editor, new), []
+    for pilot in (each for each in pilots if each <= len(learnt.said)):
         started = time.perf_counter()
-        made = Hypernetwork.fitted(said[NEW : NEW + pilot], flat[:pilot])
-        neurons = attached.layout.unpack(made(said[:NEW]))
+        neurons = learnt.told(new, pilot)
         seconds = time.perf_counter() - started
         rows.append({"pilot": pilot, "fitted_in": seconds, **asked.shares(neurons)})
         print(json.dumps(rows[-1]), flush=True)
-    fitted = collect(prompted, attached, new, dataclasses.replace(config, pilot=None))
+    config = dataclasses.replace(editor.config.collection, pilot=None)
+    fitted = collect(editor.prompted, editor.attached, new, config)
+    collection = learnt.collection
     stepped = collection.steps > 0
     return {
-        "facts": len(others),
+        "facts": len(learnt.said),
         "learnt": int(collection.learnt.sum()),
         "without_a_step": 1 - stepped.double().mean().item(),
         "steps": collection.steps.double().mean().item(),
         "by_pilot": rows,
         "fitted": asked.shares(fitted.neurons),
     }
+
+
+def across(editor: MeGEditor, sets: dict[str, list[Fact]], work: Path) -> list[dict[str, Any]]:
+    """What a hypernetwork of one set of facts tells of new facts of another.
+
+    Args:
+        editor: of the language model.
+        sets: facts by their names, the new ones first.
+        work: keeps what was collected.
+    """
+    rows = []
+    for one, facts in sets.items():
+        learnt = Learnt(editor, facts[NEW:], work)
+        for other in sets:
+            new = sets[other][:NEW]
+            neurons = learnt.told(new, len(learnt.said))
+            shares = New(editor, new).shares(neurons)
+            rows.append({"from": one, "pilot": len(learnt.said), "to": other, **shares})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
 
 
 def in_turns(editor: MeGEditor, facts: list[Fact]) -> dict[str, Any]:
@@ -188,6 +239,10 @@ def main() -> None:
     content = kept(RESULT, "hypernetwork") | {"data": "CounterFact"}
     content |= by_pilot(editor, facts, pilots, options.work)
     content["rows"] = content.pop("by_pilot")
+    write_json(RESULT, content)
+    zsre = drawn(options.data / "zsre_1000.json", options.facts)
+    sets = {"CounterFact": facts, "ZsRE": zsre}
+    content["across"] = across(editor, sets, options.work)
     write_json(RESULT, content)
     if not options.no_turns:
         content["turns"] = in_turns(editor, facts[NEW : NEW + TIMED])

@@ -562,8 +562,74 @@ def hypernetwork(studies: Studies, plots: Path) -> str:
                 f"hypernetwork and {turns['seconds_without']:.3f} s without, on "
                 f"{turns['threads']} threads."
             )
+        tried = [
+            {
+                "learnt from": str(row["pilot"]),
+                **{
+                    f"{what}, ahead by {slip['least']:g} nats": share(slip[key])
+                    for slip in row["tried"]
+                    for what, key in (("taken", "taken"), ("of all, wrong elsewhere", "wrong"))
+                },
+            }
+            for row in study["rows"]
+        ]
         parts += [markdown(title, lines), image(plot), text]
+        parts.append(
+            markdown("Tried in one context of each form: taken, and what slips through", tried)
+        )
+        if across := study.get("across"):
+            lines = [
+                {
+                    "learnt from": f"{row['from']}, {row['pilot']} facts",
+                    "new facts of": row["to"],
+                    **{f"in {name}": share(answered) for name, answered in row["answered"].items()},
+                    "in all": share(row["in_all"]),
+                    "paraphrases": share(row["paraphrases"]),
+                }
+                for row in across
+            ]
+            parts.append(markdown("From one data set to another, with no step", lines))
     return paragraphs(*parts)
+
+
+def speed(studies: Studies, plots: Path) -> str:
+    """How long editing takes with a hypernetwork, and what the generators make of its neurons."""
+    parts = []
+    for study in studies["speed"]:
+        rows = [
+            {
+                "facts": f"{row['facts']:,}",
+                "way": row["way"],
+                "seconds": f"{row['seconds']:.0f}",
+                **{f"{stage}": f"{row['stages'].get(stage, 0.0):.0f}" for stage in SPEED_STAGES},
+                "predicted": share((row["predicted"] or 0) / row["facts"]),
+                "peak memory": f"{row['peak_mib']:,.0f} MiB",
+                f"adding {row['added']['facts']}": f"{row['added']['seconds']:.1f} s",
+            }
+            for row in study["rows"]
+            if row["predicted"] is not None
+        ]
+        title = f"CounterFact facts edited, from file to saved model, {study['threads']} threads"
+        parts.append(markdown(title, rows))
+        lines = []
+        for row in study["rows"]:
+            for made in row["generators"]:
+                one = {
+                    "facts": f"{row['facts']:,}",
+                    "generator": made["generator"],
+                    "seconds": f"{made['seconds']:.0f}",
+                    "KiB a fact": f"{made['bytes'] / row['facts'] / 1024:.1f}",
+                    "made by it": share(made["generated"] / row["facts"]),
+                }
+                for how in ("snapped", "not snapped"):
+                    for kind in ("reliability", "generality", "locality"):
+                        one[f"{kind.title()}, {how}"] = share(made[how][f"{kind}_ag"])
+                lines.append(one)
+        parts.append(markdown("Generators on the same neurons, a sample of the facts, AG", lines))
+    return paragraphs(*parts)
+
+
+SPEED_STAGES = ("encoder", "collect", "gate")
 
 
 def lengths(studies: Studies, plots: Path) -> str:
@@ -729,6 +795,7 @@ STUDIES: dict[str, Callable[[Studies, Path], str]] = {
     "talk": talk,
     "lengths": lengths,
     "hypernetwork": hypernetwork,
+    "speed": speed,
     "documents": documents,
     "languages": languages,
     "layers": layers,

@@ -58,6 +58,18 @@ app = typer.Typer(
 )
 
 
+@app.callback(invoke_without_command=True)
+def main(
+    shown: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    """Massive editing of language models by dynamic weight generation."""
+    if shown:
+        console.print(f"meg-kernels {_version('meg-kernels')}", highlight=False)
+        raise typer.Exit
+
+
 _READ_FACTS = ("limit", "on_conflict", "zsre_target")  # options that say how facts are read
 
 
@@ -247,8 +259,8 @@ RequireSubject = Annotated[
 
 
 @app.command(
-    epilog="**Examples:** `meg edit facts.jsonl --model smollm2 --out edited`, "
-    "`meg edit facts.jsonl --prepared prepared --out edited`"
+    epilog="**Example:** `meg edit facts.jsonl --model smollm2 --out edited`; or, with what `meg "
+    "prepare` saved, `meg edit facts.jsonl --prepared prepared --out edited`"
 )
 def edit(
     context: typer.Context,
@@ -887,7 +899,7 @@ def _only_with(context: typer.Context, option: str, *allowed: str) -> None:
         source = context.get_parameter_source(name)
         given = source is not None and source.name == "COMMANDLINE"
         if given and name not in (option, *allowed):
-            raise typer.BadParameter(
+            raise ValueError(
                 f"--{name.replace('_', '-')} was decided by what --{option} names; leave it out"
             )
 

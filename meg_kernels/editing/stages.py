@@ -39,6 +39,7 @@ from meg_kernels.editing.trial import AnswersRight
 from meg_kernels.editing.tuning import (
     Stopwatch,
     calibrated_gate,
+    check_any,
     regated,
     tuned_router,
 )
@@ -213,7 +214,12 @@ class Stages:
         return dataclasses.replace(edits, generated=generated)
 
     def replaced(self, before: Edits, config: GeneratorConfig) -> Edits:
-        """`before` with another generator, trained from the start on the neurons of all facts."""
+        """`before` with another generator, trained from the start on the neurons of all facts.
+
+        Raises:
+            RuntimeError: there are none.
+        """
+        check_any(before)
         stopwatch = Stopwatch()
         generator = self._built(config)
         answers = None

@@ -288,8 +288,19 @@ def _calibrated_by_name(held_out: HeldOut, num_edited: int, config: EditorConfig
     )
 
 
+def check_any(edits: Edits) -> None:
+    """Refuse edits without facts, RuntimeError: nothing can be calibrated or trained for none."""
+    if not len(edits):
+        raise RuntimeError("no facts are edited yet, this is only prepared; add some first")
+
+
 def with_gate(edits: Edits, config: EditorConfig, progress: bool) -> Edits:
-    """Edits with another gate, as `calibrated_gate` makes it."""
+    """Edits with another gate, as `calibrated_gate` makes it.
+
+    Raises:
+        RuntimeError: there are no facts, as `prepare` leaves it.
+    """
+    check_any(edits)
     gate, calibration = calibrated_gate(
         edits.facts, edits.conditions, edits.held_out, config, progress
     )
