@@ -10,9 +10,9 @@ import tiny
 import torch
 from tiny import FACTS
 
-from benchmarks.quality import hypernetwork, speed
+from benchmarks.quality import editing, hypernetwork
+from benchmarks.quality.report import editing as table_of_editing
 from benchmarks.quality.report import hypernetwork as table
-from benchmarks.quality.report import speed as table_of_speed
 from meg_kernels.editing.collect import collect
 
 
@@ -66,21 +66,23 @@ def test_what_slips_through_is_taken_and_wrong_elsewhere():
 
 
 def test_editing_is_timed_and_its_generators_compared(monkeypatch):
-    monkeypatch.setattr(speed, "GENERATORS", {"bank": lambda: tiny.GENERATORS["bank"]})
-    monkeypatch.setattr(speed, "EditorConfig", lambda generator: tiny_config(generator))
-    monkeypatch.setattr(speed.MeGEditor, "for_model", lambda name, config: tiny.make_editor(config))
+    monkeypatch.setattr(editing, "GENERATORS", {"bank": lambda: tiny.GENERATORS["bank"]})
+    monkeypatch.setattr(editing, "EditorConfig", lambda generator: tiny_config(generator))
+    monkeypatch.setattr(
+        editing.MeGEditor, "for_model", lambda name, config: tiny.make_editor(config)
+    )
     monkeypatch.setattr(
         "meg_kernels.editing.tuning.shipped_unrelated_queries", lambda: tiny.UNRELATED
     )
     alone = [dataclasses.replace(fact, locality=()) for fact in FACTS]
-    row = speed.run(alone[:7], alone[7:9], ["bank"], tuning=tiny.OTHER_FACTS)
+    row = editing.run(alone[:7], alone[7:9], ["bank"], tuning=tiny.OTHER_FACTS)
     assert row["facts"] == 7 and row["way"] == "from the start" and row["learnt"] == 7
     assert row["seconds"] > sum(row["stages"].values()) * 0.99 and row["peak_mib"] > 100
     assert [made["generator"] for made in row["generators"]] == ["hypernetwork", "bank"]
     for made in row["generators"]:
         assert made["snapped"]["reliability_ag"] == 1.0 and made["bytes"] > 7 * 64
     assert row["added"]["facts"] == 2
-    text = table_of_speed({"speed": [{"rows": [row], "threads": 2}]}, None)
+    text = table_of_editing({"editing": [{"rows": [row], "threads": 2}]}, None)
     assert "| 7 | from the start |" in text and "| 7 | bank |" in text
 
 

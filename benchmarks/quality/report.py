@@ -592,16 +592,16 @@ def hypernetwork(studies: Studies, plots: Path) -> str:
     return paragraphs(*parts)
 
 
-def speed(studies: Studies, plots: Path) -> str:
+def editing(studies: Studies, plots: Path) -> str:
     """How long editing takes with a hypernetwork, and what the generators make of its neurons."""
     parts = []
-    for study in studies["speed"]:
+    for study in studies["editing"]:
         rows = [
             {
                 "facts": f"{row['facts']:,}",
                 "way": row["way"],
                 "seconds": f"{row['seconds']:.0f}",
-                **{f"{stage}": f"{row['stages'].get(stage, 0.0):.0f}" for stage in SPEED_STAGES},
+                **{f"{stage}": f"{row['stages'].get(stage, 0.0):.0f}" for stage in EDITING_STAGES},
                 "predicted": share((row["predicted"] or 0) / row["facts"]),
                 "peak memory": f"{row['peak_mib']:,.0f} MiB",
                 f"adding {row['added']['facts']}": f"{row['added']['seconds']:.1f} s",
@@ -629,7 +629,7 @@ def speed(studies: Studies, plots: Path) -> str:
     return paragraphs(*parts)
 
 
-SPEED_STAGES = ("encoder", "collect", "gate")
+EDITING_STAGES = ("encoder", "collect", "gate")
 
 
 def lengths(studies: Studies, plots: Path) -> str:
@@ -795,7 +795,7 @@ STUDIES: dict[str, Callable[[Studies, Path], str]] = {
     "talk": talk,
     "lengths": lengths,
     "hypernetwork": hypernetwork,
-    "speed": speed,
+    "editing": editing,
     "documents": documents,
     "languages": languages,
     "layers": layers,

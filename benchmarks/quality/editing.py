@@ -1,6 +1,6 @@
 """How long it takes to edit facts, and what is edited then: by way, generator and number of facts.
 
-    python -m benchmarks.quality.speed --data ../shared/data --facts 1000 [--prepared FOLDER]
+    python -m benchmarks.quality.editing --data ../shared/data --facts 1000 [--prepared FOLDER]
         [--edited FOLDER] [--generators dit,bank]
 
 The first CounterFact facts are edited with a hypernetwork as their generator, from the start or
@@ -8,7 +8,7 @@ with what `meg prepare` saved, and the result is saved; or it is loaded, if `meg
 Then the generator is replaced, on the same collected neurons. Each time a sample of the facts is
 evaluated, with snapping and without. At last 64 facts that are not among them are added.
 
-Adds a row to benchmarks/results/speed.json.
+Adds a row to benchmarks/results/editing.json.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from meg_kernels.facts import read_facts
 from meg_kernels.pretrained import SMOLLM2
 from meg_kernels.storage import write_json
 
-RESULT = Path(__file__).parents[1] / "results" / "speed.json"
-ASKED = 300  # facts that are evaluated
+RESULT = Path(__file__).parents[1] / "results" / "editing.json"
+ASKED = 200  # facts that are evaluated
 ADDED = 64
 GENERATORS = {"dit": GeneratorConfig.dit, "bank": GeneratorConfig.bank}
 
@@ -148,7 +148,7 @@ def main() -> None:
     others = [fact for fact in others if fact.normalized_query not in names]
     generators = [kind for kind in options.generators.split(",") if kind]
     row = run(facts, others, generators, options.prepared, options.edited)
-    content = kept(RESULT, "speed")
+    content = kept(RESULT, "editing")
     same = [r for r in content["rows"] if (r["facts"], r["way"]) != (row["facts"], row["way"])]
     content["rows"] = sorted([*same, row], key=lambda r: (r["facts"], r["way"]))
     write_json(RESULT, content)
