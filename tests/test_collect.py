@@ -37,10 +37,10 @@ def build(tiny_model, tokenizer):
     )
 
 
-def is_answered(model, tokenizer, fact, neuron, template=None) -> bool:
+def is_answered(model, tokenizer, fact, neuron, template=None, contexts=CONFIG.contexts) -> bool:
     """Whether each context's target tokens are all the argmax of a physically wider model."""
     wide = widened(model, LAYER, neuron)
-    for context in CONFIG.contexts:
+    for context in contexts:
         wording = context.wording(fact.query)
         prompt = tokenizer((template or PromptTemplate()).format(wording)).input_ids
         target = [*tokenizer(f" {fact.answer}.").input_ids, tokenizer.eos_token_id]
@@ -198,17 +198,18 @@ def test_values_are_lengthened_by_the_overshoot_where_the_fact_survives_it(
     build, tokenizer, monkeypatch
 ):
     monkeypatch.setattr(neuron_fit, "FIRM", -torch.inf)  # no further steps where it does not
-    model = build()
+    model, one = build(), CONFIG.contexts[:1]
+    config = dataclasses.replace(CONFIG, contexts=one)
     plain, longer = (
-        collected(model, tokenizer, config=dataclasses.replace(CONFIG, overshoot=overshoot))
+        collected(model, tokenizer, config=dataclasses.replace(config, overshoot=overshoot))
         for overshoot in (1.0, 4.0)
     )
     assert torch.equal(plain.neurons.key, longer.neurons.key)
     scaled = [
-        is_answered(model, tokenizer, fact, dataclasses.replace(neuron, value=4 * neuron.value))
-        or not plain.learnt[i]
+        is_answered(model, tokenizer, fact, longest, contexts=one) or not plain.learnt[i]
         for i, fact in enumerate(FACTS)
         for neuron in [plain.neurons[i : i + 1]]
+        for longest in [dataclasses.replace(neuron, value=4 * neuron.value)]
     ]
     assert 0 < sum(scaled) < len(FACTS)
     factor = torch.where(torch.tensor(scaled), 4.0, 1.0).unsqueeze(1)

@@ -13,7 +13,7 @@ from tiny import CONTEXTS, FACTS, LAYER, make_encoder, make_language_model, make
 
 from meg_kernels import EditorConfig, Fact, GeneratorConfig, MeGEditor
 from meg_kernels.editing import neuron_fit
-from meg_kernels.editing.collect import Foresight, collect, tried_in_order
+from meg_kernels.editing.collect import Foresight, collect, one_of_each_form
 from meg_kernels.editing.contexts import FITTED, Context
 from meg_kernels.editing.hypernetwork import known_answers
 from meg_kernels.editing.neuron_fit import CollectionConfig
@@ -233,8 +233,8 @@ def test_where_rounding_could_decide_the_model_is_asked_as_it_is(prompted, monke
     """Margins that are wrong by far are not believed where they are called unsure."""
     look = neuron_fit.NeuronFit._look
 
-    def wrong(fit, facts, values, turn, with_gradient):
-        looked = look(fit, facts, values, turn, with_gradient)
+    def wrong(fit, facts, values, context, with_gradient):
+        looked = look(fit, facts, values, context, with_gradient)
         return looked if with_gradient else dataclasses.replace(looked, margins=-looked.margins)
 
     sound = collected(prompted, config=dataclasses.replace(CONFIG, max_steps=200))
@@ -296,10 +296,10 @@ def test_wild_predictions_are_given_up_for_the_common_start(prompted, monkeypatc
     assert found.learnt.sum() >= plain.learnt.sum() - 1 and plain.learnt.sum() >= 8
 
 
-def test_one_context_of_each_form_is_tried_first():
-    assert tried_in_order(FITTED) == ([0, 2, 3, 1], 3)
-    assert tried_in_order([Context("a"), Context("b"), Context("c", "raw")]) == ([0, 2, 1], 2)
-    assert tried_in_order([Context("a")]) == ([0], 1)
+def test_one_context_of_each_form_is_tried():
+    assert one_of_each_form(FITTED) == [0, 2, 3]
+    assert one_of_each_form([Context("a"), Context("b"), Context("c", "raw")]) == [0, 2]
+    assert one_of_each_form([Context("a")]) == [0]
 
 
 @pytest.mark.parametrize("sure", [0.0, 1e9])
@@ -313,10 +313,10 @@ def test_a_sure_prediction_is_not_tried_in_two_contexts_of_one_form(prompted, mo
     monkeypatch.setattr(neuron_fit, "SURE", sure)
     looks, look = [], neuron_fit.NeuronFit._look
 
-    def noting(fit, facts, values, turn, with_gradient):
+    def noting(fit, facts, values, context, with_gradient):
         if fit.predicted is not None:
-            looks.append((turn, with_gradient))
-        return look(fit, facts, values, turn, with_gradient)
+            looks.append((context, with_gradient))
+        return look(fit, facts, values, context, with_gradient)
 
     monkeypatch.setattr(neuron_fit.NeuronFit, "_look", noting)
     found = collected(prompted, FACTS[:9], config, encoder=encoder, initial=plain.initial)
@@ -430,8 +430,15 @@ def test_facts_are_added_changed_removed_and_learnt(hyper):
     assert sum(answered(editor, left)) >= 8
     editor.add([dataclasses.replace(ALONE[4], answer="red")], replace=True)
     assert editor.generate([ALONE[4].query], tiny.MOST) == ["red"]
-    editor.train()
-    assert sum(answered(editor, editor.facts)) == int(editor.edits.learnt.sum())
+    edits = editor.edits
+    editor.train()  # a hypernetwork stays as it is
+    assert editor.edits is edits
+    editor.remove([])
+    assert editor.edits is edits
+    editor.remove(editor.facts)
+    assert editor.facts == [] and editor.edits.generator is before
+    editor.add(more)
+    assert all(answered(editor, more))
 
 
 def test_without_snapping_it_is_asked_with_the_querys_own_condition(hyper, monkeypatch):
@@ -459,6 +466,36 @@ def test_facts_with_one_query_and_other_answers_are_told_apart_in_the_cache(hype
     assert len({*dataclasses.replace(edits, conditions=same).keys}) == len(
         {fact.answer for fact in ALONE}
     )
+
+
+def test_without_snapping_a_changed_answer_is_not_the_cached_one(hyper):
+    hyper.router.config = dataclasses.replace(hyper.router.config, snap=False)
+    every = torch.ones(len(ALONE), dtype=torch.bool)
+    edits = dataclasses.replace(hyper.edits, generated=every)
+    hyper.router.put(edits)
+    first, _ = hyper.router.neurons(hyper.route([ALONE[0].query]))
+    other = dataclasses.replace(ALONE[0], answer="gold")
+    answers = known_answers(hyper.prompted, hyper.encoder, [other, *ALONE[1:]])
+    changed = dataclasses.replace(edits, facts=(other, *ALONE[1:]), answers=answers)
+    hyper.router.put(changed)
+    second, _ = hyper.router.neurons(hyper.route([ALONE[0].query]))
+    assert not torch.equal(first.value, second.value)
+
+
+def test_work_of_another_hypernetwork_is_not_called_told(prompted, monkeypatch, tmp_path):
+    encoder, config = make_encoder(), dataclasses.replace(CONFIG, max_steps=200)
+    plain = collected(prompted, config=config)
+    conditions = encoder.encode([fact.query for fact in FACTS])
+    memory = Memory(said(conditions, known_answers(prompted, encoder, FACTS)), plain.neurons)
+    monkeypatch.setattr(neuron_fit, "SURE", 0.0)
+    given = {"encoder": encoder, "initial": plain.initial, "work_folder": tmp_path}
+    monkeypatch.setattr(Foresight, "learnt", lambda *args: memory)
+    once = collected(prompted, config=config, **given)
+    again = collected(prompted, config=config, **given)
+    assert once.told.sum() > 0 and torch.equal(again.told, once.told)
+    guessing(monkeypatch, lambda known, n: known.mean(0).expand(n, -1))
+    found = collected(prompted, config=config, **given)
+    assert torch.equal(flat(found), flat(once)) and not found.told.any()
 
 
 def test_another_generator_takes_its_place_and_gives_it_back(hyper):

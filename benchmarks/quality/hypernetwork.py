@@ -36,7 +36,7 @@ from meg_kernels.editing.collect import (
     collect,
     collectable,
     fit_neurons,
-    tried_in_order,
+    one_of_each_form,
 )
 from meg_kernels.editing.hypernetwork import known_answers
 from meg_kernels.editing.neuron_fit import SURE
@@ -117,14 +117,14 @@ class New:
         margins = self.margins(neurons)
         right = (margins > 0).double()
         names = [context.name for context in self.contexts]
-        order, tried = tried_in_order(self.contexts)
+        tried = one_of_each_form(self.contexts)
         paraphrased = self.paraphrases(neurons[self.owners], torch.arange(len(self.owners)))
         return {
             "answered": dict(zip(names, right.mean(0).tolist(), strict=True)),
             "in_all": right.amin(1).mean().item(),
             "surely_in_all": (margins.amin(1) >= SURE).double().mean().item(),
             "paraphrases": paraphrased.double().mean().item(),
-            "tried": [slips(margins[:, order[:tried]], right, least) for least in (0.0, SURE)],
+            "tried": [slips(margins[:, tried], right, least) for least in (0.0, SURE)],
         }
 
 

@@ -70,9 +70,6 @@ def main(
         raise typer.Exit
 
 
-_READ_FACTS = ("limit", "on_conflict", "zsre_target")  # options that say how facts are read
-
-
 class Dtype(str, Enum):
     """Data types of the language model's weights."""
 
@@ -304,6 +301,8 @@ def edit(
         _only_with(
             context, "prepared", "facts", "out", "limit", "on_conflict", "zsre_target", "device"
         )
+        if out.resolve() == prepared.resolve():
+            raise ValueError(f"choose another folder than {prepared} for the edited model")
         with changing(context, out, prepared) as change:
             editor = _load(prepared, device)
             if editor.facts:
@@ -696,11 +695,11 @@ def train(
             training = editor.replace_generator(config, work_folder=change.work, progress=True)
         change.save(editor)
     if editor.edits is before:
-        console.print("the generator already makes all neurons; --generator trains another one")
+        console.print("the generator learns nothing further; --generator trains another one")
     else:
         seconds = editor.edits.report.seconds["generator"]
         if generator is None:  # trained further: these are with those that it had taken before
-            seconds -= before.report.seconds["generator"]
+            seconds -= before.report.seconds.get("generator", 0.0)
         console.print(f"{training_text(training)}, in {seconds:.1f} s", highlight=False)
     print_saved(editor, out)
 
@@ -900,7 +899,7 @@ def _only_with(context: typer.Context, option: str, *allowed: str) -> None:
         given = source is not None and source.name == "COMMANDLINE"
         if given and name not in (option, *allowed):
             raise ValueError(
-                f"--{name.replace('_', '-')} was decided by what --{option} names; leave it out"
+                f"leave out --{name.replace('_', '-')}, which --{option} decides or has no use for"
             )
 
 

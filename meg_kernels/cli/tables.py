@@ -100,7 +100,7 @@ def print_saved(editor: MeGEditor, out: Path) -> None:
     if left := editor.router.num_left_to_base:
         console.print(f"not learnt, so that the base model answers for them: {left} of them")
     waiting = editor.edits.num_waiting
-    if waiting and not editor.config.generator.knows_answers:
+    if waiting and not editor.edits.is_hypernetworks:
         console.print(
             f"answered by collected neurons until the generator learns theirs: {waiting} of them; "
             f"{shlex.join(['meg', 'train', str(out)])}",

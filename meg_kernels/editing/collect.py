@@ -55,6 +55,7 @@ from meg_kernels.text_encoder import TextEncoder
 GROWN = 1.5  # times as many facts as it learnt from, and a hypernetwork learns again
 FEWEST_PREDICTED = 16  # facts added at once, from which on it pays to learn from those before
 MOST_BEFORE = 1024  # of them
+SAME = 1e-4  # relative distance of neurons that count as one
 MOST_BATCHES = 4  # looked at together, where few facts take steps
 INITIAL_FACTS = 8  # whose prompts decide the initial neuron; one direction needs no more
 
@@ -65,7 +66,8 @@ class Collection:
 
     Args:
         neurons: N neurons, float32, on the CPU.
-        learnt: [N] bool: whether the model answers the fact with its neuron, in every context.
+        learnt: [N] bool: whether the model answers the fact with its neuron, in every context; or,
+            if it was predicted, surely in one of each form.
         steps: [N] int: SGD steps taken.
         initial: the neuron that they started from where none was predicted.
         hypernetwork: the last one that predicted neurons; None: none did.
@@ -321,7 +323,7 @@ def fit_neurons(
     lower = LowerLayers(model, attached.layer)
     contexts = config.contexts_of(prompted.tokenizer)
     prefixes = [shared_prefix(prompted, context) for context in contexts]
-    read_once, (order, tried) = ReadOnce(model, prefixes), tried_in_order(contexts)
+    read_once, tried = ReadOnce(model, prefixes), one_of_each_form(contexts)
     # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
     dtype = fast_dtype(input_device(model), model.dtype)
     is_rounded = dtype != model.dtype
@@ -333,8 +335,12 @@ def fit_neurons(
     pilot = len(targets)
     if foresight is not None and config.pilot is not None:
         pilot = 0 if foresight.is_ready else config.pilot
-    learnt_from = pilot if foresight is None or not foresight.is_ready else len(targets)
-    first, rest = _batches(targets, pilot, config.batch_size, learnt_from)
+    learnt_from = pilot
+    if foresight is not None and foresight.is_ready:
+        learnt_from = len(targets) if foresight.hypernetwork else len(foresight.others)
+    # Elsewhere the batch's size is what fits into the device's memory.
+    most = MOST_BATCHES if input_device(model).type == "cpu" else 1
+    first, rest = _batches(targets, pilot, config.batch_size, learnt_from, most)
     batches = first + rest
 
     def fit(rows: Sequence[int], predicted: Tensor | None) -> dict[str, Tensor]:
@@ -348,7 +354,7 @@ def fit_neurons(
                 batch,
                 start,
                 read_once,
-                order=order,
+                contexts=len(contexts),
                 tried=tried,
                 predicted=predicted,
                 is_rounded=is_rounded,
@@ -421,7 +427,12 @@ def fit_neurons(
             seconds_before += done["seconds"].item() if found else 0.0
             flat[rows], steps[rows] = done["flat"].cpu(), done["steps"].cpu()
             learnt[rows] = done["learnt"].cpu()
-            told[rows] = done["taken"].cpu() & learnt[rows]
+            # Found finished, it may be what another hypernetwork told.
+            same = torch.zeros(len(rows), dtype=torch.bool)
+            if predicted is not None:
+                off = (flat[rows] - predicted).norm(dim=1)
+                same = off <= SAME * predicted.norm(dim=1)
+            told[rows] = done["taken"].cpu() & learnt[rows] & same
             num_predicted += int(told[rows].sum())
             known += [row for row in rows if learnt[row] and not told[row]]
             bar.update(len(rows))
@@ -436,21 +447,20 @@ def fit_neurons(
     )
 
 
-def tried_in_order(contexts: Sequence[Context]) -> tuple[list[int], int]:
-    """The numbers of contexts, one of each form first, and how many forms there are.
+def one_of_each_form(contexts: Sequence[Context]) -> list[int]:
+    """The numbers of the contexts in which predicted neurons are tried, one of each form.
 
-    A predicted neuron that answers surely in one context of each form answers in the others: what
-    slips through was measured (benchmarks/quality/hypernetwork.py).
+    One that answers surely there answers in the others: what slips through was measured
+    (benchmarks/quality/hypernetwork.py).
     """
-    of_form: dict[str, int] = {}
+    first: dict[str, int] = {}
     for number, context in enumerate(contexts):
-        of_form.setdefault(context.form, number)
-    first = [*of_form.values()]
-    return [*first, *(i for i in range(len(contexts)) if i not in first)], len(first)
+        first.setdefault(context.form, number)
+    return [*first.values()]
 
 
 def _batches(
-    targets: Sequence[Targets], pilot: int, size: int, done: int
+    targets: Sequence[Targets], pilot: int, size: int, done: int, most: int
 ) -> tuple[list[list[int]], list[list[int]]]:
     """The rows of the pilot's facts, in batches of `size`, and of the others, in larger ones.
 
@@ -460,6 +470,7 @@ def _batches(
 
     Args:
         done: how many facts it will have learnt from before the first batch of the others.
+        most: times `size`, which batches of the others may have.
     """
     order = sorted(range(len(targets)), key=lambda i: max(len(p) + len(t) for p, t in targets[i]))
     pilot = min(pilot, len(order))
@@ -468,7 +479,7 @@ def _batches(
     rest = [row for place, row in enumerate(order) if place not in places]
     others: list[list[int]] = []
     while rest:
-        some = min(max(size, done // 2), MOST_BATCHES * size)
+        some = min(max(size, done // 2), most * size)
         others.append(rest[:some])
         rest, done = rest[some:], done + some
     return [first[i : i + size] for i in range(0, len(first), size)], others

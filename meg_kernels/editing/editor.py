@@ -178,9 +178,10 @@ class MeGEditor(KeptModel):
     ) -> EditReport:
         """Learn from facts how to edit others, which takes `add` little time then; edit none.
 
-        The generator is a hypernetwork from now on, which tells the neurons of facts that it never
-        saw: of the more, the more it learnt from. What is saved now can be loaded again for any
-        number of edited models.
+        What was edited before is gone, and `edit` would begin from the start. The generator is a
+        hypernetwork from now on, which tells the neurons of facts that it never saw: of the more,
+        the more it learnt from. What is saved now can be loaded again for any number of edited
+        models.
 
         Args:
             facts: such as those that are to be edited, a thousand or more; default: the package's,
@@ -198,10 +199,10 @@ class MeGEditor(KeptModel):
         config = dataclasses.replace(self.config, generator=GeneratorConfig.hypernetwork())
         stages = self._stages(work_folder, progress, config).checked(facts)
         # Nothing of these facts stays, so that others may be tuned with as well.
-        wordings = usable_for_tuning(tuning, (), config)
-        edits, encoder = stages.prepared(facts, wordings, unrelated)
+        wordings = usable_for_tuning(tuning, (), config, len(facts))
+        edits, encoder, report = stages.prepared(facts, wordings, unrelated)
         self._put(edits, encoder)
-        return edits.report
+        return report
 
     @one_at_a_time
     def add(
@@ -253,11 +254,17 @@ class MeGEditor(KeptModel):
             TypeError: one that is no name.
             RuntimeError: nothing is edited.
         """
-        gone = self.edits.rows_to_remove(facts)
-        if len(gone) == len(self.edits):
+        edits = self.edits
+        gone = edits.rows_to_remove(facts)
+        if not gone:
+            return
+        left = edits.without(gone)
+        if len(left):
+            self._put(regated(left, self.config, progress=False))
+        elif edits.is_hypernetworks:  # which edits others, as after `prepare`
+            self._put(left)
+        else:
             self.router.put(None)
-        elif gone:
-            self._put(regated(self.edits.without(gone), self.config, progress=False))
 
     @one_at_a_time
     def train(self, *, work_folder: str | Path | None = None, progress: bool = False) -> Training:
@@ -265,7 +272,8 @@ class MeGEditor(KeptModel):
 
         Nothing happens unless facts were added since it was trained. The neurons that it made
         before move a little; added facts that it does not answer in the end keep their collected
-        neurons, until the next time.
+        neurons, until the next time. A hypernetwork stays as it is: facts that it does not tell
+        keep theirs, and `replace_generator` makes one that learnt from these facts alone.
 
         Args:
             work_folder: keeps a checkpoint, so that an interrupted training resumes.
@@ -274,7 +282,7 @@ class MeGEditor(KeptModel):
         Raises:
             RuntimeError: nothing is edited.
         """
-        if self.edits.num_waiting:
+        if self.edits.num_waiting and not self.edits.is_hypernetworks:
             self._put(self._stages(work_folder, progress).trained(self.edits))
         return self.edits.training
 

@@ -43,8 +43,9 @@ class CollectionConfig:
 
     Args:
         learning_rate: of plain SGD.
-        max_steps: after this many steps a fact is left as it is, if its answer has up to 12 tokens
-            with those that end it; a longer one may take as many more as it is longer.
+        max_steps: after this many looks, with a step or without, a fact is left as it is, if its
+            answer has up to 12 tokens with those that end it; a longer one may take as many more as
+            it is longer.
         target_loss: a fact is fitted until in every context its target tokens are the model's
             argmax and their mean cross-entropy is below this, in nats.
         overshoot: the fitted value is multiplied by this, unless the fact is lost by it.
@@ -156,10 +157,10 @@ class NeuronFit:
     """Neurons of one batch of facts, being fitted by SGD.
 
     Each step looks at one context of the facts that may need an update there. When none does, the
-    values are lengthened, and where that does not answer firmly, more steps follow. A fact is
-    learnt when its final neuron answers in all contexts. The final neuron is the fitted one with
-    its value lengthened, unless the fact is lost by that; or the predicted one, if it answers
-    without a step.
+    values are lengthened, and contexts that are not answered firmly then are looked at again. A
+    fact is learnt when its final neuron answers in all contexts. The final neuron is the fitted one
+    with its value lengthened, unless the fact is lost by that; or the predicted one, if it answers
+    surely in those contexts in which predictions are tried, and else what steps made of that.
 
         fit = NeuronFit(...)
         fit.run(config)      # products may be rounded
@@ -170,11 +171,11 @@ class NeuronFit:
         prompted: the language model.
         attached: where in it the neurons sit.
         lower: the layers below.
-        batch: prompts with their targets, F facts after each other, each in all its contexts.
+        batch: prompts with their targets, F facts after each other, each in all contexts.
         initial: [1, dim] the neuron that facts start from, laid flat.
         read_once: what prompts begin with.
-        order: numbers of the contexts, as predicted neurons are tried in them.
-        tried: so many of them, the first ones, tell whether one answers in all.
+        contexts: how many there are.
+        tried: numbers of those in which predicted neurons are tried.
         predicted: [F, dim] final neurons that may answer without a step.
         is_rounded: whether products are rounded while it runs.
     """
@@ -188,24 +189,24 @@ class NeuronFit:
         initial: Tensor,
         read_once: ReadOnce,
         *,
-        order: Sequence[int],
-        tried: int,
+        contexts: int,
+        tried: Sequence[int],
         predicted: Tensor | None = None,
         is_rounded: bool = False,
     ):
         self.prompted, self.attached, self.lower, self.batch = prompted, attached, lower, batch
         self.read_once, self.is_rounded = read_once, is_rounded
-        self.order, self.tried = order, order[:tried]
+        self.contexts, self.tried = range(contexts), tried
         device = batch.labels.device
         self.lengths = batch.inputs["attention_mask"].sum(1)  # [R]
         # What enters the edited layer, and what its parts return, by name: [R, T, ...].
         self.known: dict[str, Tensor] = {}
         self._is_known = torch.zeros_like(self.lengths, dtype=torch.bool)
         self._prefixes: dict[int, _Prefix | None] = {}
-        facts = len(batch) // len(order)
-        self.first_row = len(order) * torch.arange(facts, device=device)  # [F]
+        facts = len(batch) // contexts
+        self.first_row = contexts * torch.arange(facts, device=device)  # [F]
         targets = (batch.labels != IGNORED).sum(1)
-        self.longest = targets.view(facts, len(order)).amax(1)  # [F]
+        self.longest = targets.view(facts, contexts).amax(1)  # [F]
         self.initial = initial.to(device)
         self.predicted = None if predicted is None else predicted.to(device)
         self.flat = self.initial.expand(facts, -1).clone()
@@ -219,7 +220,7 @@ class NeuronFit:
         # Those that start from a prediction, which is of the final neuron.
         self.is_begun = torch.zeros_like(self.learnt)
         # In which contexts they may need steps.
-        self.open = torch.ones(facts, len(order), dtype=torch.bool, device=device)
+        self.open = torch.ones(facts, contexts, dtype=torch.bool, device=device)
         self.taken = torch.zeros_like(self.learnt)  # as it was predicted
 
     def _read(self, rows: Tensor, context: int) -> _Prefix | None:
@@ -317,7 +318,7 @@ class NeuronFit:
         most = (config.max_steps * longer).ceil()
         looks, tried_at = torch.zeros_like(self.steps), torch.full_like(self.steps, -1)
         while len(active):
-            for context in range(len(self.order)):
+            for context in self.contexts:
                 some = active[self.open[active, context] & (looks[active] < most[active])]
                 if not len(some):
                     continue
@@ -343,7 +344,7 @@ class NeuronFit:
         self.learnt = self.margins > 0
         unsure = facts[~(self.margins.abs() > self.unsure)]
         self.learnt[unsure] = self._answered(unsure, self.longer[unsure])
-        failed = facts[~self.learnt]
+        failed = facts[~self.learnt & (self.stretch != 1)]
         recovered = failed[self._answered(failed, self.flat[failed])]
         self.longer[recovered] = self.flat[recovered]
         self.learnt[recovered] = True
@@ -356,7 +357,8 @@ class NeuronFit:
         self.longer = self.longer.clone()
         self.longer[facts] = self.attached.layout.pack(dataclasses.replace(neurons, value=longer))
         sure = torch.where(self.is_begun[facts], SURE, FIRM)
-        self._try_longer(facts, range(len(self.order)), sure)
+        self.open[facts] = True
+        self._try_longer(facts, self.contexts, sure)
 
     def _try_longer(
         self,
@@ -392,21 +394,20 @@ class NeuronFit:
     def _answered(self, facts: Tensor, flat: Tensor) -> Tensor:
         """[F] bool: which of these facts the model itself answers in all their contexts."""
         right = torch.ones_like(facts, dtype=torch.bool)
-        for turn in range(len(self.order)):
+        for context in self.contexts:
             left = right.nonzero()[:, 0]  # a fact that failed once needs no other context
-            rows = self.first_row[facts[left]] + turn
+            rows = self.first_row[facts[left]] + context
             for some in self._by_length(rows) if len(left) else ():
                 neurons = self.attached.layout.unpack(flat[left[some]])
                 with torch.no_grad(), self.attached.neurons(neurons):
                     right[left[some]] = self.prompted.score(self.batch[rows[some]]).right
         return right
 
-    def _look(self, facts: Tensor, flat: Tensor, turn: int, with_gradient: bool) -> _Look:
+    def _look(self, facts: Tensor, flat: Tensor, context: int, with_gradient: bool) -> _Look:
         """One context of each of these facts, with the neurons `flat`.
 
         Without a gradient, the neurons act on whole prompts, as they do when they answer.
         """
-        context = turn % len(self.order)
         rows = self.first_row[facts] + context
         prefix = self._read(rows, context)
         losses, margins, unsure = torch.zeros(3, len(facts), device=flat.device)

@@ -153,7 +153,7 @@ class Stages:
             answers,
         )
         if is_told and made is not None:
-            training = self._told(edits)
+            training = _told(edits)
         else:
             edits, training = self._learning(edits, edits.generator, stopwatch)
         report = dataclasses.replace(edits.report, training=training, seconds=stopwatch.seconds)
@@ -161,14 +161,22 @@ class Stages:
 
     def prepared(
         self, facts: Sequence[Fact], wordings: Sequence[Wordings], unrelated: Sequence[str]
-    ) -> tuple[Edits, TextEncoder]:
+    ) -> tuple[Edits, TextEncoder, EditReport]:
         """No edits, and all that editing any facts takes; arguments as `first` has them.
 
         A hypernetwork learns from these facts, the encoder is tuned, and what gates are calibrated
         on is found.
+
+        Returns:
+            The edits, the tuned encoder, and how that went.
         """
         edits, encoder = self.first(facts, wordings, unrelated, 0)
-        return edits.without(range(len(edits))), encoder
+        # Those that were fitted since it learnt last; what it told itself teaches it nothing.
+        rows = (edits.learnt & ~edits.generated).nonzero()[:, 0]
+        if isinstance(edits.generator, HypernetworkGenerator) and len(rows):
+            z = edits.inputs(rows)
+            edits.generator.learn(z, edits.neurons[rows].to(z.device))
+        return edits.without(range(len(edits))), encoder, edits.report
 
     def added(self, before: Edits, facts: Sequence[Fact]) -> tuple[Edits, EditReport]:
         """`before` and further facts, answered by their collected neurons; and how that went."""
@@ -176,8 +184,7 @@ class Stages:
         with stopwatch.stage("encoder"):
             conditions = self.router.encode([fact.query for fact in facts])
         collection, answers = self._collect(facts, conditions, before.initial, stopwatch, before)
-        is_told = isinstance(before.generator, HypernetworkGenerator)
-        told = collection.told if is_told else None
+        told = collection.told if before.is_hypernetworks else None
         joined = before.joined(facts, conditions, collection.neurons, told, answers)
         with stopwatch.stage("gate"):
             edits = regated(joined, self.config, self.progress)
@@ -190,8 +197,8 @@ class Stages:
             num_predicted=collection.num_predicted,
         )
         whole = before.report + report
-        if is_told:
-            whole = dataclasses.replace(whole, training=self._told(edits))
+        if edits.is_hypernetworks:
+            whole = dataclasses.replace(whole, training=_told(edits))
         return dataclasses.replace(edits, report=whole), report
 
     def trained(self, before: Edits) -> Edits:
@@ -203,8 +210,6 @@ class Stages:
         edits, training = self._learning(before, generator, stopwatch, further=True)
         report = before.report + EditReport((), None, training, stopwatch.seconds)
         edits = dataclasses.replace(edits, report=report)
-        if isinstance(generator, HypernetworkGenerator):
-            return edits
         rows = (~before.generated).nonzero()[:, 0]
         made = generator.generate(before.inputs(rows))
         collected, answers = before.neurons[rows].to(made.device), self._answers(before.facts)
@@ -314,10 +319,6 @@ class Stages:
         stopwatch.add("collect", collection.seconds_before)
         return collection, answers
 
-    def _told(self, edits: Edits) -> Training:
-        """What a hypernetwork achieves, which learnt while neurons were collected."""
-        return Training(0, edits.generated.double().mean().item())
-
     def _learning(
         self, edits: Edits, generator: Generator, stopwatch: Stopwatch, further: bool = False
     ) -> tuple[Edits, Training]:
@@ -325,7 +326,7 @@ class Stages:
         with stopwatch.stage("generator"):
             if isinstance(generator, HypernetworkGenerator):
                 edits = self._learnt(edits, generator)
-                return edits, self._told(edits)
+                return edits, _told(edits)
             training = train_generator(
                 generator,
                 edits.inputs(),
@@ -361,3 +362,8 @@ class Stages:
         """What a generator sees besides its queries' own conditions."""
         wanted = generator.config.rewords(self.config.snap)
         return edits.held_out.rewording if wanted else None
+
+
+def _told(edits: Edits) -> Training:
+    """What a hypernetwork achieves, which learnt while neurons were collected."""
+    return Training(0, edits.generated.double().mean().item())

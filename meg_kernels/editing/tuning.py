@@ -116,7 +116,10 @@ def _one_for_the_other(one: Fact, other: Fact, config: RoutingConfig) -> bool:
 
 
 def usable_for_tuning(
-    tuning: Sequence[Fact], edited: Sequence[Fact], config: EditorConfig
+    tuning: Sequence[Fact],
+    edited: Sequence[Fact],
+    config: EditorConfig,
+    num_edited: int | None = None,
 ) -> list[Wordings]:
     """The wordings of tuning facts that have nothing to do with what is edited, shuffled.
 
@@ -124,6 +127,7 @@ def usable_for_tuning(
         tuning: facts with paraphrases.
         edited: what is edited.
         config: how many are used, and the seed of the choice.
+        num_edited: how many facts will be edited; default: as many as are edited.
 
     Raises:
         FactsError: fewer than 8 are usable.
@@ -141,7 +145,7 @@ def usable_for_tuning(
             "needed: pass others"
         )
     random.Random(config.seed).shuffle(usable)
-    return usable[: config.tuning_facts_for(len(edited))]
+    return usable[: config.tuning_facts_for(len(edited) if num_edited is None else num_edited)]
 
 
 def tuned_router(

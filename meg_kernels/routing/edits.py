@@ -161,8 +161,9 @@ class Edits:
         held_out: what gates are calibrated on.
         gate: decides whether a query is one of the edited ones.
         generator: makes the neurons.
-        generated: [N] bool, on the CPU: whether the generator makes this fact's neuron. It was not
-            trained on the others, which were added since: they have their collected neurons.
+        generated: [N] bool, on the CPU: whether the generator makes this fact's neuron. The others
+            have their collected neurons: they were added since it was trained, or it is a
+            hypernetwork, which does not tell all facts.
         report: of all steps so far.
         answers: [N, A] what is known of the facts' answers, for a generator that is given it; None
             for another.
@@ -208,11 +209,7 @@ class Edits:
     @functools.cached_property
     def keys(self) -> list[bytes]:
         """What tells each fact's condition, and its answer, from others, on the host."""
-        keys = condition_keys(self.conditions)
-        if self.answers is None:
-            return keys
-        texts = (fact.answer.encode() for fact in self.facts)
-        return [key + text for key, text in zip(keys, texts, strict=True)]
+        return self.keys_of(torch.arange(len(self)), self.conditions)
 
     def inputs(self, rows: Tensor | None = None, z: Tensor | None = None) -> Tensor:
         """What the generator is given for these facts, [B, its condition_dim].
@@ -226,10 +223,27 @@ class Edits:
         return z if self.answers is None else said(z, self.answers[rows.to(self.answers.device)])
 
     @property
+    def is_hypernetworks(self) -> bool:
+        """Whether the generator is a hypernetwork, which makes just the same neurons again."""
+        return isinstance(self.generator, HypernetworkGenerator)
+
+    @property
     def is_made_again(self) -> Tensor:
         """[N] bool, on the CPU: whether the generator makes just this fact's neuron again."""
-        made = isinstance(self.generator, HypernetworkGenerator)
-        return self.generated if made else torch.zeros_like(self.generated)
+        return self.generated if self.is_hypernetworks else torch.zeros_like(self.generated)
+
+    def keys_of(self, rows: Tensor, z: Tensor) -> list[bytes]:
+        """What tells what the generator makes for these facts from others, on the host.
+
+        Args:
+            rows: [B] of the facts.
+            z: [B, dim] conditions that stand in for those of their own queries.
+        """
+        keys = condition_keys(z)
+        if self.answers is None:
+            return keys
+        texts = (self.facts[row].answer.encode() for row in rows.tolist())
+        return [key + text for key, text in zip(keys, texts, strict=True)]
 
     @functools.cached_property
     def subjects(self) -> list[str | None]:

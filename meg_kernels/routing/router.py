@@ -24,7 +24,7 @@ from meg_kernels.checks import FLAG, check_fields, instance_of
 from meg_kernels.conversation import Prompts, as_prompts
 from meg_kernels.familiarity import SimilarityGate, nearest_few
 from meg_kernels.neuron import Neurons
-from meg_kernels.routing.edits import Edits, condition_keys
+from meg_kernels.routing.edits import Edits
 from meg_kernels.routing.neuron_cache import NeuronCache, Served
 from meg_kernels.routing.saving import load_edited
 from meg_kernels.routing.spans import Span, spans
@@ -339,8 +339,8 @@ class Router:
             z, keys = edits.inputs(facts), [edits.keys[row] for row in facts.tolist()]
         else:
             facts, index[rows] = routing.fact[rows], torch.arange(len(rows))
-            z = edits.inputs(facts, routing.z[rows])
-            keys = condition_keys(z)
+            own = routing.z[rows]
+            z, keys = edits.inputs(facts, own), edits.keys_of(facts, own)
         return self._made(edits, facts, z, keys), index
 
     def _made(self, edits: Edits, facts: Tensor, z: Tensor, keys: list[bytes]) -> Neurons:
