@@ -14,6 +14,7 @@ from benchmarks.quality import editing, hypernetwork
 from benchmarks.quality.report import editing as table_of_editing
 from benchmarks.quality.report import hypernetwork as table
 from meg_kernels.editing.collect import collect
+from meg_kernels.editing.contexts import Context
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,11 @@ def test_margins_are_those_of_each_context(editor):
     shuffled = found.neurons[torch.tensor([1, 2, 3, 0])]  # all of other colors
     assert (asked.margins(shuffled) < 0).any(1).all()
     assert asked.shares(shuffled)["in_all"] == 0.0
+
+
+def test_one_context_of_each_form_is_the_first():
+    contexts = [Context("a"), Context("b"), Context("c", "raw")]
+    assert hypernetwork.one_of_each_form(contexts) == [0, 2]
 
 
 def test_what_slips_through_is_taken_and_wrong_elsewhere():

@@ -36,8 +36,8 @@ from meg_kernels.editing.collect import (
     collect,
     collectable,
     fit_neurons,
-    one_of_each_form,
 )
+from meg_kernels.editing.contexts import Context
 from meg_kernels.editing.hypernetwork import known_answers
 from meg_kernels.editing.neuron_fit import SURE
 from meg_kernels.facts import read_facts
@@ -60,6 +60,14 @@ def drawn(path: Path, count: int) -> list[Fact]:
     new = [fact for fact in facts if fact.paraphrases][:NEW]
     taken = {fact.id for fact in new}
     return new + [fact for fact in facts if fact.id not in taken][:count]
+
+
+def one_of_each_form(contexts: Sequence[Context]) -> list[int]:
+    """The numbers of the first context of each form: what might be enough to try."""
+    first: dict[str, int] = {}
+    for number, context in enumerate(contexts):
+        first.setdefault(context.form, number)
+    return [*first.values()]
 
 
 def slips(looked_at: Tensor, right: Tensor, least: float) -> dict[str, float]:

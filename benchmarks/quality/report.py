@@ -575,7 +575,9 @@ def hypernetwork(studies: Studies, plots: Path) -> str:
         ]
         parts += [markdown(title, lines), image(plot), text]
         parts.append(
-            markdown("Tried in one context of each form: taken, and what slips through", tried)
+            markdown(
+                "If tried in one context of each form only: taken, and what slips through", tried
+            )
         )
         if across := study.get("across"):
             lines = [

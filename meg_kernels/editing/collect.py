@@ -66,8 +66,7 @@ class Collection:
 
     Args:
         neurons: N neurons, float32, on the CPU.
-        learnt: [N] bool: whether the model answers the fact with its neuron, in every context; or,
-            if it was predicted, surely in one of each form.
+        learnt: [N] bool: whether the model answers the fact with its neuron, in every context.
         steps: [N] int: SGD steps taken.
         initial: the neuron that they started from where none was predicted.
         hypernetwork: the last one that predicted neurons; None: none did.
@@ -323,7 +322,7 @@ def fit_neurons(
     lower = LowerLayers(model, attached.layer)
     contexts = config.contexts_of(prompted.tokenizer)
     prefixes = [shared_prefix(prompted, context) for context in contexts]
-    read_once, tried = ReadOnce(model, prefixes), one_of_each_form(contexts)
+    read_once = ReadOnce(model, prefixes)
     # The gradients of SGD need no more than bfloat16; the neurons themselves are float32.
     dtype = fast_dtype(input_device(model), model.dtype)
     is_rounded = dtype != model.dtype
@@ -355,7 +354,6 @@ def fit_neurons(
                 start,
                 read_once,
                 contexts=len(contexts),
-                tried=tried,
                 predicted=predicted,
                 is_rounded=is_rounded,
             )
@@ -445,18 +443,6 @@ def fit_neurons(
     return Collection(
         neurons, learnt, steps, initial, hypernetwork, told, num_predicted, seconds_before
     )
-
-
-def one_of_each_form(contexts: Sequence[Context]) -> list[int]:
-    """The numbers of the contexts in which predicted neurons are tried, one of each form.
-
-    One that answers surely there answers in the others: what slips through was measured
-    (benchmarks/quality/hypernetwork.py).
-    """
-    first: dict[str, int] = {}
-    for number, context in enumerate(contexts):
-        first.setdefault(context.form, number)
-    return [*first.values()]
 
 
 def _batches(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,7 +160,7 @@ class NeuronFit:
     values are lengthened, and contexts that are not answered firmly then are looked at again. A
     fact is learnt when its final neuron answers in all contexts. The final neuron is the fitted one
     with its value lengthened, unless the fact is lost by that; or the predicted one, if it answers
-    surely in those contexts in which predictions are tried, and else what steps made of that.
+    surely, and else what steps made of that.
 
         fit = NeuronFit(...)
         fit.run(config)      # products may be rounded
@@ -175,7 +175,6 @@ class NeuronFit:
         initial: [1, dim] the neuron that facts start from, laid flat.
         read_once: what prompts begin with.
         contexts: how many there are.
-        tried: numbers of those in which predicted neurons are tried.
         predicted: [F, dim] final neurons that may answer without a step.
         is_rounded: whether products are rounded while it runs.
     """
@@ -190,13 +189,12 @@ class NeuronFit:
         read_once: ReadOnce,
         *,
         contexts: int,
-        tried: Sequence[int],
         predicted: Tensor | None = None,
         is_rounded: bool = False,
     ):
         self.prompted, self.attached, self.lower, self.batch = prompted, attached, lower, batch
         self.read_once, self.is_rounded = read_once, is_rounded
-        self.contexts, self.tried = range(contexts), tried
+        self.contexts = range(contexts)
         device = batch.labels.device
         self.lengths = batch.inputs["attention_mask"].sum(1)  # [R]
         # What enters the edited layer, and what its parts return, by name: [R, T, ...].
@@ -309,7 +307,7 @@ class NeuronFit:
         self.stretch = torch.full_like(self.margins, config.overshoot)
         if self.predicted is not None:
             self.longer = self.predicted
-            self.taken[self._try_longer(active, self.tried, SURE, SURE)] = True
+            self.taken[self._try_longer(active, SURE, SURE)] = True
             self.is_begun = self.predicted.isfinite().all(1) & self.margins.isfinite()
             self.flat = self.predicted.where(self.is_begun.unsqueeze(1), self.flat)
             self.stretch[self.is_begun] = 1.0
@@ -358,21 +356,15 @@ class NeuronFit:
         self.longer[facts] = self.attached.layout.pack(dataclasses.replace(neurons, value=longer))
         sure = torch.where(self.is_begun[facts], SURE, FIRM)
         self.open[facts] = True
-        self._try_longer(facts, self.contexts, sure)
+        self._try_longer(facts, sure)
 
-    def _try_longer(
-        self,
-        facts: Tensor,
-        contexts: Iterable[int],
-        sure: Tensor | float,
-        until: float = -torch.inf,
-    ) -> Tensor:
+    def _try_longer(self, facts: Tensor, sure: Tensor | float, until: float = -torch.inf) -> Tensor:
         """Ask these facts with their final neurons, context by context, until one loses a fact.
 
         Args:
             facts: [A] of the F.
-            contexts: that are looked at; those in which a fact is sure are no longer open.
-            sure: [A] nats by which answers must be expected more than any other, or one for all.
+            sure: [A] nats by which answers must be expected more than any other, or one for all;
+                contexts in which they are, are no longer open.
             until: a fact with a smaller margin, in nats, is lost.
 
         Returns:
@@ -380,7 +372,7 @@ class NeuronFit:
         """
         self.margins[facts], self.unsure[facts] = torch.inf, 0.0
         sure = torch.as_tensor(sure, device=facts.device).expand(len(facts))
-        for context in contexts:
+        for context in self.contexts:
             if not len(facts):
                 break
             looked = self._look(facts, self.longer[facts], context, with_gradient=False)
