@@ -574,11 +574,8 @@ def hypernetwork(studies: Studies, plots: Path) -> str:
             for row in study["rows"]
         ]
         parts += [markdown(title, lines), image(plot), text]
-        parts.append(
-            markdown(
-                "If tried in one context of each form only: taken, and what slips through", tried
-            )
-        )
+        what = "If tried in one context of each form only: taken, and what slips through"
+        parts.append(markdown(what, tried))
         if across := study.get("across"):
             lines = [
                 {
