@@ -281,7 +281,9 @@ def test_the_whole_comes_first_and_a_follow_up_is_read_with_what_it_follows():
 def editor() -> MeGEditor:
     tokenizer = chatty("inst")  # with a space before an answer, as this language has it
     contexts = (*tiny.CONTEXTS, Context("chat", "chat"))
-    collection = dataclasses.replace(tiny.BANK.collection, contexts=contexts, max_steps=200)
+    collection = dataclasses.replace(
+        tiny.BANK.collection, contexts=contexts, max_steps=600, learning_rate=0.05
+    )
     config = dataclasses.replace(tiny.BANK, collection=collection)
     made = MeGEditor(chat_model(tokenizer), tokenizer, tiny.make_encoder(), config)
     report = made.edit(EDITED, tuning_facts=OTHER_FACTS, unrelated_queries=UNRELATED)

@@ -26,7 +26,9 @@ def edit():
     """A stand-in for the default editor, whose tuning facts are of its own language."""
     tokenizer = chatty("inst")
     contexts = (*tiny.CONTEXTS, CHAT)
-    collection = dataclasses.replace(tiny.BANK.collection, contexts=contexts, max_steps=200)
+    collection = dataclasses.replace(
+        tiny.BANK.collection, contexts=contexts, max_steps=600, learning_rate=0.05
+    )
     config = dataclasses.replace(tiny.BANK, collection=collection)
     model = chat_model(tokenizer)
     model.config.max_position_embeddings = 512

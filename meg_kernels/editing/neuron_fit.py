@@ -326,6 +326,9 @@ class NeuronFit:
                 update = config.learning_rate * looked.gradient * ~good.unsqueeze(1)
                 self.flat[some] -= update
                 self.steps[some] += ~good
+                # A step for one context may undo what another had: of a neuron that is fitted from
+                # the start, all of them are looked at again. A predicted one moves little.
+                self.open[some[~good & ~self.is_begun[some]]] = True
                 self.open[some, context] = ~good
                 looks[some] += 1
             if bool((self.open[active].any(1) & (looks[active] < most[active])).any()):

@@ -423,7 +423,7 @@ MISFITS = [
     _misfit("an encoder of NaN", _encoder_of_nan, "encoder-.* is damaged .*NaN or infinite"),
     _misfit("a fact is missing", _fewer_facts, "it must be .*4, "),
     _misfit("facts that are no facts", _text_of("facts", b'{"a": 1}\n'), "it has the fields a"),
-    _misfit("facts that are nothing", _text_of("facts", b""), "is empty"),
+    _misfit("facts that are nothing", _text_of("facts", b""), "conditions is"),
     Case(
         "right digests, but edits that are no tensors",
         _after(_text_of("edits", b"nothing of the sort")),

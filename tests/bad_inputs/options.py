@@ -141,7 +141,7 @@ CONFIGURATIONS = [
         "a generator of no kind",
         lambda _: GeneratorConfig.from_dict({"kind": "gan"}),
         ValueError,
-        ("kind is 'gan'", "one of dit, mlp, bank"),
+        ("kind is 'gan'", "one of dit, mlp, hypernetwork, bank"),
     ),
     Case(
         "a network larger than memory",
@@ -372,7 +372,7 @@ COMMANDS = [
         "edit with no generator",
         _meg(*EDIT, "--generator", "gan", facts=CAPITAL),
         MegFailed,
-        ("'gan'", "'dit', 'dit-b', 'mlp', 'bank'"),
+        ("'gan'", "'dit', 'dit-b', 'mlp', 'hypernetwork', 'bank'"),
     ),
     Case(
         "edit of a layer below 0",
