@@ -397,7 +397,7 @@ def prepare(
     print_edit("Preparing", report, learnt, editor)
     console.print(f"saved to {out}", markup=False)
     line = ["meg", "edit", "FACTS", "--prepared", str(out), "--out", "edited"]
-    console.print(f"edit with it: {' '.join(line)}", markup=False)
+    console.print(f"edit with it: {shlex.join(line)}", markup=False)
 
 
 @app.command("list", epilog="**Example:** `meg list edited`")

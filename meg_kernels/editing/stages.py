@@ -227,9 +227,7 @@ class Stages:
         check_any(before)
         stopwatch = Stopwatch()
         generator = self._built(config)
-        answers = None
-        if config.knows_answers:
-            answers = known_answers(self.prompted, self.router.encoder, before.facts)
+        answers = self._known_answers(config, before.facts)
         edits = dataclasses.replace(
             before,
             generator=generator,
@@ -278,10 +276,15 @@ class Stages:
     def _built(self, config: GeneratorConfig) -> Generator:
         """An untrained generator for what the encoder and the language model make of facts."""
         instance_of(GeneratorConfig)("config", config)
-        dim = self.router.encoder.dim
-        if config.knows_answers:
-            dim += known_answers(self.prompted, self.router.encoder, []).shape[1]
+        answers = self._known_answers(config, [])
+        dim = self.router.encoder.dim + (0 if answers is None else answers.shape[1])
         return build_generator(config, self.attached.layout, dim)
+
+    def _known_answers(self, config: GeneratorConfig, facts: Sequence[Fact]) -> Tensor | None:
+        """[N, A] what is known of the facts' answers, if such a generator is given that."""
+        if not config.knows_answers:
+            return None
+        return known_answers(self.prompted, self.router.encoder, facts)
 
     def _collect(
         self,
@@ -294,9 +297,7 @@ class Stages:
         """The facts' neurons, and what is known of their answers if the generator is given that."""
         config = self.config.collection
         with stopwatch.stage("collect"):
-            answers = None
-            if self.config.generator.knows_answers:
-                answers = known_answers(self.prompted, self.router.encoder, facts)
+            answers = self._known_answers(self.config.generator, facts)
             known = foresight(
                 self.prompted,
                 self.router.encoder,

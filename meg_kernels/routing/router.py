@@ -284,16 +284,17 @@ class Router:
                 with what the user says.
         """
         by, prompts = self._by, as_prompts("prompts", prompts)
+        edits = by.edits or None  # none, too, where it is only prepared and has no facts
         parts = [spans(prompt) for prompt in prompts]
-        if by.edits is not None and len(by.edits):
+        if edits is not None:
             parts = [[*found, *_respelt(found, by.spelling)] for found in parts]
         owner = torch.tensor([row for row, found in enumerate(parts) for _ in found]).long()
         looked = [span for found in parts for span in found]
         # What a follow-up follows is looked at as well, to be compared with.
         followed = [place for place, span in enumerate(looked) if span.follows]
         texts = [span.text for span in looked] + [looked[place].follows for place in followed]
-        z, edits = by.encoder.encode(texts).to(self.device), by.edits
-        if edits is None or not len(edits):  # prepared, that is
+        z = by.encoder.encode(texts).to(self.device)
+        if edits is None:
             first = _first_of(owner, len(parts))
             nowhere = torch.full((len(parts),), -1)
             score, none, named = nowhere.float(), nowhere > 0, nowhere < 0
