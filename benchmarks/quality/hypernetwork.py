@@ -6,7 +6,8 @@ CounterFact facts are collected as `meg edit` does it. From the first 128, 256, 
 hypernetwork is fitted, which then predicts the neurons of 128 facts that it never saw. These are
 asked in each context, with no step of SGD; and in the template their paraphrases are, beside the
 same facts' fitted neurons. So are ZsRE's facts, with CounterFact's hypernetwork, and the other way
-round.
+round. Beside it: the same regression given the gradient of the loss at the initial neuron as well,
+in two contexts; an MLP and a DiT, given query and answer.
 
 Then the same facts are collected both ways, with a hypernetwork and without, in turns.
 
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.kept import kept
-from meg_kernels import Fact, MeGEditor
+from meg_kernels import Fact, GeneratorConfig, MeGEditor
 from meg_kernels.editing.answered import answers_with
 from meg_kernels.editing.collect import (
     Foresight,
@@ -40,17 +41,23 @@ from meg_kernels.editing.collect import (
 from meg_kernels.editing.contexts import Context
 from meg_kernels.editing.hypernetwork import known_answers
 from meg_kernels.editing.neuron_fit import SURE
+from meg_kernels.editing.train import train_generator
+from meg_kernels.editing.trial import TRIED_AT_ONCE
 from meg_kernels.facts import read_facts
 from meg_kernels.neuron import Neurons
+from meg_kernels.nn import LowerLayers
 from meg_kernels.pretrained import SMOLLM2
-from meg_kernels.routing.generators import HypernetworkGenerator
-from meg_kernels.routing.ridge import said
+from meg_kernels.routing.generators import Generator, NetworkGeneratorConfig, build_generator
+from meg_kernels.routing.ridge import said, scaled
 from meg_kernels.storage import write_json
 
 RESULT = Path(__file__).parents[1] / "results" / "hypernetwork.json"
 NEW = 128  # facts that are never fitted but to compare with
 TIMED = 256  # facts that are collected both ways
 TURNS = 2
+SPREAD = (0.05, 0.25, 0.5, 0.75, 0.95)  # quantiles of the facts' margins
+GRADIENT = 576.0  # squared length of a fact's gradient in one context, beside what the fact says
+NETWORKS = {"mlp": GeneratorConfig.mlp, "dit": GeneratorConfig.dit}
 
 
 def drawn(path: Path, count: int) -> list[Fact]:
@@ -123,6 +130,7 @@ class New:
     def shares(self, neurons: Neurons) -> dict[str, Any]:
         """Shares of the facts that are answered, and of their paraphrases in the template."""
         margins = self.margins(neurons)
+        least = margins.amin(1).double()  # over the contexts
         right = (margins > 0).double()
         names = [context.name for context in self.contexts]
         tried = one_of_each_form(self.contexts)
@@ -130,14 +138,15 @@ class New:
         return {
             "answered": dict(zip(names, right.mean(0).tolist(), strict=True)),
             "in_all": right.amin(1).mean().item(),
-            "surely_in_all": (margins.amin(1) >= SURE).double().mean().item(),
+            "surely_in_all": (least >= SURE).double().mean().item(),
+            "margins": {str(q): least.quantile(q).item() for q in SPREAD},
             "paraphrases": paraphrased.double().mean().item(),
             "tried": [slips(margins[:, tried], right, least) for least in (0.0, SURE)],
         }
 
 
 class Learnt:
-    """Facts whose neurons were collected, from which hypernetworks learn; and what facts say.
+    """Facts whose neurons were collected, from which generators learn; and what facts say.
 
     Args:
         editor: of the language model.
@@ -146,7 +155,7 @@ class Learnt:
     """
 
     def __init__(self, editor: MeGEditor, facts: Sequence[Fact], work: Path):
-        self.editor, config = editor, editor.config.collection
+        self.editor, self.facts, config = editor, facts, editor.config.collection
         targets = collectable(editor.prompted, editor.attached, facts, config)
         self.said = self.says(facts)
         self.collection = fit_neurons(
@@ -165,22 +174,90 @@ class Learnt:
         conditions = encoder.encode([fact.query for fact in facts]).cpu()
         return said(conditions, known_answers(self.editor.prompted, encoder, facts))
 
-    def told(self, facts: Sequence[Fact], pilot: int) -> Neurons:
-        """The neurons of other facts, as the first ones of these tell them."""
-        known = Foresight(self.said)
-        made: HypernetworkGenerator = known.learnt(range(pilot), self.collection.neurons[:pilot])
-        return made.generate(self.says(facts))
+    def gradients(self, facts: Sequence[Fact]) -> Tensor:
+        """[N, features] the gradients of facts' losses at the initial neuron, in two contexts."""
+        prompted, attached = self.editor.prompted, self.editor.attached
+        contexts = self.editor.config.collection.contexts_of(self.editor.tokenizer)
+        start, found = attached.layout.pack(self.collection.initial), []
+        for context in (contexts[0], contexts[-1]):
+            lower, each = LowerLayers(prompted.model, attached.layer), []
+            targets = prompted.targets(facts, [context])
+            for rows in torch.arange(len(facts)).split(16):
+                batch = prompted.batch([targets[row][0] for row in rows.tolist()])
+                flat = start.repeat(len(rows), 1).requires_grad_()
+                hidden = lower.run(**batch.inputs)
+                mounted = attached.neurons(attached.layout.unpack(flat))
+                with torch.enable_grad(), lower.replaced_by(hidden), mounted:
+                    loss = prompted.score(batch).losses.sum()
+                each += torch.autograd.grad(loss, flat)
+            found.append(scaled(torch.cat(each), GRADIENT))
+        return torch.cat(found, 1)
+
+    def pilot(self, facts: int) -> list[int]:
+        """Those of the first facts that were fitted; what others were told teaches nothing."""
+        fitted = self.collection.learnt & (self.collection.steps > 0)
+        return fitted[:facts].nonzero()[:, 0].tolist()
+
+    def told(self, new: Tensor, facts: int, known: Tensor | None = None) -> Neurons:
+        """The neurons of facts that say what `new` does, as the first ones of these tell them.
+
+        Args:
+            new: [N, features].
+            facts: how many of these.
+            known: [M, features] of these, in the place of what they say.
+        """
+        rows = self.pilot(facts)
+        foresight = Foresight(self.said if known is None else known)
+        return foresight.learnt(rows, self.collection.neurons[rows]).generate(new)
+
+    def trained(self, config: NetworkGeneratorConfig, facts: int) -> Generator:
+        """A network that learnt from the first ones of these, given query and answer."""
+        rows, prompted = self.pilot(facts), self.editor.prompted
+        asked = [self.facts[row] for row in rows]
+        config = dataclasses.replace(config, with_answers=True)
+        made = build_generator(config, self.editor.attached.layout, self.said.shape[1])
+        answers = answers_with(prompted, self.editor.attached, asked, TRIED_AT_ONCE)
+        train_generator(made, self.said[rows], self.collection.neurons[rows], answers)
+        return made
 
 
-def by_pilot(editor: MeGEditor, facts: list[Fact], pilots: Sequence[int], work: Path) -> Any:
-    """What hypernetworks that were fitted on so many facts tell of new ones."""
+def by_pilot(
+    editor: MeGEditor,
+    facts: list[Fact],
+    pilots: Sequence[int],
+    networks: Sequence[int],
+    work: Path,
+) -> Any:
+    """What generators that learnt from so many facts tell of new ones.
+
+    Args:
+        editor: of the language model.
+        facts: the new ones first.
+        pilots: numbers of facts that are learnt from.
+        networks: those of them that networks learn from as well.
+        work: keeps what was collected.
+    """
     new, learnt = facts[:NEW], Learnt(editor, facts[NEW:], work)
     asked, rows = New(editor, new), []
+    says = learnt.says(new)
+    started = time.perf_counter()
+    gradients = learnt.gradients(new)
+    gradient_seconds = (time.perf_counter() - started) / len(new)
+    with_gradients = torch.cat([learnt.said, learnt.gradients(learnt.facts)], 1)
     for pilot in (each for each in pilots if each <= len(learnt.said)):
         started = time.perf_counter()
-        neurons = learnt.told(new, pilot)
+        neurons = learnt.told(says, pilot)
         seconds = time.perf_counter() - started
-        rows.append({"pilot": pilot, "fitted_in": seconds, **asked.shares(neurons)})
+        row = {"pilot": pilot, "fitted": len(learnt.pilot(pilot)), "fitted_in": seconds}
+        row |= asked.shares(neurons)
+        neurons = learnt.told(torch.cat([says, gradients], 1), pilot, with_gradients)
+        others = {"hypernetwork with gradients": asked.shares(neurons)}
+        for kind in NETWORKS if pilot in networks else ():
+            started = time.perf_counter()
+            made = learnt.trained(NETWORKS[kind](), pilot)
+            seconds = time.perf_counter() - started
+            others[kind] = {"fitted_in": seconds, **asked.shares(made.generate(says))}
+        rows.append({**row, "others": others})
         print(json.dumps(rows[-1]), flush=True)
     config = dataclasses.replace(editor.config.collection, pilot=None)
     fitted = collect(editor.prompted, editor.attached, new, config)
@@ -191,6 +268,7 @@ def by_pilot(editor: MeGEditor, facts: list[Fact], pilots: Sequence[int], work: 
         "learnt": int(collection.learnt.sum()),
         "without_a_step": 1 - stepped.double().mean().item(),
         "steps": collection.steps.double().mean().item(),
+        "gradient_seconds": gradient_seconds,
         "by_pilot": rows,
         "fitted": asked.shares(fitted.neurons),
     }
@@ -209,7 +287,7 @@ def across(editor: MeGEditor, sets: dict[str, list[Fact]], work: Path) -> list[d
         learnt = Learnt(editor, facts[NEW:], work)
         for other in sets:
             new = sets[other][:NEW]
-            neurons = learnt.told(new, len(learnt.said))
+            neurons = learnt.told(learnt.says(new), len(learnt.said))
             shares = New(editor, new).shares(neurons)
             rows.append({"from": one, "pilot": len(learnt.said), "to": other, **shares})
             print(json.dumps(rows[-1]), flush=True)
@@ -239,13 +317,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder of the data sets")
     parser.add_argument("--work", type=Path, required=True, help="keeps what was collected")
     parser.add_argument("--facts", type=int, default=2048, help="that are collected")
+    parser.add_argument(
+        "--networks", type=int, nargs="*", default=[1024], help="facts that networks learn from"
+    )
     parser.add_argument("--no-turns", action="store_true", help="do not collect both ways")
     options = parser.parse_args()
     editor = MeGEditor.for_model(SMOLLM2)
     facts = drawn(options.data / "counterfact_10k.json", options.facts)
     pilots = [128 * 2**i for i in range(7)]
     content = kept(RESULT, "hypernetwork") | {"data": "CounterFact"}
-    content |= by_pilot(editor, facts, pilots, options.work)
+    content |= by_pilot(editor, facts, pilots, options.networks, options.work)
     content["rows"] = content.pop("by_pilot")
     write_json(RESULT, content)
     zsre = drawn(options.data / "zsre_1000.json", options.facts)

@@ -660,6 +660,17 @@ def chat(
     Chat(_load(folder, device, dtype), folder, max_new_tokens).run()
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="**Example:** `meg serve edited --port 8000 --max-model-len 2048`",
+)
+def serve(context: typer.Context, folder: Folder) -> None:
+    """Serve an edited model with vLLM's OpenAI server, which takes all of vLLM's options."""
+    from meg_kernels.integrations.vllm.server import serve as become_server
+
+    become_server(folder, context.args)
+
+
 @app.command(epilog="**Example:** `meg train edited --generator mlp --out edited-mlp`")
 def train(
     context: typer.Context,

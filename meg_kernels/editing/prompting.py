@@ -85,11 +85,25 @@ class PromptTemplate:
             raise TypeError(f"query is {shown(query)}; it must be text")
         return self.text.replace("{}", query.strip())
 
+    def query(self, prompt: str) -> str | None:
+        r"""The query of which `format` makes this prompt; None if there is none.
+
+        >>> PromptTemplate().query("Q: Who wrote Emma?\nA:")
+        'Who wrote Emma?'
+        """
+        before, _, behind = self.text.partition("{}")
+        query = prompt.removeprefix(before).removesuffix(behind)
+        return query if query.strip() and self.format(query) == prompt else None
+
     @classmethod
     def for_model(cls, model: PreTrainedModel) -> PromptTemplate:
         """The paper's template for the paper's models, by model_type; the default for others."""
-        model = language_model(model)
-        return cls(PAPER_TEMPLATES.get(model.config.model_type, cls.text))
+        return cls.for_type(language_model(model).config.model_type)
+
+    @classmethod
+    def for_type(cls, model_type: str) -> PromptTemplate:
+        """The template for models of this type, as their configurations call it."""
+        return cls(PAPER_TEMPLATES.get(model_type, cls.text))
 
 
 PAPER_TEMPLATES = {

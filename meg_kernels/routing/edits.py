@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,10 @@ from meg_kernels.familiarity import Calibration, Gate, Rewording, transplant
 from meg_kernels.neuron import NeuronLayout, Neurons
 from meg_kernels.routing.generators import Generator, HypernetworkGenerator, NeuronBank
 from meg_kernels.routing.ridge import said
+from meg_kernels.storage import fingerprint
 from meg_kernels.texts import normalized_query
+
+MADE_AT_ONCE = 1024  # neurons
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,34 @@ class Edits:
         rows = torch.arange(len(self)) if rows is None else rows
         z = self.conditions[rows.to(self.conditions.device)] if z is None else z
         return z if self.answers is None else said(z, self.answers[rows.to(self.answers.device)])
+
+    @functools.cached_property
+    def neuron_ids(self) -> list[str]:
+        """What tells each fact's neuron from any other, alike in all processes that load these.
+
+        A neuron that the generator makes is told by what it makes it from: two processors may make
+        it a little differently.
+        """
+        made_by = fingerprint(
+            self.generator.config.to_dict(), self.initial.key, *self.generator.state_dict().values()
+        )
+        is_stored = isinstance(self.generator, NeuronBank)
+        flat = self.layout.pack(self.neurons).cpu().float().numpy()
+        ids = []
+        for row, generated in enumerate(self.generated.tolist()):
+            made = generated and not is_stored
+            content = made_by.encode() + self.keys[row] if made else flat[row].tobytes()
+            ids.append(hashlib.blake2b(content, digest_size=16).hexdigest())
+        return ids
+
+    @torch.no_grad()
+    def served_neurons(self, rows: Tensor) -> Neurons:
+        """The neurons with which queries of these facts [B] are answered, where they are made."""
+        flat = self.layout.pack(self.neurons[rows.cpu()])
+        for places in self.generated[rows].nonzero()[:, 0].split(MADE_AT_ONCE):
+            made = self.generator.generate(self.inputs(rows[places]))
+            flat[places] = self.layout.pack(made).to(flat)
+        return self.layout.unpack(flat)
 
     @property
     def is_hypernetworks(self) -> bool:

@@ -1,0 +1,150 @@
+"""vLLM's renderers, each made to show the front end what is asked before it becomes tokens.
+
+Completions are routed by their text, chats by their messages, as `MeGEditor.generate` does with
+either. A renderer knows no parameters of sampling: who opted out is found out where the engine's
+request is made.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from meg_kernels.conversation import Prompt
+from meg_kernels.editing.prompting import PromptTemplate
+from meg_kernels.integrations.vllm.front_end import FrontEnd, conversation
+from meg_kernels.integrations.vllm.settings import KEY, Settings
+from meg_kernels.integrations.vllm.workers import NEURON
+from meg_kernels.routing.manifest import read_manifest
+from meg_kernels.routing.router import Router
+
+ORIGINALS: dict[str, tuple[str, str]] = {}  # by their modes: module and class of vLLM's own
+BASE = ("0", "off", "base", "false", "no")  # vllm_xargs={"meg": ...}: the base model shall answer
+
+
+def __getattr__(mode: str) -> Any:
+    if mode not in ORIGINALS:
+        raise AttributeError(f"module {__name__!r} has no attribute {mode!r}")
+    module, name = ORIGINALS[mode]
+    return _routing_renderer(getattr(importlib.import_module(module), name))
+
+
+@functools.cache
+def _routing_renderer(base: Any) -> type:
+    class RoutingRenderer(base):
+        """vLLM's renderer; with a front end, if an edited model is served."""
+
+        def __init__(self, config: Any, tokenizer: Any):
+            super().__init__(config, tokenizer)
+            settings = Settings.of(config)
+            self.meg = None if settings is None else front_end(settings.edited)
+            if self.meg is not None:
+                tell_the_engine()
+
+        def render_prompts(self, prompts: Sequence[Any]) -> list[Any]:
+            rendered = super().render_prompts(prompts)
+            if self.meg is None:
+                return rendered
+            neurons = self.meg.decide([self._said(prompt) for prompt in rendered])
+            return [{**p, NEURON: n} for p, n in zip(rendered, neurons, strict=True)]
+
+        async def render_prompts_async(self, prompts: Sequence[Any]) -> list[Any]:
+            rendered = await super().render_prompts_async(prompts)
+            if self.meg is None:
+                return rendered
+            neurons = await self.meg.decide_async([self._said(prompt) for prompt in rendered])
+            return [{**p, NEURON: n} for p, n in zip(rendered, neurons, strict=True)]
+
+        def render_messages(self, messages: Any, params: Any) -> Any:
+            said, prompt = super().render_messages(messages, params)
+            if self.meg is None:
+                return said, prompt
+            (neuron,) = self.meg.decide([conversation(messages)])
+            return said, {**prompt, NEURON: neuron}
+
+        async def render_messages_async(self, messages: Any, params: Any) -> Any:
+            said, prompt = await super().render_messages_async(messages, params)
+            if self.meg is None:
+                return said, prompt
+            (neuron,) = await self.meg.decide_async([conversation(messages)])
+            return said, {**prompt, NEURON: neuron}
+
+        def process_for_engine(self, prompt: Any, *rest: Any, **more: Any) -> Any:
+            return self._salted(prompt, super().process_for_engine(prompt, *rest, **more))
+
+        async def process_for_engine_async(self, prompt: Any, *rest: Any, **more: Any) -> Any:
+            made = await super().process_for_engine_async(prompt, *rest, **more)
+            return self._salted(prompt, made)
+
+        def _salted(self, prompt: Any, engine_input: Any) -> Any:
+            if self.meg is not None:
+                salt = self.meg.salt(prompt.get(NEURON), engine_input.get("cache_salt"))
+                if salt is not None:
+                    engine_input["cache_salt"] = salt
+            return engine_input
+
+        def _said(self, prompt: Any) -> Prompt | None:
+            if isinstance(text := prompt.get("prompt"), str):
+                return text
+            if ids := prompt.get("prompt_token_ids"):
+                return self.get_tokenizer().decode(ids)
+            return None
+
+    RoutingRenderer.__name__ = RoutingRenderer.__qualname__ = base.__name__
+    return RoutingRenderer
+
+
+@functools.cache
+def front_end(folder: str) -> FrontEnd:
+    """This process's front end for an edited model."""
+    manifest = read_manifest(Path(folder))
+    chosen, model_type = manifest["config"].get("template"), manifest["base"]["identity"]
+    template = PromptTemplate.for_type(model_type.get("model_type", ""))
+    if isinstance(chosen, dict) and isinstance(chosen.get("text"), str):
+        template = PromptTemplate(chosen["text"])
+    # The accelerators are the workers'.
+    return FrontEnd(Router.from_pretrained(folder, "cpu"), template)
+
+
+def tell_the_engine() -> None:
+    """Have vLLM's requests say which neuron they have, and by which salt they are cached; once."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    own = InputProcessor.process_inputs
+    if getattr(own, "tells", False):
+        return
+
+    @functools.wraps(own)
+    def process_inputs(self: Any, *arguments: Any, **more: Any) -> Any:
+        request = own(self, *arguments, **more)
+        meg = getattr(self.renderer, "meg", None)
+        try:
+            return request if meg is None else _told(meg, request)
+        except ValueError as error:  # vLLM's own is the user's to mend, and answered with 400
+            raise VLLMValidationError(str(error)) from error
+
+    process_inputs.tells = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs
+
+
+def _told(meg: FrontEnd, request: Any) -> Any:
+    """VLLM's request with its neuron, or without one where the user wants none."""
+    params = request.sampling_params
+    salted = meg.resolve(request.cache_salt)
+    if params is None:
+        return request
+    extra = {name: value for name, value in (params.extra_args or {}).items() if name != NEURON}
+    choice = extra.pop(KEY, None)
+    if choice is not None and str(choice).lower() in BASE:
+        meg.opted_out()
+        request.cache_salt = meg.salt(None, salted.salt)
+    elif choice is not None and str(choice).lower() not in ("1", "on", "true", "yes"):
+        raise ValueError(f"vllm_xargs has {KEY}={choice!r}; it must be 'on' or 'off'")
+    elif salted.neuron is not None:
+        extra[NEURON] = salted.neuron
+    params.extra_args = extra or None
+    return request

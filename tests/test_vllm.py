@@ -1,0 +1,338 @@
+"""What serving rests on, without vLLM: decisions, salts, the table. tests/served has the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import BANK, EDITED, FURTHER, GENERATORS, MIXED, QUERIES, UNRELATED, edit, make_editor
+
+from meg_kernels import Router
+from meg_kernels.editing.prompting import PromptTemplate
+from meg_kernels.integrations.vllm import additional_config
+from meg_kernels.integrations.vllm.front_end import KEPT, PREFIX, FrontEnd, conversation
+from meg_kernels.integrations.vllm.server import _taken, environment
+from meg_kernels.integrations.vllm.settings import Settings
+from meg_kernels.integrations.vllm.table import NO_ROW, NeuronTable
+from meg_kernels.ops.dynamic_neuron import dynamic_neuron_reference
+
+TOKENS = 32
+
+
+@pytest.fixture(scope="module")
+def editor():
+    editor = make_editor(BANK)
+    edit(editor)
+    return editor
+
+
+@pytest.fixture(scope="module")
+def folder(editor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edited")
+    editor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def front_end(folder):
+    return FrontEnd(Router.from_pretrained(folder, "cpu"), PromptTemplate())
+
+
+def table_for(edits, rows=None):
+    dtype, device = torch.float32, torch.device("cpu")
+    if rows is None:
+        return NeuronTable.for_edits(edits, TOKENS, dtype, device)
+    return NeuronTable(edits.layout, rows, TOKENS, dtype, device)
+
+
+def flat(table, name):
+    row = table.row(name)
+    parts = [table.key[row], *([] if table.bias is None else [table.bias[row : row + 1]])]
+    return torch.cat([*parts, table.value[row]])
+
+
+# ---- identities ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_neurons_are_told_apart_by_what_makes_them(kind):
+    editor = make_editor(dataclasses.replace(BANK, generator=GENERATORS[kind]))
+    edit(editor)
+    before = editor.edits.neuron_ids
+    assert len({*before}) == len(EDITED)
+    editor.add(FURTHER)
+    assert editor.edits.neuron_ids[: len(before)] == before
+    served = editor.edits.served_neurons(torch.arange(len(editor.edits)))
+    routing = editor.route([fact.query for fact in editor.facts])
+    neurons, index = editor.router.neurons(routing)
+    pack = editor.edits.layout.pack
+    torch.testing.assert_close(pack(served), pack(neurons)[index], rtol=1e-5, atol=1e-6)
+    changed = dataclasses.replace(EDITED[0], answer=EDITED[1].answer)
+    editor.add([changed], replace=True)
+    assert not {*before} & {editor.edits.neuron_ids[-1]}
+
+
+# ---- the front end -------------------------------------------------------------------------------
+
+
+def test_the_front_end_decides_as_the_router_does(front_end, editor):
+    routing = editor.route(MIXED)
+    ids = editor.edits.neuron_ids
+    expected = [
+        ids[fact] if accepted else None
+        for accepted, fact in zip(routing.accepted.tolist(), routing.fact.tolist(), strict=True)
+    ]
+    assert any(expected) and not all(expected)
+    assert front_end.decide(MIXED) == expected
+    assert asyncio.run(front_end.decide_async(MIXED)) == expected
+    assert front_end.decide([PromptTemplate().format(text) for text in MIXED]) == expected
+    chats = [[{"role": "user", "content": text}] for text in MIXED]
+    assert front_end.decide(chats) == expected
+    counts = front_end.counted()
+    assert counts.requests == 4 * len(MIXED)
+    assert counts.edited == 4 * sum(name is not None for name in expected)
+    assert sum(counts.by_fact.values()) == counts.edited
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n", None, "half of a pair \ud800"])
+def test_what_has_no_text_goes_to_the_base_model_and_spoils_no_other(front_end, prompt):
+    expected = front_end.decide(QUERIES[:1])
+    assert expected != [None]
+    assert front_end.decide([prompt, QUERIES[0]]) == [None, *expected]
+
+
+def test_what_waits_is_routed_together_and_the_event_loop_goes_on(front_end):
+    started, release, route = threading.Event(), threading.Event(), front_end.router.route
+
+    def slow(prompts):
+        started.set()
+        assert release.wait(30)
+        return route(prompts)
+
+    front_end.router = SimpleNamespace(route=slow)
+
+    async def ask():
+        first = asyncio.ensure_future(front_end.decide_async(QUERIES[:1]))
+        while not started.is_set():
+            await asyncio.sleep(0)
+        others = [asyncio.ensure_future(front_end.decide_async([q])) for q in QUERIES * 4]
+        others[0].cancel()
+        await asyncio.sleep(0)
+        assert not first.done()  # and this task runs all the same
+        release.set()
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    first, cancelled, *others = asyncio.run(ask())
+    assert isinstance(cancelled, asyncio.CancelledError)
+    expected = front_end.decide(QUERIES)
+    assert first == expected[:1]
+    assert [name for [name] in others] == (expected * 4)[1:]
+    counts = front_end.counted()
+    assert counts.batches == 3  # the first one alone, all that waited, and those of the last line
+    assert counts.largest == 4 * len(QUERIES) - 1
+
+
+def test_an_error_of_the_router_reaches_who_asked_and_nobody_later(front_end):
+    router = front_end.router
+    front_end.router = SimpleNamespace(route=lambda prompts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        front_end.decide(QUERIES)
+    front_end.put(router)
+    assert None not in front_end.decide(QUERIES)
+    assert front_end.counted().reloads == 1
+
+
+def test_a_salt_stands_for_one_neuron_and_one_salt_of_a_user(front_end):
+    one, other = front_end.decide(QUERIES[:2])
+    salts = [front_end.salt(name, user) for name in (one, other) for user in (None, "a", "b")]
+    assert len({*salts}) == 6
+    for salt, (name, user) in zip(
+        salts, [(n, u) for n in (one, other) for u in (None, "a", "b")], strict=True
+    ):
+        assert len(salt) <= 128 and not set("@/\\\0") & {*salt}
+        found = front_end.resolve(salt)
+        assert (found.neuron, found.salt) == (name, user)
+        assert front_end.salt(name, user) == salt  # the same blocks are found again
+    assert front_end.salt(None, None) is None
+    assert front_end.salt(None, "a") == "a"
+    assert front_end.resolve("a").neuron is None and front_end.resolve(None).salt is None
+
+
+def test_no_user_can_name_a_salt_of_ours(front_end, folder):
+    (name,) = front_end.decide(QUERIES[:1])
+    ours = front_end.salt(name, None)
+    forged = front_end.salt(None, ours)  # as vLLM's renderer gives it, of a request without neuron
+    assert forged != ours and front_end.resolve(forged).neuron is None
+    with pytest.raises(ValueError, match="cache_salt begins with 'meg-'"):
+        front_end.resolve(PREFIX + "0" * 64)
+    another = FrontEnd(Router.from_pretrained(folder, "cpu"), PromptTemplate())
+    assert another.salt(name, None) != ours  # nor can who knows the neuron
+
+
+def test_the_oldest_salts_are_forgotten_and_then_refused(front_end, monkeypatch):
+    monkeypatch.setattr("meg_kernels.integrations.vllm.front_end.KEPT", 2)
+    assert KEPT > 1000
+    first, second, third = (front_end.salt("neuron", user) for user in "abc")
+    assert front_end.resolve(second).salt == "b" and front_end.resolve(third).salt == "c"
+    with pytest.raises(ValueError, match="cache_salt"):
+        front_end.resolve(first)
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([{"role": "user", "content": "Who?"}], ["Who?"]),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "A"}, {"type": "image_url"}]}],
+            ["A"],
+        ),
+        (
+            [{"role": "system", "content": "Be"}, {"role": "user", "content": "Who?"}],
+            ["Be", "Who?"],
+        ),
+        ([{"role": "developer", "content": "Be"}, {"role": "user", "content": "W"}], ["W"]),
+        ([{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "It"}], None),
+        ([{"role": "user", "content": "Who?"}, {"role": "tool", "content": "It"}], None),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], [""]),
+        ([{"role": "assistant", "content": None}], None),
+        ([], None),
+    ],
+)
+def test_messages_become_a_conversation_that_ends_with_the_user(messages, expected):
+    found = conversation(messages)
+    assert (None if found is None else [message["content"] for message in found]) == expected
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def test_each_token_has_the_neuron_of_its_request(editor):
+    edits = editor.edits
+    table = table_for(edits)
+    ids = table.load(edits)
+    assert ids == edits.neuron_ids and table.num_served == len(edits)
+    names, counts = [ids[2], None, ids[0], ids[2]], [3, 2, 1, 4]
+    table.put([table.row(name) for name in names], counts, 16)
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(16, edits.layout.d_in, generator=rng)
+    y = torch.randn(16, edits.layout.d_out, generator=rng)
+    facts = torch.tensor([2, 2, 2, -1, -1, 0, 2, 2, 2, 2] + [-1] * 6)
+    expected = dynamic_neuron_reference(y, x, edits.neurons, facts)
+    torch.testing.assert_close(table.add_to(y, x), expected)
+    assert torch.equal(table.add_to(y, x)[facts < 0], y[facts < 0])
+    batched = table.add_to(y.unsqueeze(0), x.unsqueeze(0))  # as transformers' models have it
+    torch.testing.assert_close(batched[0], expected)
+
+
+def test_a_later_batch_keeps_nothing_of_the_one_before(editor):
+    table = table_for(editor.edits)
+    name = table.load(editor.edits)[0]
+    table.put([table.row(name)], [TOKENS], TOKENS)
+    table.put([NO_ROW], [1], 4)
+    assert (table.token_rows[:4] == NO_ROW).all()
+
+
+def test_loading_again_moves_no_neuron_and_keeps_those_in_flight(editor):
+    edits = editor.edits
+    table = table_for(edits, rows=len(edits) + 1)
+    ids = table.load(edits)
+    rows = {name: table.row(name) for name in ids}
+    address = table.key.data_ptr()
+    fewer = edits.without({0, 1})
+    assert table.load(fewer) == ids[2:] and table.num_served == len(ids) - 2
+    gone = flat(table, ids[0])  # still there, for who asked before
+    torch.testing.assert_close(gone, edits.layout.pack(edits.neurons)[0])
+    assert {name: table.row(name) for name in ids} == rows
+    table.load(edits)
+    assert {name: table.row(name) for name in ids} == rows and table.key.data_ptr() == address
+
+
+def test_rows_of_neurons_that_are_gone_are_taken_last_and_never_in_use(editor, folder):
+    edits = editor.edits
+    other = make_editor(BANK)
+    edit(other)
+    other.add(FURTHER)
+    more = other.edits
+    new = more.neuron_ids[len(edits) :]
+    table = table_for(edits, rows=len(edits) + 1)
+    ids = table.load(edits)
+    table.load(edits.without({0}))
+    kept = more.without({0})
+    with pytest.raises(ValueError, match="2 further neurons do not fit into the 1 rows"):
+        table.load(kept, in_use={ids[0]})
+    assert table.row(ids[0]) >= 0
+    table.load(kept)
+    with pytest.raises(RuntimeError, match="is not in the table"):
+        table.row(ids[0])
+    pack = more.layout.pack
+    for name, fact in zip(kept.neuron_ids, pack(kept.neurons), strict=True):
+        torch.testing.assert_close(flat(table, name), fact)
+    assert {*new} <= {*kept.neuron_ids}
+
+
+def test_neurons_of_another_layout_are_refused(editor):
+    table = table_for(editor.edits)
+    layout = dataclasses.replace(editor.edits.layout, d_in=editor.edits.layout.d_in + 1)
+    table.layout = layout
+    with pytest.raises(ValueError, match="the neurons are"):
+        table.load(editor.edits)
+
+
+def test_a_table_moves_with_its_model_and_is_no_part_of_its_checkpoint(editor):
+    table = table_for(editor.edits)
+    table.load(editor.edits)
+    assert not table.state_dict()
+    assert table.to(torch.bfloat16).key.dtype == torch.bfloat16
+    assert table.token_rows.dtype == torch.int64
+
+
+# ---- settings and the command line ---------------------------------------------------------------
+
+
+def test_settings_come_from_the_folder(folder, editor):
+    settings = Settings.of_folder(folder)
+    assert settings.layer == editor.layer and settings.d_in == editor.edits.layout.d_in
+    assert additional_config(folder) == {"meg": dataclasses.asdict(settings)}
+    assert Settings.of(SimpleNamespace(additional_config={})) is None
+    assert Settings.of(SimpleNamespace(additional_config={"other": 1})) is None
+
+
+@pytest.mark.parametrize("given", [True, {}, {"edited": 3}, []])
+def test_settings_that_name_no_folder_are_refused(given):
+    with pytest.raises(ValueError, match="names no edited model; make it with"):
+        Settings.of(SimpleNamespace(additional_config={"meg": given}))
+
+
+def test_settings_that_are_not_the_folders_are_refused(folder):
+    given = dataclasses.asdict(Settings.of_folder(folder)) | {"layer": 0}
+    with pytest.raises(ValueError, match=r"additional_config\['meg'\] is"):
+        Settings.of(SimpleNamespace(additional_config={"meg": given}))
+
+
+def test_neurons_of_each_wording_are_refused(tmp_path):
+    editor = make_editor(dataclasses.replace(BANK, snap=False))
+    edit(editor)
+    editor.save_pretrained(tmp_path / "edited")
+    with pytest.raises(ValueError, match="does not snap"):
+        additional_config(tmp_path / "edited")
+
+
+def test_an_option_is_taken_out_in_either_spelling():
+    assert _taken(["--a", "1", "--b", "2"], "--a") == ("1", ["--b", "2"])
+    assert _taken(["--b", "2", "--a=1"], "--a") == ("1", ["--b", "2"])
+    assert _taken(["--b"], "--a") == ("", ["--b"])
+
+
+def test_our_endpoints_are_named_among_the_plugins_that_were_chosen():
+    assert environment({"VLLM_PLUGINS": "one,two"})["VLLM_PLUGINS"] == "one,two,meg"
+    assert environment({"VLLM_PLUGINS": ""})["VLLM_PLUGINS"] == "meg"
+    assert "meg" in environment({})["VLLM_PLUGINS"].split(",")
+    assert environment({"PATH": "x"})["PATH"] == "x"
+
+
+def test_unrelated_queries_stay_with_the_base_model(front_end):
+    assert front_end.decide(UNRELATED) == [None] * len(UNRELATED)
