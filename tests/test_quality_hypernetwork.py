@@ -28,13 +28,20 @@ def test_new_facts_are_asked_with_neurons_that_were_not_fitted_for_them(
 ):
     monkeypatch.setattr(hypernetwork, "NEW", 3)
     monkeypatch.setattr(hypernetwork, "TURNS", 1)
-    found = hypernetwork.by_pilot(editor, FACTS, [2, 7, 9], tmp_path)
+    networks = {kind: (lambda kind=kind: tiny.GENERATORS[kind]) for kind in ("mlp", "dit")}
+    monkeypatch.setattr(hypernetwork, "NETWORKS", networks)
+    found = hypernetwork.by_pilot(editor, FACTS, [2, 7, 9], [7], tmp_path)
     assert [row["pilot"] for row in found["by_pilot"]] == [2, 7]
     assert found["facts"] == 7 and found["learnt"] <= 7
     for row in (*found["by_pilot"], found["fitted"]):
         assert row["surely_in_all"] <= row["in_all"] <= min(row["answered"].values())
         assert row["answered"].keys() == {context.name for context in tiny.CONTEXTS}
     assert found["fitted"]["in_all"] == 1.0
+    small, large = (row["others"] for row in found["by_pilot"])
+    assert [*small] == ["hypernetwork with gradients"] and {*large} == {*small, "mlp", "dit"}
+    for told in (*small.values(), *large.values()):
+        assert told["surely_in_all"] <= told["in_all"] <= min(told["answered"].values())
+        assert sorted(told["margins"].values()) == [*told["margins"].values()]
     study = {"data": "tiny", "rows": found.pop("by_pilot"), **found}
     study["turns"] = hypernetwork.in_turns(editor, FACTS)
     sets = {"one": FACTS, "other": FACTS[::-1]}
@@ -42,9 +49,11 @@ def test_new_facts_are_asked_with_neurons_that_were_not_fitted_for_them(
     assert [(row["from"], row["to"], row["pilot"]) for row in study["across"]] == [
         (one, other, 7) for one in sets for other in sets
     ]
+    assert found["gradient_seconds"] > 0
     text = table({"hypernetwork": [json.loads(json.dumps(study))]}, tmp_path)
     assert "| fitted themselves | 1.000 | 1.000 | 1.000 | 1.000 |" in text
     assert "| one, 7 facts | other |" in text and "ahead by 1 nats" in text
+    assert "| 7 | dit |" in text and "| 2 | hypernetwork with gradients |" in text
     assert "10 facts take" in text and (tmp_path / "hypernetwork.png").exists()
     assert table({"hypernetwork": []}, tmp_path) == ""
 

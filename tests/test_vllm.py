@@ -301,6 +301,14 @@ def test_settings_come_from_the_folder(folder, editor):
     assert Settings.of(SimpleNamespace(additional_config={"other": 1})) is None
 
 
+def test_plugins_without_ours_are_refused_before_the_base_model_is_served(folder, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other,meg")
+    assert additional_config(folder)
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    with pytest.raises(RuntimeError, match="VLLM_PLUGINS is 'other', without meg"):
+        additional_config(folder)
+
+
 @pytest.mark.parametrize("given", [True, {}, {"edited": 3}, []])
 def test_settings_that_name_no_folder_are_refused(given):
     with pytest.raises(ValueError, match="names no edited model; make it with"):

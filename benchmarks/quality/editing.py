@@ -20,7 +20,7 @@ import random
 import resource
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,12 @@ from meg_kernels.storage import write_json
 RESULT = Path(__file__).parents[1] / "results" / "editing.json"
 ASKED = 200  # facts that are evaluated
 ADDED = 64
-GENERATORS = {"dit": GeneratorConfig.dit, "bank": GeneratorConfig.bank}
+GENERATORS: dict[str, Callable[[], GeneratorConfig]] = {
+    "dit": GeneratorConfig.dit,
+    "dit-with-answers": lambda: dataclasses.replace(GeneratorConfig.dit(), with_answers=True),
+    "mlp-with-answers": lambda: dataclasses.replace(GeneratorConfig.mlp(), with_answers=True),
+    "bank": GeneratorConfig.bank,
+}
 
 
 def peak_mib() -> float:
@@ -62,8 +67,10 @@ def described(editor: MeGEditor, asked: Sequence[Fact]) -> dict[str, Any]:
         editor.save_pretrained(Path(folder) / "edited")
         size = saved_bytes(Path(folder) / "edited")
     edits = editor.edits
+    config = edits.generator.config
+    answers = " with answers" if config.knows_answers and config.kind != "hypernetwork" else ""
     return {
-        "generator": edits.generator.config.kind,
+        "generator": config.kind + answers,
         "seconds": edits.report.seconds.get("generator", 0.0),
         "generated": int(edits.generated.sum()),
         "bytes": size,

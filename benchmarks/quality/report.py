@@ -553,9 +553,26 @@ def hypernetwork(studies: Studies, plots: Path) -> str:
             axes.set_ylabel("share")
             axes.legend()
         text = (
-            f"Of {study['facts']} facts collected so, {study['without_a_step']:.1%} took no step; "
-            f"the mean is {study['steps']:.1f} steps. {study['learnt']} were learnt."
+            f"The {study['facts']} facts that it learns from took {study['steps']:.1f} steps in "
+            f"the mean, and {study['learnt']} were learnt."
         )
+        others = [
+            {
+                "learnt from": str(row["pilot"]),
+                "by": name,
+                "learnt in": f"{told['fitted_in']:.1f} s",
+                "in plain": share(told["answered"]["plain"]),
+                "in all": share(told["in_all"]),
+                "surely in all": share(told["surely_in_all"]),
+                "paraphrases": share(told["paraphrases"]),
+                **{
+                    f"{float(q):.0%} of margins below": f"{nats:.1f}"
+                    for q, nats in told["margins"].items()
+                },
+            }
+            for row in study["rows"]
+            for name, told in (("hypernetwork", row), *row.get("others", {}).items())
+        ]
         if turns := study.get("turns"):
             text += (
                 f" {turns['facts']} facts take {turns['seconds_with']:.3f} s each with a "
@@ -574,6 +591,8 @@ def hypernetwork(studies: Studies, plots: Path) -> str:
             for row in study["rows"]
         ]
         parts += [markdown(title, lines), image(plot), text]
+        what = "The same facts, told by other generators that are given query and answer"
+        parts.append(markdown(what, others))
         what = "If tried in one context of each form only: taken, and what slips through"
         parts.append(markdown(what, tried))
         if across := study.get("across"):

@@ -11,17 +11,10 @@ pytest.importorskip("vllm", reason="vLLM has an environment of its own: make tes
 sys.path.insert(0, str(Path(__file__).parents[1]))  # whose tiny.py this shares
 
 import tiny
-from oracle import Oracle
+from oracle import SHAPE, Oracle
 
 from meg_kernels import MeGEditor
 
-# As vLLM's attention on a CPU takes them; two heads, for two workers.
-SHAPE = {
-    "head_dim": 32,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

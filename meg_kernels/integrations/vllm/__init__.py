@@ -23,6 +23,7 @@ from typing import Any
 
 __all__ = ["additional_config", "endpoints", "register"]
 
+PLUGINS = "VLLM_PLUGINS"  # the plugins that vLLM loads, if this is set
 # By vLLM's name of an architecture, which is transformers': the module and class that serve it.
 ARCHITECTURES = {
     "LlamaForCausalLM": ("llama", "LlamaForCausalLM"),
@@ -71,6 +72,7 @@ def additional_config(folder: str | Path) -> dict[str, Any]:
         FileNotFoundError: there are no edits.
         CorruptFileError: a file is damaged, or of a newer version of the format.
         ValueError: the edited model cannot be served so; the message says why.
+        RuntimeError: vLLM was told not to load this plugin.
     """
     from meg_kernels.integrations.vllm.settings import Settings
 

@@ -8,14 +8,15 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from meg_kernels.integrations.vllm import additional_config
+from meg_kernels.integrations.vllm import PLUGINS
+from meg_kernels.integrations.vllm.settings import KEY, Settings
 from meg_kernels.pretrained import SMOLLM2, smollm2_folder
 from meg_kernels.routing.manifest import read_manifest
 
 SERVER = "vllm.entrypoints.openai.api_server"
-PLUGINS = "VLLM_PLUGINS"
 EXTENSION = "meg_kernels.integrations.vllm.workers.WorkerExtension"
 
 
@@ -43,7 +44,7 @@ def command(folder: Path, options: Sequence[str]) -> list[str]:
         raise ValueError(f"--additional-config is no JSON: {error}") from error
     if not isinstance(more, dict):
         raise ValueError("--additional-config must be an object")
-    ours = additional_config(folder)
+    ours = {KEY: asdict(Settings.of_folder(folder))}
     base = read_manifest(folder)["base"]
     if not base["name"]:
         raise ValueError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from meg_kernels.checks import as_path
+from meg_kernels.integrations.vllm import ARCHITECTURES, PLUGINS
 from meg_kernels.routing.manifest import read_manifest
 
 KEY = "meg"  # in vLLM's additional_config
@@ -90,7 +92,14 @@ class Settings:
         return settings
 
     def to_config(self) -> dict[str, Any]:
-        """The same as vLLM's `additional_config`."""
+        """The same as vLLM's `additional_config`.
+
+        Raises:
+            RuntimeError: vLLM was told to load other plugins alone, and would serve the base model.
+        """
+        chosen = os.environ.get(PLUGINS)
+        if chosen is not None and KEY not in chosen.split(","):
+            raise RuntimeError(f"{PLUGINS} is {chosen!r}, without {KEY}; add it, or unset it")
         return {KEY: asdict(self)}
 
     def _check(self, vllm_config: Any) -> None:
@@ -103,6 +112,11 @@ class Settings:
                     f"edited models are served without {what}{shown}; start vLLM without it"
                 )
         model = vllm_config.model_config
+        if model.architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"vLLM's {model.architecture} carries no neurons; these do: "
+                + ", ".join(ARCHITECTURES)
+            )
         if model.runner_type != "generate":
             raise ValueError(f"vLLM's runner is {model.runner_type!r}; edited models generate text")
         if getattr(vllm_config.compilation_config.pass_config, "enable_sp", False):
