@@ -15,10 +15,12 @@ from meg_kernels import Router
 from meg_kernels.editing.prompting import PromptTemplate
 from meg_kernels.integrations.vllm import additional_config
 from meg_kernels.integrations.vllm.front_end import KEPT, PREFIX, FrontEnd, conversation
-from meg_kernels.integrations.vllm.server import _taken, environment
+from meg_kernels.integrations.vllm.models import as_by_default
+from meg_kernels.integrations.vllm.server import _taken, command, environment
 from meg_kernels.integrations.vllm.settings import Settings
-from meg_kernels.integrations.vllm.table import NO_ROW, NeuronTable
+from meg_kernels.integrations.vllm.table import NO_ROW, Loaded, NeuronTable
 from meg_kernels.ops.dynamic_neuron import dynamic_neuron_reference
+from meg_kernels.routing.saving import load_edits
 
 TOKENS = 32
 
@@ -76,6 +78,24 @@ def test_neurons_are_told_apart_by_what_makes_them(kind):
     assert not {*before} & {editor.edits.neuron_ids[-1]}
 
 
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_neurons_are_the_same_while_vllm_builds_a_model_in_bfloat16(kind, tmp_path):
+    editor = make_editor(dataclasses.replace(BANK, generator=GENERATORS[kind]))
+    edit(editor)
+    editor.save_pretrained(tmp_path / "edited")
+    expected = Loaded.of(editor.edits)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"), as_by_default():
+            found = Loaded.of(load_edits(tmp_path / "edited", "cpu").edits)
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(before)
+    assert found.ids == expected.ids and found.flat.dtype == torch.float32
+    torch.testing.assert_close(found.flat, expected.flat, rtol=1e-5, atol=1e-6)
+
+
 # ---- the front end -------------------------------------------------------------------------------
 
 
@@ -92,14 +112,45 @@ def test_the_front_end_decides_as_the_router_does(front_end, editor):
     assert front_end.decide([PromptTemplate().format(text) for text in MIXED]) == expected
     chats = [[{"role": "user", "content": text}] for text in MIXED]
     assert front_end.decide(chats) == expected
+    front_end.tokenizer = editor.tokenizer
+    ids = [editor.tokenizer(PromptTemplate().format(text)).input_ids for text in MIXED]
+    if editor.tokenizer.decode(ids[0]) == PromptTemplate().format(MIXED[0]):
+        assert front_end.decide(ids) == expected
+
+
+def test_requests_are_counted_when_the_engine_has_them(front_end, editor):
+    front_end.decide(MIXED)
+    assert front_end.counted().requests == 0
+    one, other = editor.edits.neuron_ids[:2]
+    for request, neuron, is_off in (("a", one, False), ("b", None, False), ("c", other, True)):
+        front_end.count(request, neuron, is_off)
     counts = front_end.counted()
-    assert counts.requests == 4 * len(MIXED)
-    assert counts.edited == 4 * sum(name is not None for name in expected)
-    assert sum(counts.by_fact.values()) == counts.edited
+    assert (counts.requests, counts.edited, counts.opted_out) == (3, 1, 1)
+    assert counts.by_fact == {editor.facts[0].id: 1}
 
 
-@pytest.mark.parametrize("prompt", ["", "  \n", None, "half of a pair \ud800"])
-def test_what_has_no_text_goes_to_the_base_model_and_spoils_no_other(front_end, prompt):
+def test_neurons_of_requests_on_their_way_are_known_and_others_forgotten(
+    front_end, editor, monkeypatch
+):
+    place = "meg_kernels.integrations.vllm.front_end"
+    monkeypatch.setattr(f"{place}.MOST_REQUESTS", 2)
+    front_end._room, running = 2, {"a", "d"}
+    front_end.running = lambda: running
+    ids = editor.edits.neuron_ids
+    for request, neuron in zip("abcd", ids, strict=False):
+        front_end.count(request, neuron, False)
+    assert front_end.on_their_way() == sorted([ids[0], ids[3]])
+    assert len(front_end._requests) == 2
+    front_end.decide(QUERIES[4:5])  # whose request the engine has not seen yet
+    assert front_end.on_their_way() == sorted([ids[0], ids[3], ids[4]])
+    monkeypatch.setattr(f"{place}.LATELY", 0.0)
+    running.clear()
+    assert front_end.on_their_way() == []
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n", None, [], [-1], [10**6], "half \ud800"])
+def test_what_has_no_text_goes_to_the_base_model_and_spoils_no_other(front_end, editor, prompt):
+    front_end.tokenizer = editor.tokenizer
     expected = front_end.decide(QUERIES[:1])
     assert expected != [None]
     assert front_end.decide([prompt, QUERIES[0]]) == [None, *expected]
@@ -136,6 +187,17 @@ def test_what_waits_is_routed_together_and_the_event_loop_goes_on(front_end):
     assert counts.largest == 4 * len(QUERIES) - 1
 
 
+def test_a_batch_has_no_more_prompts_and_characters_than_it_may(front_end, monkeypatch):
+    place = "meg_kernels.integrations.vllm.front_end.AT_ONCE"
+    expected = front_end.decide(QUERIES)
+    monkeypatch.setattr(place, (2, 10**6))
+    assert front_end.decide(QUERIES) == expected
+    assert front_end.counted().batches == 1 + 3
+    monkeypatch.setattr(place, (10, 1))  # each alone
+    assert front_end.decide(QUERIES) == expected
+    assert front_end.counted().batches == 1 + 3 + len(QUERIES)
+
+
 def test_an_error_of_the_router_reaches_who_asked_and_nobody_later(front_end):
     router = front_end.router
     front_end.router = SimpleNamespace(route=lambda prompts: 1 / 0)
@@ -157,9 +219,9 @@ def test_a_salt_stands_for_one_neuron_and_one_salt_of_a_user(front_end):
         found = front_end.resolve(salt)
         assert (found.neuron, found.salt) == (name, user)
         assert front_end.salt(name, user) == salt  # the same blocks are found again
-    assert front_end.salt(None, None) is None
-    assert front_end.salt(None, "a") == "a"
-    assert front_end.resolve("a").neuron is None and front_end.resolve(None).salt is None
+    for user in (None, "a", "meg-"):
+        found = front_end.resolve(front_end.salt(None, user))
+        assert (found.neuron, found.salt) == (None, user)
 
 
 def test_no_user_can_name_a_salt_of_ours(front_end, folder):
@@ -167,8 +229,9 @@ def test_no_user_can_name_a_salt_of_ours(front_end, folder):
     ours = front_end.salt(name, None)
     forged = front_end.salt(None, ours)  # as vLLM's renderer gives it, of a request without neuron
     assert forged != ours and front_end.resolve(forged).neuron is None
-    with pytest.raises(ValueError, match="cache_salt begins with 'meg-'"):
-        front_end.resolve(PREFIX + "0" * 64)
+    for unknown in (None, "", "a user's own", PREFIX + "0" * 64):
+        with pytest.raises(ValueError, match="was not looked at"):
+            front_end.resolve(unknown)
     another = FrontEnd(Router.from_pretrained(folder, "cpu"), PromptTemplate())
     assert another.salt(name, None) != ours  # nor can who knows the neuron
 
@@ -178,7 +241,7 @@ def test_the_oldest_salts_are_forgotten_and_then_refused(front_end, monkeypatch)
     assert KEPT > 1000
     first, second, third = (front_end.salt("neuron", user) for user in "abc")
     assert front_end.resolve(second).salt == "b" and front_end.resolve(third).salt == "c"
-    with pytest.raises(ValueError, match="cache_salt"):
+    with pytest.raises(ValueError, match="was not looked at"):
         front_end.resolve(first)
 
 
@@ -213,8 +276,9 @@ def test_messages_become_a_conversation_that_ends_with_the_user(messages, expect
 def test_each_token_has_the_neuron_of_its_request(editor):
     edits = editor.edits
     table = table_for(edits)
-    ids = table.load(edits)
-    assert ids == edits.neuron_ids and table.num_served == len(edits)
+    ids = edits.neuron_ids
+    table.commit(table.load(Loaded.of(edits)))
+    assert table.served == {*ids}
     names, counts = [ids[2], None, ids[0], ids[2]], [3, 2, 1, 4]
     table.put([table.row(name) for name in names], counts, 16)
     rng = torch.Generator().manual_seed(0)
@@ -230,48 +294,50 @@ def test_each_token_has_the_neuron_of_its_request(editor):
 
 def test_a_later_batch_keeps_nothing_of_the_one_before(editor):
     table = table_for(editor.edits)
-    name = table.load(editor.edits)[0]
+    table.load(Loaded.of(editor.edits))
+    name = editor.edits.neuron_ids[0]
     table.put([table.row(name)], [TOKENS], TOKENS)
     table.put([NO_ROW], [1], 4)
     assert (table.token_rows[:4] == NO_ROW).all()
 
 
-def test_loading_again_moves_no_neuron_and_keeps_those_in_flight(editor):
+def test_loading_again_moves_no_neuron_and_keeps_those_that_are_served(editor):
     edits = editor.edits
-    table = table_for(edits, rows=len(edits) + 1)
-    ids = table.load(edits)
+    table, ids = table_for(edits, rows=len(edits) + 1), edits.neuron_ids
+    table.commit(table.load(Loaded.of(edits)))
     rows = {name: table.row(name) for name in ids}
     address = table.key.data_ptr()
-    fewer = edits.without({0, 1})
-    assert table.load(fewer) == ids[2:] and table.num_served == len(ids) - 2
+    table.commit(table.load(Loaded.of(edits.without({0, 1}))))
+    assert table.served == {*ids[2:]}
     gone = flat(table, ids[0])  # still there, for who asked before
     torch.testing.assert_close(gone, edits.layout.pack(edits.neurons)[0])
     assert {name: table.row(name) for name in ids} == rows
-    table.load(edits)
+    table.commit(table.load(Loaded.of(edits)))
     assert {name: table.row(name) for name in ids} == rows and table.key.data_ptr() == address
 
 
-def test_rows_of_neurons_that_are_gone_are_taken_last_and_never_in_use(editor, folder):
-    edits = editor.edits
-    other = make_editor(BANK)
+def test_rows_are_taken_of_neurons_alone_that_nobody_is_sent_to(editor):
+    edits, other = editor.edits, make_editor(BANK)
     edit(other)
     other.add(FURTHER)
-    more = other.edits
-    new = more.neuron_ids[len(edits) :]
+    more, ids = other.edits, edits.neuron_ids
     table = table_for(edits, rows=len(edits) + 1)
-    ids = table.load(edits)
-    table.load(edits.without({0}))
-    kept = more.without({0})
-    with pytest.raises(ValueError, match="2 further neurons do not fit into the 1 rows"):
-        table.load(kept, in_use={ids[0]})
+    table.commit(table.load(Loaded.of(edits)))
+    kept = Loaded.of(more.without({0}))
+    full = "2 further neurons do not fit into the 1 rows"
+    with pytest.raises(ValueError, match=full):
+        table.load(kept)  # what is served stays until another state takes its place
+    table.commit(table.load(Loaded.of(edits.without({0}))))
+    with pytest.raises(ValueError, match=full):
+        table.load(kept, keep={ids[0]})
     assert table.row(ids[0]) >= 0
-    table.load(kept)
+    before = table.served
+    loaded = table.load(kept)
+    assert table.served == before and loaded == {*kept.ids}
     with pytest.raises(RuntimeError, match="is not in the table"):
         table.row(ids[0])
-    pack = more.layout.pack
-    for name, fact in zip(kept.neuron_ids, pack(kept.neurons), strict=True):
+    for name, fact in zip(kept.ids, kept.flat, strict=True):
         torch.testing.assert_close(flat(table, name), fact)
-    assert {*new} <= {*kept.neuron_ids}
 
 
 def test_neurons_of_another_layout_are_refused(editor):
@@ -279,12 +345,12 @@ def test_neurons_of_another_layout_are_refused(editor):
     layout = dataclasses.replace(editor.edits.layout, d_in=editor.edits.layout.d_in + 1)
     table.layout = layout
     with pytest.raises(ValueError, match="the neurons are"):
-        table.load(editor.edits)
+        table.load(Loaded.of(editor.edits))
 
 
 def test_a_table_moves_with_its_model_and_is_no_part_of_its_checkpoint(editor):
     table = table_for(editor.edits)
-    table.load(editor.edits)
+    table.load(Loaded.of(editor.edits))
     assert not table.state_dict()
     assert table.to(torch.bfloat16).key.dtype == torch.bfloat16
     assert table.token_rows.dtype == torch.int64
@@ -340,6 +406,20 @@ def test_our_endpoints_are_named_among_the_plugins_that_were_chosen():
     assert environment({"VLLM_PLUGINS": ""})["VLLM_PLUGINS"] == "meg"
     assert "meg" in environment({})["VLLM_PLUGINS"].split(",")
     assert environment({"PATH": "x"})["PATH"] == "x"
+
+
+def test_several_api_servers_are_refused(folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with pytest.raises(ValueError, match="served by one API server"):
+        command(folder, ["--api-server-count", "2"])
+    with pytest.raises(ValueError, match="--additional-config is no JSON"):
+        command(folder, ["--additional-config", "{"])
+
+
+def test_vllm_that_is_not_installed_is_named(folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="vLLM is not installed; run: pip install"):
+        command(folder, [])
 
 
 def test_unrelated_queries_stay_with_the_base_model(front_end):

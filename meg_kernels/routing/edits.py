@@ -245,10 +245,16 @@ class Edits:
             ids.append(hashlib.blake2b(content, digest_size=16).hexdigest())
         return ids
 
+    @functools.cached_property
+    def rows_of_neurons(self) -> dict[str, int]:
+        """Whose neuron it is, by the ids of neurons."""
+        return {name: row for row, name in enumerate(self.neuron_ids)}
+
     @torch.no_grad()
     def served_neurons(self, rows: Tensor) -> Neurons:
         """The neurons with which queries of these facts [B] are answered, where they are made."""
-        flat = self.layout.pack(self.neurons[rows.cpu()])
+        rows = rows.cpu()
+        flat = self.layout.pack(self.neurons[rows])
         for places in self.generated[rows].nonzero()[:, 0].split(MADE_AT_ONCE):
             made = self.generator.generate(self.inputs(rows[places]))
             flat[places] = self.layout.pack(made).to(flat)

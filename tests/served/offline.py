@@ -28,10 +28,11 @@ def main() -> None:
 
     llm = LLM(
         given["model"],
-        dtype="float32",
         additional_config=additional_config(given["edited"]),
         **given["engine"],
     )
+    uses_second = llm.llm_engine.vllm_config.use_v2_model_runner
+    assert uses_second == (os.environ.get("MEG_TEST_V2") == "1")
     params = SamplingParams(temperature=0, max_tokens=given["most"])
     off = SamplingParams(temperature=0, max_tokens=given["most"], extra_args={"meg": "off"})
     rounds = []

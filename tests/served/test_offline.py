@@ -38,7 +38,8 @@ def answers(base, edited, tmp_path, engine, **environment):
     """Tokens of each text with its neuron, twice, and without."""
     out = tmp_path / "said.json"
     given = {"model": str(base), "edited": str(edited), "prompts": TEXTS, "out": str(out)}
-    given |= {"most": MOST, "engine": ENGINE | engine}
+    dtype = engine.get("dtype", "float32")
+    given |= {"most": MOST, "engine": ENGINE | engine | {"dtype": dtype}}
     told = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **environment}
     script = Path(__file__).with_name("offline.py")
     done = subprocess.run(
@@ -68,6 +69,14 @@ def test_the_engine_answers_as_transformers_does(base, edited, oracle, tmp_path,
     expected = [oracle.tokens(text) for text in TEXTS]
     assert first == expected and again == expected
     assert off == [oracle.tokens(text, False) for text in TEXTS] and off != expected
+
+
+def test_in_bfloat16_neurons_are_the_same(base, edited, oracle, tmp_path):
+    first, again, off = answers(base, edited, tmp_path, {"dtype": "bfloat16"})
+    assert first == again != off
+    expected = [oracle.tokens(text)[:1] for text in TEXTS]  # rounding decides later ones
+    same = [said[:1] == one for said, one in zip(first, expected, strict=True)]
+    assert sum(same) >= 0.75 * len(same)
 
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -18,9 +19,10 @@ from pathlib import Path
 import httpx
 import pytest
 import tiny
+import torch
 from oracle import MOST, Oracle
 
-from meg_kernels import MeGEditor
+from meg_kernels import Fact, MeGEditor
 
 BASE_PROMPTS = [f"Q: {query}\nA:" for query in tiny.ELSEWHERE]
 TEXTS = [f"Q: {query}\nA:" for query in [*tiny.QUERIES, *tiny.PARAPHRASES]] + BASE_PROMPTS
@@ -124,8 +126,9 @@ def test_each_request_is_answered_with_its_own_neuron(server, oracle, prompts, s
     assert expected[: len(tiny.QUERIES)] != [oracle(p, False) for p in prompts[: len(tiny.QUERIES)]]
     for _ in range(2):  # and again from the cache
         assert ask(server, *((prompt, {"stream": stream}) for prompt in prompts)) == expected
-    ours = server.get("/meg").json()
+    ours = server.get("/v1/meg").json()
     assert ours["largest"] > 1 and 0 < ours["edited"] < ours["requests"]
+    assert server.get("/v1/models").json()["data"][0]["id"] == "edited"
 
 
 def test_tokens_lists_and_several_answers_have_the_neuron_as_well(server, oracle, editor):
@@ -151,10 +154,10 @@ def test_parts_of_a_message_and_earlier_turns_are_seen_as_the_editor_sees_them(s
 
 def test_a_request_can_do_without_its_neuron_and_choose_nothing_else(server, oracle):
     off, on = {"vllm_xargs": {"meg": "off"}}, {"vllm_xargs": {"meg": "on"}}
-    text = TEXTS[0]
-    before = server.get("/meg").json()["opted_out"]
+    text = next(text for text in TEXTS if oracle(text) != oracle(text, False))
+    before = server.get("/v1/meg").json()["opted_out"]
     assert ask(server, (text, off), (text, on)) == [oracle(text, False), oracle(text)]
-    assert server.get("/meg").json()["opted_out"] == before + 1
+    assert server.get("/v1/meg").json()["opted_out"] == before + 1
     url, body = f"{server.url}/v1/completions", {"model": "edited", "prompt": text}
     wrong = httpx.post(url, json={**body, "vllm_xargs": {"meg": "maybe"}}, timeout=60)
     assert wrong.status_code == 400 and "must be 'on' or 'off'" in wrong.text
@@ -183,9 +186,32 @@ def test_a_users_salt_keeps_its_caches_apart_and_forges_none(server, oracle):
 
 
 def test_a_user_cannot_name_a_neuron(server, oracle, editor):
-    name = editor.edits.neuron_ids[0]
-    text = BASE_PROMPTS[-1]
-    assert ask(server, (text, {"vllm_xargs": {"meg_neuron": name}})) == [oracle(text, False)]
+    text = next(text for text in TEXTS if oracle(text) != oracle(text, False))
+    name = editor.edits.neuron_ids[TEXTS.index(text) % len(editor.facts)]
+    forged = {"vllm_xargs": {"meg_neuron": name, "meg": "off"}}
+    assert ask(server, (text, forged)) == [oracle(text, False)]
+
+
+def test_a_route_on_which_nobody_looks_at_what_is_asked_is_refused(server, editor):
+    ids = editor.tokenizer(TEXTS[0]).input_ids
+    body = {
+        "model": "edited",
+        "messages": CHATS[0],
+        "kv_transfer_params": {"prompt_token_ids": ids},
+    }
+    said = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    assert said.status_code == 400 and "was not looked at" in said.text
+
+
+def test_the_server_answers_others_while_many_are_routed(server):
+    async def load():
+        async with httpx.AsyncClient(base_url=server.url, timeout=240) as client:
+            asked = [asyncio.ensure_future(answered(client, text)) for text in TEXTS * 3]
+            for _ in range(5):
+                assert (await client.get("/health")).status_code == 200
+            return await asyncio.gather(*asked)
+
+    assert len(asyncio.run(load())) == 3 * len(TEXTS)
 
 
 def test_a_load_with_aborts_and_preemptions_leaves_every_answer_right(server, oracle):
@@ -219,7 +245,7 @@ def test_a_load_with_aborts_and_preemptions_leaves_every_answer_right(server, or
 def test_counters_are_in_the_metrics_and_facts_are_counted_if_asked_for(server, editor):
     ask(server, (TEXTS[0], {}))
     assert server.metric("meg_facts") == len(editor.edits)
-    counts = server.get("/meg?by_fact=true").json()
+    counts = server.get("/v1/meg?by_fact=true").json()
     assert counts["by_fact"][editor.facts[0].id] > 0
     assert server.metric("meg_edited_requests") == counts["edited"]
     assert server.metric("meg_routing_seconds_sum") == pytest.approx(counts["seconds"])
@@ -242,7 +268,7 @@ def test_facts_that_are_added_are_served_after_a_reload_and_no_request_is_droppe
         async with httpx.AsyncClient(base_url=server.url, timeout=240) as client:
             asked = [asyncio.ensure_future(answered(client, text)) for _ in range(24)]
             await asyncio.sleep(0.05)
-            said = await client.post("/meg/reload")
+            said = await client.post("/v1/meg/reload")
             assert said.status_code == 200, said.text
             asked += [asyncio.ensure_future(answered(client, question)) for _ in range(8)]
             return said.json(), await asyncio.gather(*asked)
@@ -252,8 +278,29 @@ def test_facts_that_are_added_are_served_after_a_reload_and_no_request_is_droppe
     assert found == [before] * 24 + [after] * 8
     changed.remove(tiny.FURTHER)
     changed.save_pretrained(edited)
-    assert httpx.post(f"{server.url}/meg/reload", timeout=60).json()["facts"] == len(editor.facts)
+    assert httpx.post(f"{server.url}/v1/meg/reload", timeout=60).json()["facts"] == len(
+        editor.facts
+    )
     assert ask(server, (question, {}), (text, {})) == [first, before]
+
+
+def test_more_facts_than_there_is_room_for_are_refused(server, edited, editor, oracle):
+    changed = MeGEditor.from_pretrained(edited, device="cpu")
+    edits = changed.edits
+    facts = [Fact(f"The color of {n} is", "red", f"more-{n}") for n in range(80)]
+    neurons = edits.neurons[torch.arange(80) % len(edits)]
+    unlike = dataclasses.replace(neurons, value=neurons.value + torch.arange(80.0).unsqueeze(1))
+    conditions = torch.nn.functional.normalize(torch.randn(80, edits.conditions.shape[1]), dim=1)
+    changed.router.edits = edits.joined(facts, conditions, unlike)
+    changed.save_pretrained(edited)
+    try:
+        said = httpx.post(f"{server.url}/v1/meg/reload", timeout=60)
+        assert said.status_code == 409 and "do not fit into" in said.text
+        assert ask(server, (TEXTS[0], {})) == [oracle(TEXTS[0])]
+        assert server.get("/v1/meg").json()["facts"] == len(editor.facts)
+    finally:
+        changed.remove([fact.id for fact in facts])
+        changed.save_pretrained(edited)
 
 
 def test_a_folder_that_cannot_be_read_is_not_served(server, edited, oracle):
@@ -261,7 +308,7 @@ def test_a_folder_that_cannot_be_read_is_not_served(server, edited, oracle):
     whole = manifest.read_bytes()
     manifest.write_bytes(b"{")
     try:
-        said = httpx.post(f"{server.url}/meg/reload", timeout=60)
+        said = httpx.post(f"{server.url}/v1/meg/reload", timeout=60)
         assert said.status_code == 409 and "nothing was reloaded" in said.text
     finally:
         manifest.write_bytes(whole)

@@ -9,7 +9,7 @@
     table.py         the neurons of all facts, in the worker; a token carries a row number
     models.py        vLLM's models, with the table at the edited feed-forward layer
     workers.py       which token has which row, in both of vLLM's model runners; reloading
-    endpoints.py     /meg, /meg/reload, and the counters in /metrics
+    endpoints.py     /v1/meg, /v1/meg/reload, and the counters in /metrics
     server.py        the command line of `meg serve`
 
 vLLM calls `register` in each of its processes. Without `additional_config["meg"]` all that is
@@ -18,6 +18,8 @@ registered does what vLLM's own does.
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,14 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": ("gemma2", "Gemma2ForCausalLM"),
     "GPT2LMHeadModel": ("gpt2", "GPT2LMHeadModel"),
     "GPTJForCausalLM": ("gpt_j", "GPTJForCausalLM"),
-    "GPTNeoXForCausalLM": ("transformers", "TransformersForCausalLM"),
-    "PhiForCausalLM": ("transformers", "TransformersForCausalLM"),
-    "SmolLM3ForCausalLM": ("transformers", "TransformersForCausalLM"),
 }
+# These vLLM builds from transformers' own code, and calls by another name: they are registered only
+# where an edited model is served.
+BY_TRANSFORMERS = dict.fromkeys(
+    ("GPTNeoXForCausalLM", "PhiForCausalLM", "SmolLM3ForCausalLM"),
+    ("transformers", "TransformersForCausalLM"),
+)
+WANTED = "MEG_KERNELS_VLLM"  # this is set there, and vLLM's processes inherit it
 
 
 def register() -> None:
@@ -47,7 +53,8 @@ def register() -> None:
 
     from meg_kernels.integrations.vllm import renderers
 
-    for architecture in ARCHITECTURES:
+    wanted = ARCHITECTURES | (BY_TRANSFORMERS if WANTED in os.environ else {})
+    for architecture in wanted:
         ModelRegistry.register_model(architecture, f"{__name__}.models:{architecture}")
     for mode, original in [*RENDERER_REGISTRY.renderers.items()]:
         if original[0] != renderers.__name__:  # its own `register` warns of what is replaced
@@ -63,7 +70,7 @@ def endpoints() -> Any:
 
 
 def additional_config(folder: str | Path) -> dict[str, Any]:
-    """What vLLM is given as `additional_config` to serve an edited model.
+    """What vLLM is given as `additional_config` to serve an edited model, in this process.
 
     Args:
         folder: where `MeGEditor.save_pretrained` or `meg edit` wrote.
@@ -76,4 +83,8 @@ def additional_config(folder: str | Path) -> dict[str, Any]:
     """
     from meg_kernels.integrations.vllm.settings import Settings
 
-    return Settings.of_folder(folder).to_config()
+    config = Settings.of_folder(folder).to_config()
+    os.environ[WANTED] = "1"
+    if "vllm" in sys.modules:  # whose plugins may have been loaded before
+        register()
+    return config

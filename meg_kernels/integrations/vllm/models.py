@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from meg_kernels.integrations.vllm import ARCHITECTURES
+from meg_kernels.integrations.vllm import ARCHITECTURES, BY_TRANSFORMERS
 from meg_kernels.integrations.vllm.settings import Settings
-from meg_kernels.integrations.vllm.table import NeuronTable
+from meg_kernels.integrations.vllm.table import Loaded, NeuronTable
 from meg_kernels.integrations.vllm.workers import fill_in_runner, model_state
 from meg_kernels.routing.saving import load_edits
 
@@ -23,14 +26,14 @@ LAYERS = ("layers", "h")  # what models call their decoder layers
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ARCHITECTURES:
+    if name not in ARCHITECTURES | BY_TRANSFORMERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _carrying_model(name)
 
 
 @functools.cache
 def _carrying_model(name: str) -> type[nn.Module]:
-    module, own = ARCHITECTURES[name]
+    module, own = (ARCHITECTURES | BY_TRANSFORMERS)[name]
     base: Any = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), own)
 
     class Carrying(base):
@@ -65,15 +68,28 @@ def carry(model: nn.Module, settings: Settings, vllm_config: Any) -> NeuronTable
             "its neurons are served by MeGEditor alone"
         )
     weight = next(model.parameters())
-    edits = load_edits(settings.edited, weight.device).edits
-    tokens = vllm_config.scheduler_config.max_num_batched_tokens
-    dtype = vllm_config.model_config.dtype
-    table = NeuronTable.for_edits(edits, tokens, dtype, weight.device)
-    table.load(edits)
+    with as_by_default():  # vLLM builds a model in its own data type, and on its device
+        edits = load_edits(settings.edited, "cpu").edits
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        dtype = vllm_config.model_config.dtype
+        table = NeuronTable.for_edits(edits, tokens, dtype, weight.device)
+        table.commit(table.load(Loaded.of(edits)))
     block.neuron_table = table
     own: Any = type(block)
     block.__class__ = _carrying_block(own)
     return table
+
+
+@contextmanager
+def as_by_default() -> Iterator[None]:
+    """Inside, new tensors are float32 and on the CPU, whatever was set around it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -1,8 +1,9 @@
-"""vLLM's renderers, each made to show the front end what is asked before it becomes tokens.
+"""vLLM's renderers, each made to show the front end what is asked.
 
 Completions are routed by their text, chats by their messages, as `MeGEditor.generate` does with
-either. A renderer knows no parameters of sampling: who opted out is found out where the engine's
-request is made.
+either; and only after they have become tokens, so that what is too long for the model is refused
+before it is looked at. A renderer knows no parameters of sampling: who wants the base model is
+found out where the engine's request is made.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meg_kernels.conversation import Prompt
 from meg_kernels.editing.prompting import PromptTemplate
-from meg_kernels.integrations.vllm.front_end import FrontEnd, conversation
+from meg_kernels.integrations.vllm.front_end import Asked, FrontEnd, conversation
 from meg_kernels.integrations.vllm.settings import KEY, Settings
 from meg_kernels.integrations.vllm.workers import NEURON
 from meg_kernels.routing.manifest import read_manifest
 from meg_kernels.routing.router import Router
 
 ORIGINALS: dict[str, tuple[str, str]] = {}  # by their modes: module and class of vLLM's own
-BASE = ("0", "off", "base", "false", "no")  # vllm_xargs={"meg": ...}: the base model shall answer
+SAID = "meg_said"  # in a prompt: the conversation that it was made of
+OFF = ("0", "off", "base", "false", "no")  # vllm_xargs={"meg": ...}: the base model shall answer
+ON = ("1", "on", "true", "yes")
 
 
 def __getattr__(mode: str) -> Any:
@@ -42,35 +44,30 @@ def _routing_renderer(base: Any) -> type:
             settings = Settings.of(config)
             self.meg = None if settings is None else front_end(settings.edited)
             if self.meg is not None:
+                self.meg.tokenizer = tokenizer
                 tell_the_engine()
-
-        def render_prompts(self, prompts: Sequence[Any]) -> list[Any]:
-            rendered = super().render_prompts(prompts)
-            if self.meg is None:
-                return rendered
-            neurons = self.meg.decide([self._said(prompt) for prompt in rendered])
-            return [{**p, NEURON: n} for p, n in zip(rendered, neurons, strict=True)]
-
-        async def render_prompts_async(self, prompts: Sequence[Any]) -> list[Any]:
-            rendered = await super().render_prompts_async(prompts)
-            if self.meg is None:
-                return rendered
-            neurons = await self.meg.decide_async([self._said(prompt) for prompt in rendered])
-            return [{**p, NEURON: n} for p, n in zip(rendered, neurons, strict=True)]
 
         def render_messages(self, messages: Any, params: Any) -> Any:
             said, prompt = super().render_messages(messages, params)
-            if self.meg is None:
-                return said, prompt
-            (neuron,) = self.meg.decide([conversation(messages)])
-            return said, {**prompt, NEURON: neuron}
+            return said, prompt if self.meg is None else {**prompt, SAID: conversation(messages)}
 
         async def render_messages_async(self, messages: Any, params: Any) -> Any:
             said, prompt = await super().render_messages_async(messages, params)
+            return said, prompt if self.meg is None else {**prompt, SAID: conversation(messages)}
+
+        def tokenize_prompts(self, prompts: Sequence[Any], params: Any) -> list[Any]:
+            found = super().tokenize_prompts(prompts, params)
             if self.meg is None:
-                return said, prompt
-            (neuron,) = await self.meg.decide_async([conversation(messages)])
-            return said, {**prompt, NEURON: neuron}
+                return found
+            neurons = self.meg.decide([_asked(prompt) for prompt in found])
+            return [{**p, NEURON: n} for p, n in zip(found, neurons, strict=True)]
+
+        async def tokenize_prompts_async(self, prompts: Sequence[Any], params: Any) -> list[Any]:
+            found = await super().tokenize_prompts_async(prompts, params)
+            if self.meg is None:
+                return found
+            neurons = await self.meg.decide_async([_asked(prompt) for prompt in found])
+            return [{**p, NEURON: n} for p, n in zip(found, neurons, strict=True)]
 
         def process_for_engine(self, prompt: Any, *rest: Any, **more: Any) -> Any:
             return self._salted(prompt, super().process_for_engine(prompt, *rest, **more))
@@ -80,29 +77,28 @@ def _routing_renderer(base: Any) -> type:
             return self._salted(prompt, made)
 
         def _salted(self, prompt: Any, engine_input: Any) -> Any:
-            if self.meg is not None:
-                salt = self.meg.salt(prompt.get(NEURON), engine_input.get("cache_salt"))
-                if salt is not None:
-                    engine_input["cache_salt"] = salt
+            if self.meg is not None and NEURON in prompt:
+                salt = self.meg.salt(prompt[NEURON], engine_input.get("cache_salt"))
+                engine_input["cache_salt"] = salt
             return engine_input
-
-        def _said(self, prompt: Any) -> Prompt | None:
-            if isinstance(text := prompt.get("prompt"), str):
-                return text
-            if ids := prompt.get("prompt_token_ids"):
-                return self.get_tokenizer().decode(ids)
-            return None
 
     RoutingRenderer.__name__ = RoutingRenderer.__qualname__ = base.__name__
     return RoutingRenderer
+
+
+def _asked(prompt: Any) -> Asked:
+    """What is looked at in a prompt: its conversation, its text, or else its token ids."""
+    if SAID in prompt:
+        return prompt[SAID]
+    return prompt.get("prompt") or prompt.get("prompt_token_ids")
 
 
 @functools.cache
 def front_end(folder: str) -> FrontEnd:
     """This process's front end for an edited model."""
     manifest = read_manifest(Path(folder))
-    chosen, model_type = manifest["config"].get("template"), manifest["base"]["identity"]
-    template = PromptTemplate.for_type(model_type.get("model_type", ""))
+    chosen, identity = manifest["config"].get("template"), manifest["base"]["identity"]
+    template = PromptTemplate.for_type(identity.get("model_type", ""))
     if isinstance(chosen, dict) and isinstance(chosen.get("text"), str):
         template = PromptTemplate(chosen["text"])
     # The accelerators are the workers'.
@@ -133,18 +129,19 @@ def tell_the_engine() -> None:
 
 def _told(meg: FrontEnd, request: Any) -> Any:
     """VLLM's request with its neuron, or without one where the user wants none."""
+    if request.resumable:
+        raise ValueError("edited models take no streamed input; send the whole prompt")
     params = request.sampling_params
     salted = meg.resolve(request.cache_salt)
-    if params is None:
-        return request
     extra = {name: value for name, value in (params.extra_args or {}).items() if name != NEURON}
-    choice = extra.pop(KEY, None)
-    if choice is not None and str(choice).lower() in BASE:
-        meg.opted_out()
-        request.cache_salt = meg.salt(None, salted.salt)
-    elif choice is not None and str(choice).lower() not in ("1", "on", "true", "yes"):
+    choice = extra.pop(KEY, "on")
+    if str(choice).lower() not in ON + OFF:
         raise ValueError(f"vllm_xargs has {KEY}={choice!r}; it must be 'on' or 'off'")
+    is_off = str(choice).lower() in OFF
+    if is_off:
+        request.cache_salt = meg.salt(None, salted.salt)
     elif salted.neuron is not None:
         extra[NEURON] = salted.neuron
     params.extra_args = extra or None
+    meg.count(request.request_id, salted.neuron, is_off)
     return request

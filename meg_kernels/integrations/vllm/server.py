@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from meg_kernels.integrations.vllm import PLUGINS
+from meg_kernels.integrations.vllm import PLUGINS, WANTED
 from meg_kernels.integrations.vllm.settings import KEY, Settings
 from meg_kernels.pretrained import SMOLLM2, smollm2_folder
 from meg_kernels.routing.manifest import read_manifest
@@ -44,6 +44,9 @@ def command(folder: Path, options: Sequence[str]) -> list[str]:
         raise ValueError(f"--additional-config is no JSON: {error}") from error
     if not isinstance(more, dict):
         raise ValueError("--additional-config must be an object")
+    names = {option.partition("=")[0].replace("_", "-") for option in rest if option[:2] == "--"}
+    if "--api-server-count" in names:
+        raise ValueError("edited models are served by one API server; leave --api-server-count out")
     ours = {KEY: asdict(Settings.of_folder(folder))}
     base = read_manifest(folder)["base"]
     if not base["name"]:
@@ -58,7 +61,6 @@ def command(folder: Path, options: Sequence[str]) -> list[str]:
         "--worker-extension-cls": EXTENSION,
     }
     defaults = {"--dtype": base["dtype"], "--served-model-name": folder.resolve().name}
-    names = {option.partition("=")[0].replace("_", "-") for option in rest if option[:2] == "--"}
     if both := sorted(names & {*decided}):
         raise ValueError(f"{both[0]} is decided by {folder}; leave it out")
     chosen = decided | {name: value for name, value in defaults.items() if name not in names}
@@ -89,7 +91,7 @@ def environment(variables: Mapping[str, str]) -> dict[str, str]:
     wanted = (
         [*filter(None, variables[PLUGINS].split(","))] if PLUGINS in variables else sorted(names)
     )
-    return {**variables, PLUGINS: ",".join(dict.fromkeys([*wanted, "meg"]))}
+    return {**variables, WANTED: "1", PLUGINS: ",".join(dict.fromkeys([*wanted, "meg"]))}
 
 
 def serve(folder: Path, options: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from meg_kernels.checks import as_path
-from meg_kernels.integrations.vllm import ARCHITECTURES, PLUGINS
+from meg_kernels.integrations.vllm import ARCHITECTURES, BY_TRANSFORMERS, PLUGINS
 from meg_kernels.routing.manifest import read_manifest
 
 KEY = "meg"  # in vLLM's additional_config
@@ -18,6 +18,7 @@ ADVICE = "make it with meg_kernels.integrations.vllm.additional_config(folder), 
 _REFUSED: tuple[tuple[str, str, str, Any], ...] = (
     ("speculative decoding", "speculative_config", "", None),
     ("LoRA adapters", "lora_config", "", None),
+    ("KV transfer", "kv_transfer_config", "", None),  # of whose connectors some ignore salts
     ("pipeline parallelism", "parallel_config", "pipeline_parallel_size", 1),
     ("data parallelism", "parallel_config", "data_parallel_size", 1),
     ("prefill context parallelism", "parallel_config", "prefill_context_parallel_size", 1),
@@ -112,10 +113,10 @@ class Settings:
                     f"edited models are served without {what}{shown}; start vLLM without it"
                 )
         model = vllm_config.model_config
-        if model.architecture not in ARCHITECTURES:
+        carry = ARCHITECTURES | BY_TRANSFORMERS
+        if model.architecture not in carry:
             raise ValueError(
-                f"vLLM's {model.architecture} carries no neurons; these do: "
-                + ", ".join(ARCHITECTURES)
+                f"vLLM's {model.architecture} carries no neurons; these do: " + ", ".join(carry)
             )
         if model.runner_type != "generate":
             raise ValueError(f"vLLM's runner is {model.runner_type!r}; edited models generate text")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,32 @@ SPARE = 1.25, 64  # times as many rows as facts, and so many more, for those tha
 NO_ROW = -1
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """Neurons of edits, as a table takes them.
+
+    Args:
+        ids: what tells them from others, in the facts' order.
+        flat: [N, layout.dim] float32, on the CPU.
+        layout: theirs.
+    """
+
+    ids: list[str]
+    flat: Tensor
+    layout: NeuronLayout
+
+    @classmethod
+    def of(cls, edits: Edits) -> Loaded:
+        """The neurons that queries of these facts are answered with."""
+        made = edits.served_neurons(torch.arange(len(edits)))
+        return cls(edits.neuron_ids, edits.layout.pack(made).cpu(), edits.layout)
+
+
 class NeuronTable(nn.Module):
     """Neurons by their rows, at addresses that never change, as CUDA graphs want it.
 
-    Requests that are on their way name their neuron by its id: what is loaded later takes other
-    rows. Those of neurons that are gone are taken only where there is no other, the oldest first.
+    Requests name their neuron by its id. What is loaded later takes other rows: those of neurons
+    that are neither served nor on their way only where there is no other, the oldest first.
 
     Args:
         layout: of the neurons.
@@ -55,8 +77,7 @@ class NeuronTable(nn.Module):
         buffer("value", torch.zeros(rows, layout.d_out, dtype=dtype, device=device))
         buffer("token_rows", torch.full((tokens,), NO_ROW, dtype=torch.int64, device=device))
         self._rows: dict[str, int] = {}  # by the ids of neurons
-        self._gone: list[str] = []  # of them, what later loads left out, the oldest first
-        self.num_served = 0
+        self.served: frozenset[str] = frozenset()  # those of them that requests are sent to
 
     @classmethod
     def for_edits(
@@ -68,46 +89,47 @@ class NeuronTable(nn.Module):
         return cls(edits.layout, rows, tokens, dtype, device)
 
     @torch.no_grad()
-    def load(self, edits: Edits, in_use: Collection[str] = ()) -> list[str]:
-        """Hold the neurons of these edits; rows of those that stay remain as they are.
+    def load(self, loaded: Loaded, keep: Collection[str] = ()) -> frozenset[str]:
+        """Hold these neurons beside those that are served; rows of those that stay do not change.
 
         Args:
-            edits: of which each fact has a neuron.
-            in_use: ids of neurons that requests have, which stay as well.
+            loaded: ids and neurons.
+            keep: ids of neurons that requests on their way may have, whose rows are not taken.
 
         Returns:
-            The ids of the neurons, in the facts' order.
+            The ids, for `commit`.
 
         Raises:
             ValueError: there is no room for them, or they are of another layout; nothing changed.
         """
-        if edits.layout != self.layout:
-            raise ValueError(f"the neurons are {edits.layout}; those served are {self.layout}")
-        ids = edits.neuron_ids
-        wanted = {name: place for place, name in enumerate(ids)}
+        if loaded.layout != self.layout:
+            raise ValueError(f"the neurons are {loaded.layout}; those served are {self.layout}")
+        wanted = {name: place for place, name in enumerate(loaded.ids)}
         new = {name: place for name, place in wanted.items() if name not in self._rows}
+        needed = {*wanted, *self.served, *keep}
+        gone = [name for name in self._rows if name not in needed]  # the oldest first
         free = sorted({*range(len(self.key))} - {*self._rows.values()})
-        lacking = max(len(new) - len(free), 0)
-        gone = [name for name in self._gone if name not in wanted and name not in in_use]
-        if lacking > len(gone):
+        if len(new) > len(free) + len(gone):
             raise ValueError(
                 f"{len(new)} further neurons do not fit into the {len(free) + len(gone)} rows that "
-                f"are free of {len(self.key)}; start vLLM again to serve them"
+                f"are free of {len(self.key)}; start vLLM again to serve them (a generator that "
+                "was trained again makes all neurons anew)"
             )
-        free += [self._rows.pop(name) for name in gone[:lacking]]
+        free += [self._rows.pop(name) for name in gone[: max(len(new) - len(free), 0)]]
         if new:
-            neurons = edits.served_neurons(torch.tensor([*new.values()]))
+            places = torch.tensor([*new.values()], device=loaded.flat.device)
+            neurons = self.layout.unpack(loaded.flat[places])
             where = torch.tensor(free[: len(new)], device=self.key.device)
             self.key[where] = neurons.key.to(self.key)
             self.value[where] = neurons.value.to(self.value)
             if self.bias is not None and neurons.bias is not None:
                 self.bias[where] = neurons.bias.to(self.bias)
-        known = {*self._gone}
-        gone_now = [name for name in self._rows if name not in wanted and name not in known]
-        self._gone = [n for n in self._gone if n in self._rows and n not in wanted] + gone_now
         self._rows |= dict(zip(new, free, strict=False))
-        self.num_served = len(ids)
-        return ids
+        return frozenset(wanted)
+
+    def commit(self, ids: frozenset[str]) -> None:
+        """From now on these neurons are served, which were loaded; others may make room."""
+        self.served = ids
 
     def row(self, name: str | None) -> int:
         """The row of the neuron with this id; -1 for none.
@@ -119,8 +141,8 @@ class NeuronTable(nn.Module):
             return NO_ROW
         if (row := self._rows.get(name)) is None:
             raise RuntimeError(
-                f"the neuron {name} of a request is not in the table; the edited folder changed "
-                "while vLLM started, or the table was too full to keep it: start vLLM again"
+                f"the neuron {name} of a request is not in the table: the edited folder changed "
+                "while vLLM started; start it again"
             )
         return row
 

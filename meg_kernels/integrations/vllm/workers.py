@@ -6,11 +6,13 @@ A request names its neuron in `SamplingParams.extra_args`; the front end puts it
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from meg_kernels.integrations.vllm.table import NO_ROW, NeuronTable
+from meg_kernels.integrations.vllm.table import NO_ROW, Loaded, NeuronTable
 from meg_kernels.routing.saving import load_edits
 from meg_kernels.storage import fingerprint
 
@@ -95,34 +97,58 @@ def model_state() -> type:
 
 
 class WorkerExtension:
-    """What `meg serve` adds to vLLM's workers; `collective_rpc` calls it in each of them."""
+    """What `meg serve` adds to vLLM's workers; `collective_rpc` calls it in each of them.
 
-    def meg_load(self, folder: str) -> str:
-        """Load what a folder holds now; what was there serves the requests that are on their way.
+    Another state of the folder is read in a thread, while tokens are generated; then it is put
+    beside what is served, in all workers; and when all have it, it takes its place.
+    """
+
+    _meg_reading: Future[Loaded] | None = None
+
+    def meg_read(self, folder: str) -> None:
+        """Begin to read what a folder holds now."""
+        reader = ThreadPoolExecutor(1, thread_name_prefix="meg-reading")
+        self._meg_reading = reader.submit(lambda: Loaded.of(load_edits(folder, "cpu").edits))
+        reader.shutdown(wait=False)
+
+    def meg_has_read(self) -> bool:
+        """Whether it is read; an error is raised by `meg_load`."""
+        assert self._meg_reading is not None
+        return self._meg_reading.done()
+
+    def meg_load(self, keep: list[str]) -> str:
+        """Put what was read beside what is served.
+
+        Args:
+            keep: ids of neurons that requests on their way may have.
 
         Returns:
-            What tells the neurons that are served from others.
+            What tells these neurons from others.
 
         Raises:
-            ValueError: they do not fit; the old ones stay.
+            ValueError: they do not fit; nothing changed.
         """
+        assert self._meg_reading is not None
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        table = _table(runner)
         state = getattr(runner, "model_state", None)
         if state is not None:
             in_use = {*state.in_use.values()}
         else:
             in_use = {neuron_of(request.sampling_params) for request in runner.requests.values()}
-        edits = load_edits(folder, table.key.device).edits
-        return served(table.load(edits, in_use - {None}))
+        table = _table(runner)
+        self._meg_next = table.load(self._meg_reading.result(), {*keep, *(in_use - {None})})
+        return told_apart(self._meg_next)
 
-    def meg_state(self) -> dict[str, int]:
-        """How many facts are served, and for how many neurons there is room."""
-        table = _table(self.model_runner)  # type: ignore[attr-defined]
-        return {"facts": table.num_served, "rows": len(table.key)}
+    def meg_commit(self) -> None:
+        """Serve what was loaded."""
+        _table(self.model_runner).commit(self._meg_next)  # type: ignore[attr-defined]
+
+    def meg_served(self) -> str:
+        """What tells the neurons that are served from others."""
+        return told_apart(_table(self.model_runner).served)  # type: ignore[attr-defined]
 
 
-def served(ids: list[str]) -> str:
+def told_apart(ids: Iterable[str]) -> str:
     """What tells these neurons from others, whatever their order."""
     return fingerprint(sorted(ids))
 
