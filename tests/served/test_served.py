@@ -16,8 +16,11 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
 import pytest
+
+pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
+
+import httpx
 import tiny
 import torch
 from oracle import MOST, Oracle
