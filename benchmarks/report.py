@@ -28,7 +28,7 @@ FOLDER = Path(__file__).parent
 PAGES = FOLDER.parent / "docs" / "results"
 # The markers of the races' tables, and of trust.json's; studies have their own names.
 RACES, TRUST = "benchmarks", "trust"
-PAGE_OF = {RACES: "speed.md", TRUST: "trust.md"}
+PAGE_OF = {RACES: "speed.md", "serving": "speed.md", TRUST: "trust.md"}
 NOTHING = "no neurons"  # the baseline that does less than we do: there a speed-up is a cost
 
 Record = Mapping[str, Any]  # the extra_info of a race: benchmarks.measure.Race

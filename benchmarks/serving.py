@@ -1,13 +1,13 @@
 """The same load through vLLM with neurons, vLLM without, and a loop over `MeGEditor.generate`.
 
-    python -m benchmarks.serving --edited edited [--requests 64] [--turns 9]
+    python -m benchmarks.serving --edited edited [--requests 64] [--edited-requests 32] [--turns 9]
 
-Half of the requests ask edited queries, half others, as chats; all arrive at once. Two servers run
-beside each other, the edited model's and the base model's, and are loaded in turns: one that waits
-takes no time of the processor. What the first says is compared with `MeGEditor`, before anything
-is timed.
+Some of the requests ask edited queries, each another one, the others do not; they are chats, and
+all arrive at once. Two servers run beside each other, the edited model's and the base model's, and
+are loaded in turns: one that waits takes no time of the processor. What the first says is compared
+with `MeGEditor`, before anything is timed.
 
-Writes benchmarks/results/serving.json.
+Adds a row to benchmarks/results/serving.json.
 """
 
 from __future__ import annotations
@@ -189,16 +189,17 @@ def main() -> None:
     )
     parser.add_argument("--edited", type=Path, required=True, help="what meg edit wrote")
     parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--edited-requests", type=int, default=32)
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     editor = MeGEditor.from_pretrained(options.edited, device="cpu")
     draw = random.Random(0)
-    half = options.requests // 2
-    edited = [fact.query for fact in editor.facts]
+    asked = [fact.query for fact in editor.facts]
+    draw.shuffle(asked)
+    queries = [asked[i % len(asked)] for i in range(options.edited_requests)]
     others = [*shipped_unrelated_queries()]
-    queries = [draw.choice(edited) for _ in range(half)]
-    queries += [draw.choice(others) for _ in range(options.requests - half)]
+    queries += [draw.choice(others) for _ in range(options.requests - len(queries))]
     draw.shuffle(queries)
     expected = [
         editor.generate([[{"role": "user", "content": query}]], MOST)[0] for query in queries
@@ -230,22 +231,26 @@ def main() -> None:
         finally:
             for server in servers.values():
                 server.stop()
-    content = kept(options.out, "serving") | {
+    content = kept(options.out, "serving")
+    row = {
         "facts": len(editor.facts),
         "requests": len(queries),
-        "edited_requests": half,
+        "edited_requests": options.edited_requests,
         "turns": options.turns,
         "most_tokens": MOST,
         "memory_mib": memory,
         **{name: summed_up(found) for name, found in runs.items()},
-        "editor": summed_up([by_editor(editor, queries) for _ in range(3)]),
+        "editor": summed_up([by_editor(editor, queries)]),
     }
     for what in ("worker_cpu", "all_cpu", "seconds"):
-        content[f"ratio_{what}"] = median(
+        row[f"ratio_{what}"] = median(
             b[what] / a[what] for a, b in zip(runs["with"], runs["without"], strict=True)
         )
+    load_of = ("facts", "requests", "edited_requests")
+    rows = [r for r in content["rows"] if any(r[name] != row[name] for name in load_of)]
+    content["rows"] = sorted([*rows, row], key=lambda r: [r[name] for name in load_of])
     write_json(options.out, content)
-    print(json.dumps(content, indent=1))
+    print(json.dumps(row, indent=1))
 
 
 if __name__ == "__main__":

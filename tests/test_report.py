@@ -318,6 +318,20 @@ def full_quality_study() -> dict:
     return study | {"rows": [row]}
 
 
+def test_a_load_that_was_served_has_a_row_for_each_way_to_serve_it(tmp_path):
+    took = {"seconds": 2.0, "tokens": 64, "tokens_per_second": 32.0}
+    server = took | {"worker_cpu": 3.0, "all_cpu": 4.0, "first_p50": 0.5, "first_p95": 1.5}
+    row = {"facts": 9913, "requests": 64, "edited_requests": 32, "turns": 9, "most_tokens": 32}
+    row |= {"with": server, "without": server, "editor": took}
+    row |= {"memory_mib": {"with": 1500.0, "without": 1400.0}}
+    row |= {"ratio_worker_cpu": 0.991, "ratio_all_cpu": 0.95, "ratio_seconds": 0.96}
+    text = report.STUDIES["serving"]({"serving": [{"rows": [row]}]}, tmp_path)
+    assert "| vLLM, the edited model | 32.0 | 2.0 | 0.50 s | 1.50 s | 3.0 s | 4.0 s |" in text
+    assert "| 1,500 MiB |" in text and "0.991 by the worker's processor time" in text
+    assert "64 chats at once, 32 of them edited; 9,913 facts" in text
+    assert report.STUDIES["serving"]({"serving": []}, tmp_path) == ""
+
+
 def test_main_fails_where_nothing_was_measured(write, capsys):
     assert report.main([str(write())]) == 1
     assert "--benchmark-json" in capsys.readouterr().err

@@ -802,6 +802,40 @@ def life(studies: Studies, plots: Path) -> str:
     return paragraphs(*parts)
 
 
+def serving(studies: Studies, plots: Path) -> str:
+    """A load through vLLM with neurons and without, and through a loop of batches."""
+    parts = []
+    names = {
+        "with": "vLLM, the edited model",
+        "without": "vLLM, the base model",
+        "editor": "`MeGEditor.generate`, a batch of what came at a time",
+    }
+    for load in (row for study in studies["serving"] for row in study["rows"]):
+        lines = []
+        for key, name in names.items():
+            row = load[key]
+            line = {"served by": name, "tokens/s": f"{row['tokens_per_second']:.1f}"}
+            line["seconds"] = f"{row['seconds']:.1f}"
+            for what, label in (("first_p50", "first token, p50"), ("first_p95", "p95")):
+                line[label] = f"{row[what]:.2f} s" if what in row else ""
+            for what, label in (("worker_cpu", "worker's CPU"), ("all_cpu", "all processes'")):
+                line[label] = f"{row[what]:.1f} s" if what in row else ""
+            memory = load["memory_mib"].get(key)
+            lines.append({**line, "memory": f"{memory:,.0f} MiB" if memory else ""})
+        title = (
+            f"{load['requests']} chats at once, {load['edited_requests']} of them edited; "
+            f"{load['facts']:,} facts; at most {load['most_tokens']} tokens"
+        )
+        ratios = (
+            f"Throughput with neurons, as a share of that without, medians of {load['turns']} "
+            f"turns: {load['ratio_worker_cpu']:.3f} by the worker's processor time, "
+            f"{load['ratio_all_cpu']:.3f} by that of all processes, {load['ratio_seconds']:.3f} "
+            "by the clock."
+        )
+        parts += [markdown(title, lines), ratios]
+    return paragraphs(*parts)
+
+
 STUDIES: dict[str, Callable[[Studies, Path], str]] = {
     "steps": steps,
     "quality": quality,
@@ -818,4 +852,5 @@ STUDIES: dict[str, Callable[[Studies, Path], str]] = {
     "languages": languages,
     "layers": layers,
     "life": life,
+    "serving": serving,
 }
