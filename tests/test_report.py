@@ -124,7 +124,7 @@ def test_main_prints_the_tables_where_the_page_has_no_markers(write, pages, monk
 
 def test_the_pages_of_the_documentation_have_all_markers():
     for name in (report.RACES, *report.STUDIES):
-        page = report.PAGES / ("speed.md" if name == report.RACES else "quality.md")
+        page = report.PAGES / report.PAGE_OF.get(name, "quality.md")
         assert report.between_markers(page.read_text(encoding="utf-8"), name, "") is not None
 
 
