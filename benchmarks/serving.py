@@ -51,14 +51,14 @@ class Server:
         log: where its output goes.
     """
 
-    def __init__(self, arguments: Sequence[str], log: Path):
+    def __init__(self, arguments: Sequence[str], log: Path, options: Sequence[str] = OPTIONS):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, *arguments, "--host", "127.0.0.1", "--port", str(port), *OPTIONS],
+                [sys.executable, *arguments, "--host", "127.0.0.1", "--port", str(port), *options],
                 stdout=output,
                 stderr=output,
                 env={"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **os.environ},
@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--edited-requests", type=int, default=32)
     parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--eager", action="store_true", help="nothing is compiled")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     editor = MeGEditor.from_pretrained(options.edited, device="cpu")
@@ -215,7 +216,9 @@ def main() -> None:
         servers = {}
         try:
             for name, arguments in ways.items():
-                servers[name] = Server(arguments, Path(folder) / f"{name}.log")
+                log = Path(folder) / f"{name}.log"
+                eager = ["--enforce-eager"] if options.eager else []
+                servers[name] = Server(arguments, log, [*OPTIONS, *eager])
             for name, server in servers.items():
                 said = [text.strip() for text in load(server, queries)["said"]]
                 same = [one == other.strip() for one, other in zip(said, expected, strict=True)]
@@ -237,6 +240,7 @@ def main() -> None:
         "requests": len(queries),
         "edited_requests": options.edited_requests,
         "turns": options.turns,
+        "eager": options.eager,
         "most_tokens": MOST,
         "memory_mib": memory,
         **{name: summed_up(found) for name, found in runs.items()},

@@ -552,10 +552,9 @@ def hypernetwork(studies: Studies, plots: Path) -> str:
             axes.set_xlabel("facts learnt from")
             axes.set_ylabel("share")
             axes.legend()
-        text = (
-            f"The {study['facts']} facts that it learns from took {study['steps']:.1f} steps in "
-            f"the mean, and {study['learnt']} were learnt."
-        )
+        text = f"Of the {study['facts']} facts that it learns from {study['learnt']} were learnt."
+        if "steps" in study:
+            text += f" They took {study['steps']:.1f} steps in the mean."
         others = [
             {
                 "learnt from": str(row["pilot"]),
