@@ -116,7 +116,9 @@ class Server:
         return total / 1024
 
 
-async def _one(client: httpx.AsyncClient, query: str) -> tuple[str, float, float, int]:
+async def _one(
+    client: httpx.AsyncClient, query: str, to_the_end: bool
+) -> tuple[str, float, float, int]:
     """What is said to a query; seconds to the first token and to the last; tokens."""
     started, first, said, tokens = time.perf_counter(), 0.0, [], 0
     body = {
@@ -125,6 +127,7 @@ async def _one(client: httpx.AsyncClient, query: str) -> tuple[str, float, float
         "temperature": 0,
         "max_tokens": MOST,
         "stream": True,
+        "ignore_eos": to_the_end,
         "stream_options": {"include_usage": True},
     }
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -142,13 +145,20 @@ async def _one(client: httpx.AsyncClient, query: str) -> tuple[str, float, float
     return "".join(said), first, time.perf_counter() - started, tokens
 
 
-def load(server: Server, queries: Sequence[str]) -> dict[str, Any]:
-    """All queries at once, and what that took."""
+def load(server: Server, queries: Sequence[str], to_the_end: bool = True) -> dict[str, Any]:
+    """All queries at once, and what that took.
+
+    Args:
+        server: that is asked.
+        queries: one for each request.
+        to_the_end: whether every answer has all the tokens that it may have. Edited answers are
+            shorter than the base model's: else the two would not do the same work.
+    """
 
     async def all_at_once() -> Any:
         limits = httpx.Limits(max_connections=len(queries))
         async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
-            return await asyncio.gather(*(_one(client, query) for query in queries))
+            return await asyncio.gather(*(_one(client, query, to_the_end) for query in queries))
 
     worker, every = server.cpu_seconds("Worker"), server.cpu_seconds()
     started = time.perf_counter()
@@ -220,7 +230,7 @@ def main() -> None:
                 eager = ["--enforce-eager"] if options.eager else []
                 servers[name] = Server(arguments, log, [*OPTIONS, *eager])
             for name, server in servers.items():
-                said = [text.strip() for text in load(server, queries)["said"]]
+                said = [text.strip() for text in load(server, queries, False)["said"]]
                 same = [one == other.strip() for one, other in zip(said, expected, strict=True)]
                 print(f"{name}: {sum(same)} of {len(same)} answers as MeGEditor's", flush=True)
                 if name == "with" and not all(same):
