@@ -63,7 +63,7 @@ def register() -> None:
 
 
 def endpoints() -> Any:
-    """VLLM's endpoint plugin: /meg and /meg/reload."""
+    """The plugin with endpoints for vLLM: /v1/meg and /v1/meg/reload."""
     from meg_kernels.integrations.vllm.endpoints import Endpoints
 
     return Endpoints()
