@@ -114,8 +114,7 @@ def test_the_front_end_decides_as_the_router_does(front_end, editor):
     assert front_end.decide(chats) == expected
     front_end.tokenizer = editor.tokenizer
     ids = [editor.tokenizer(PromptTemplate().format(text)).input_ids for text in MIXED]
-    if editor.tokenizer.decode(ids[0]) == PromptTemplate().format(MIXED[0]):
-        assert front_end.decide(ids) == expected
+    assert front_end.decide(ids) == expected
 
 
 def test_requests_are_counted_when_the_engine_has_them(front_end, editor):

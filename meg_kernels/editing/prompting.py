@@ -98,12 +98,8 @@ class PromptTemplate:
     @classmethod
     def for_model(cls, model: PreTrainedModel) -> PromptTemplate:
         """The paper's template for the paper's models, by model_type; the default for others."""
-        return cls.for_type(language_model(model).config.model_type)
-
-    @classmethod
-    def for_type(cls, model_type: str) -> PromptTemplate:
-        """The template for models of this type, as their configurations call it."""
-        return cls(PAPER_TEMPLATES.get(model_type, cls.text))
+        model = language_model(model)
+        return cls(PAPER_TEMPLATES.get(model.config.model_type, cls.text))
 
 
 PAPER_TEMPLATES = {

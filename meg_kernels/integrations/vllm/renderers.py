@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meg_kernels.editing.prompting import PromptTemplate
+from meg_kernels.editing.config import EditorConfig
 from meg_kernels.integrations.vllm.front_end import Asked, FrontEnd, conversation
 from meg_kernels.integrations.vllm.settings import KEY, Settings
 from meg_kernels.integrations.vllm.workers import NEURON
@@ -96,13 +96,10 @@ def _asked(prompt: Any) -> Asked:
 @functools.cache
 def front_end(folder: str) -> FrontEnd:
     """This process's front end for an edited model."""
-    manifest = read_manifest(Path(folder))
-    chosen, identity = manifest["config"].get("template"), manifest["base"]["identity"]
-    template = PromptTemplate.for_type(identity.get("model_type", ""))
-    if isinstance(chosen, dict) and isinstance(chosen.get("text"), str):
-        template = PromptTemplate(chosen["text"])
+    config = EditorConfig.from_dict(read_manifest(Path(folder))["config"])
+    assert config.template is not None  # an editor saves the one that it used
     # The accelerators are the workers'.
-    return FrontEnd(Router.from_pretrained(folder, "cpu"), template)
+    return FrontEnd(Router.from_pretrained(folder, "cpu"), config.template)
 
 
 def tell_the_engine() -> None:
